@@ -1,0 +1,7 @@
+"""Training-free speculative decoding: draft trees from the prompt, the output and a corpus on disk."""
+
+from sssd import errors
+from sssd._core import __version__
+from sssd.errors import SssdError
+
+__all__ = ["SssdError", "__version__", "errors"]

@@ -1,0 +1,5 @@
+import sys
+
+from sssd.cli import main
+
+sys.exit(main())

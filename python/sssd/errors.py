@@ -1,0 +1,41 @@
+"""The exceptions that sssd raises. All derive from :class:`SssdError`; I/O failures stay :class:`OSError`."""
+
+
+class SssdError(Exception):
+    """Base class of every error that sssd raises on purpose."""
+
+
+class InvalidTokenError(SssdError, ValueError):
+    """Token ids are negative, too large, not integers, or not one-dimensional."""
+
+
+class InvalidArgumentError(SssdError, ValueError):
+    """An argument other than token ids is outside its documented range."""
+
+
+class ClosedError(SssdError, RuntimeError):
+    """A sequence or datastore was used after ``close()``."""
+
+
+class UnsupportedModelError(SssdError):
+    """The model, cache or generation option cannot be verified losslessly."""
+
+
+class DatastoreError(SssdError):
+    """A datastore file cannot be used."""
+
+
+class CorruptDatastoreError(DatastoreError):
+    """A datastore file is damaged, truncated, or not a datastore."""
+
+
+class DatastoreVersionError(DatastoreError):
+    """A datastore file was written in a format version that this release cannot read."""
+
+
+class VocabularyMismatchError(DatastoreError, ValueError):
+    """A datastore was built for another vocabulary size or another tokenizer."""
+
+
+class InternalError(SssdError, RuntimeError):
+    """A bug in sssd. Only the request that met it is affected; please report it."""

@@ -1,0 +1,32 @@
+//! What the predictor asks of a large, read-only corpus (the datastore implements it).
+
+use crate::Token;
+
+/// An occurrence of the end of the context in a corpus, standing for `weight` occurrences.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Match {
+    /// Where the continuation starts; to be handed to [`Corpus::continuation`].
+    pub position: u64,
+    /// How many of the context's last tokens this match is a sample for.
+    pub length: u32,
+    /// Occurrences of that length divided by the samples taken of them (>= 1).
+    pub weight: f32,
+}
+
+/// A read-only collection of token documents. A continuation never crosses the end of its document.
+pub trait Corpus: Send + Sync {
+    /// Appends evenly spread samples of the occurrences of the last `n` tokens of `context`, for every
+    /// length `n` that occurs, from the longest (at most `max_length`) down to 2 (1 if 2 does not occur),
+    /// at most `max_samples` of each length. Goes no further down once a length has had
+    /// `2 * max_samples` occurrences or more. Longest first; the occurrences of a shorter length include those
+    /// of the longer ones.
+    fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>);
+
+    /// Copies the tokens from `position` on into `out`, at most to the end of the document, and
+    /// returns how many were copied. 0 for a position that does not exist.
+    fn continuation(&self, position: u64, out: &mut [Token]) -> usize;
+
+    /// Appends the most frequent successors of `token` (at most 32), most frequent first, each with its share
+    /// of the token's occurrences.
+    fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>);
+}

@@ -1,0 +1,15 @@
+//! Draft trees for training-free speculative decoding.
+//!
+//! Pure algorithms: no Python, no files, no threads, no unsafe code. The way of the data is
+//! tokens -> [`index`] -> predictor -> draft tree -> (verified by the caller) -> tokens.
+#![forbid(unsafe_code)]
+
+pub mod corpus;
+
+pub use corpus::{Corpus, Match};
+
+/// A token id of the target model's vocabulary. Ids stay below 2^31, so that they fit Python's int32 arrays.
+pub type Token = u32;
+
+/// The largest token id accepted anywhere.
+pub const MAX_TOKEN: Token = i32::MAX as Token;

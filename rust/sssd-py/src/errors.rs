@@ -1,0 +1,12 @@
+//! Raises the exception classes of `sssd.errors`.
+
+use pyo3::prelude::*;
+
+/// The exception `sssd.errors.<class>(message)`.
+pub fn error(py: Python<'_>, class: &str, message: impl Into<String>) -> PyErr {
+    let raise = || -> PyResult<PyErr> {
+        let class = py.import("sssd.errors")?.getattr(class)?;
+        Ok(PyErr::from_value(class.call1((message.into(),))?))
+    };
+    raise().unwrap_or_else(|error| error)
+}

@@ -1,0 +1,17 @@
+//! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
+
+mod errors;
+
+use pyo3::prelude::*;
+
+/// Rust core of sssd.
+#[pymodule(gil_used = false)]
+mod _core {
+    use super::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("build_profile", if cfg!(debug_assertions) { "debug" } else { "release" })
+    }
+}

@@ -1,0 +1,14 @@
+"""Lossless speculative decoding for Hugging Face models: ``sssd.hf.generate``.
+
+Needs torch and transformers: ``pip install 'sssd[hf]'``.
+"""
+
+try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"sssd.hf needs torch and transformers: pip install 'sssd[hf]' ({error})") from error
+
+from sssd.hf.generate import GenerateResult, generate
+
+__all__ = ["GenerateResult", "generate"]

@@ -1,0 +1,551 @@
+"""Generation with draft trees: the target model's own output in fewer forward passes."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationMixin
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import logits_process as processors
+
+from sssd._core import Drafter, DraftTree
+from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedModelError
+from sssd.hf.verify import AttentionMasks, TreeCache, cannot_roll_back, check_model, dynamic_cache
+
+_ROW_INDEXED = (
+    processors.EncoderNoRepeatNGramLogitsProcessor,
+    processors.EncoderRepetitionPenaltyLogitsProcessor,
+    processors.PrefixConstrainedLogitsProcessor,
+)
+"""Processors that look up the row number, so they must see each row at its own place in the batch."""
+
+_STATEFUL = (
+    processors.SynthIDTextWatermarkLogitsProcessor,
+    processors.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+"""Processors that remember earlier calls of the whole batch, whose rows therefore must not drift apart."""
+
+_warned: set[type] = set()
+
+
+@dataclass
+class GenerateResult(GenerateDecoderOnlyOutput):  # type: ignore[misc]
+    """What :func:`generate` returns with ``return_dict_in_generate=True``.
+
+    A ``GenerateDecoderOnlyOutput`` (``sequences`` int64 [B, L], ``scores``, ``logits``, ``past_key_values``; the
+    latter for one row only) with the counts of speculative decoding. The first token of a row comes from the
+    prefill and costs no step.
+
+    Attributes:
+        steps: Verify passes, summed over the rows that took part in each.
+        drafted: Draft tree nodes verified.
+        accepted: Draft tree nodes that became output.
+        tokens_per_step: Output tokens after the first of each row, per step (mean acceptance length); 1.0 is
+            autoregressive decoding. 0.0 without steps.
+        steps_per_row: ``steps`` of each row, B integers; likewise ``drafted_per_row``, ``accepted_per_row``.
+        accepted_mask: Bool [B, new tokens], True where the token had been drafted.
+    """
+
+    # transformers' ModelOutput insists on None as the default of every field but the first.
+    steps: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    tokens_per_step: float | None = None
+    steps_per_row: tuple[int, ...] | None = None
+    drafted_per_row: tuple[int, ...] | None = None
+    accepted_per_row: tuple[int, ...] | None = None
+    accepted_mask: Any = None
+
+
+def generate(
+    model: Any,
+    input_ids: Any = None,
+    drafter: Any = None,
+    *,
+    max_nodes: int = 16,
+    generation_config: Any = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Generates like ``model.generate``, verifying draft trees on the way; the output is the same.
+
+    Two ways to call it::
+
+        sssd.hf.generate(model, input_ids, drafter, max_new_tokens=200)
+        model.generate(input_ids, custom_generate=sssd.hf.generate, drafter=drafter, max_new_tokens=200)
+
+    Greedy output equals that of ``model.generate`` token by token, up to the rounding of a pass over several
+    tokens. Sampling draws each token from the target model's processed distribution and follows the drafted
+    child that equals it (the point-mass case of speculative sampling, arXiv 2302.01318), so the output
+    distribution is exact. It uses torch's global generator of the device, one draw of ``torch.multinomial`` per
+    output token: with one row the same seed gives the same tokens as ``model.generate``.
+
+    Args:
+        model: A decoder-only transformers model with eager or sdpa attention. Models with recurrent layers are
+            decoded without drafts, with one warning.
+        input_ids: Int64 [B, L] prompt tokens, padded on the left with ``attention_mask`` given as usual.
+        drafter: An ``sssd.Drafter``; by default a new one for this call.
+        max_nodes: Largest draft tree per row and step; 0 decodes without drafts. The default suits a CPU and
+            small models; a GPU with few rows verifies 32 to 64 nodes at almost the price of one.
+        generation_config: As in ``model.generate``.
+        logits_processor: As in ``model.generate``. Called on the walk only, with each token's own prefix.
+        stopping_criteria: As in ``model.generate``. Evaluated after every token; nothing follows a stop.
+        streamer: As in ``model.generate``: one ``put`` per token.
+        **kwargs: Everything else that ``model.generate`` takes.
+
+    Returns:
+        Int64 [B, L + new tokens], or a :class:`GenerateResult` with ``return_dict_in_generate=True``.
+
+    Raises:
+        InvalidArgumentError: ``max_nodes`` is not an integer >= 0.
+        UnsupportedModelError: The model, its cache or an option (beam search, assisted decoding, attention or
+            hidden state outputs, static or quantized caches, scores of several rows) cannot be verified.
+        InvalidTokenError: The drafter proposed tokens outside the model's vocabulary.
+    """
+    if not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or max_nodes < 0:
+        raise InvalidArgumentError(f"max_nodes must be an integer >= 0, not {max_nodes!r}")
+    if hasattr(generation_config, "_eos_token_tensor"):  # transformers calls, everything is prepared
+        withheld = _withheld_arguments(model)
+        return _decode(
+            model,
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer or withheld.pop("streamer", None),
+            drafter=drafter,
+            max_nodes=max_nodes,
+            **withheld,
+            **kwargs,
+        )
+    for name in ("assistant_model", "synced_gpus"):
+        if kwargs.get(name):
+            raise UnsupportedModelError(f"{name} is not supported")
+    tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
+    if stop_strings is not None:
+        # transformers hands no tokenizer to the criteria when decoding is not its own.
+        if tokenizer is None:
+            raise InvalidArgumentError("stop_strings needs tokenizer=")
+        criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
+        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or ()), criterion])
+    return model.generate(
+        input_ids,
+        generation_config=generation_config,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        streamer=streamer,
+        custom_generate=partial(_decode, streamer=streamer, drafter=drafter, max_nodes=max_nodes),
+        **kwargs,
+    )
+
+
+def _withheld_arguments(model: Any) -> dict[str, Any]:
+    """The arguments of the running ``model.generate`` that it does not hand to a ``custom_generate`` callable.
+
+    Without them a streamer's reader would wait for ever.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
+            return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
+    return {}
+
+
+def _decode(
+    model: Any,
+    input_ids: Any,
+    *,
+    generation_config: Any,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    streamer: Any,
+    drafter: Any,
+    max_nodes: int,
+    assistant_model: Any = None,
+    synced_gpus: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Decodes with arguments that ``model.generate`` has prepared."""
+    if assistant_model is not None or generation_config.get_generation_mode() not in (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+    ):
+        raise UnsupportedModelError("only greedy search and sampling are supported, no beams, no assistants")
+    if synced_gpus:
+        raise UnsupportedModelError("synced_gpus is not supported")
+    if cannot_roll_back(model):
+        if type(model) not in _warned:
+            _warned.add(type(model))
+            warnings.warn(
+                f"{type(model).__name__} has recurrent layers, whose state cannot be rolled back: decoding without drafts",
+                stacklevel=2,
+            )
+        output = type(model)._sample(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            streamer=streamer,
+            **model_kwargs,
+        )
+        return _plain_result(output, input_ids) if generation_config.return_dict_in_generate else output
+    check_model(model)
+    with ExitStack() as stack:
+        decoder = _Decoder(
+            model, input_ids, generation_config, logits_processor, stopping_criteria, streamer, model_kwargs
+        )
+        decoder.begin(drafter, stack)
+        decoder.run(max_nodes)
+    return decoder.result()
+
+
+def _plain_result(output: Any, input_ids: Any) -> GenerateResult:
+    batch, length = output.sequences.shape
+    new = length - input_ids.shape[1]
+    return GenerateResult(
+        **output,
+        steps=batch * (new - 1),
+        drafted=0,
+        accepted=0,
+        tokens_per_step=1.0 if new > 1 else 0.0,
+        steps_per_row=(new - 1,) * batch,
+        drafted_per_row=(0,) * batch,
+        accepted_per_row=(0,) * batch,
+        accepted_mask=torch.zeros(batch, new, dtype=torch.bool),
+    )
+
+
+@dataclass
+class _Row:
+    """One sequence of the batch."""
+
+    index: int
+    prompt: list[int]
+    position: int
+    """Position id of the newest token once there is one; that of the last prompt token before."""
+    ids: Any
+    """Int64 [1, length] of prompt and output; follows the output only if somebody looks at it."""
+    sequence: Any = None
+    tokens: list[int] = field(default_factory=list)
+    drafted_tokens: list[bool] = field(default_factory=list)
+    scores: list[Any] = field(default_factory=list)
+    logits: list[Any] = field(default_factory=list)
+    steps: int = 0
+    drafted: int = 0
+    stop: int | None = None
+    """Number of output tokens at which a stopping criterion held."""
+
+
+class _Decoder:
+    """The decoding loop. ``active`` lists the rows still in the batch, in the order of the cache's rows."""
+
+    def __init__(
+        self, model: Any, input_ids: Any, config: Any, logits_processor: Any, criteria: Any, streamer: Any, inputs: Any
+    ) -> None:
+        self.model, self.config, self.streamer, self.input_ids = model, config, streamer, input_ids
+        self.batch = input_ids.shape[0]
+        self.processors = logits_processor or LogitsProcessorList()
+        self.record_scores = bool(config.return_dict_in_generate and config.output_scores)
+        self.record_logits = bool(config.return_dict_in_generate and config.output_logits)
+        cache = inputs.get("past_key_values")
+        self.user_cache = cache if getattr(cache, "_is_user_defined", False) else None
+        self._refuse_options(inputs)
+        self.criteria = StoppingCriteriaList(
+            criterion for criterion in criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+        )
+        self.max_length = criteria.max_length
+        self.end_ids = {
+            token
+            for criterion in criteria
+            if type(criterion) is EosTokenCriteria
+            for token in criterion.eos_token_id.tolist()
+        }
+        # Without an end token, transformers lets a stopped row run on until the last one stops.
+        self.rows_end_alone = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.picks_alone = bool(self.processors) or config.do_sample or self.record_scores or self.record_logits
+        self.needs_ids = self.picks_alone or bool(self.criteria)
+        self.needs_batch = self.batch > 1 and any(
+            isinstance(processor, _ROW_INDEXED) or not type(processor).__module__.startswith("transformers.")
+            for processor in self.processors
+        )
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        self.streamed = 0
+        self._prepare(inputs)
+
+    def _refuse_options(self, inputs: dict[str, Any]) -> None:
+        config = self.config
+        if config.output_attentions or config.output_hidden_states:
+            raise UnsupportedModelError("output_attentions and output_hidden_states are not supported")
+        if self.batch > 1 and (self.record_scores or self.record_logits):
+            raise UnsupportedModelError("output_scores and output_logits are supported for one row only")
+        if self.batch > 1 and any(isinstance(processor, _STATEFUL) for processor in self.processors):
+            raise UnsupportedModelError("SynthID watermarks and classifier-free guidance are supported for one row only")
+        if inputs.get("use_cache") is False or config.cache_implementation not in (None, "dynamic"):
+            raise UnsupportedModelError("verification needs a dynamic key-value cache: use_cache=True, no cache_implementation")
+        if self.batch > 1 and self.user_cache is not None:
+            raise UnsupportedModelError("past_key_values is supported for one row only")
+        known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+        other = sorted(name for name, value in inputs.items() if name not in known and value is not None)
+        if other:
+            raise UnsupportedModelError(f"model inputs beside text are not supported: {', '.join(other)}")
+
+    def _prepare(self, inputs: dict[str, Any]) -> None:
+        """Sets up cache, positions and rows."""
+        ids, mask, positions = self.input_ids, inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None and bool(mask.all()):
+            mask = None
+        past = self.user_cache.get_seq_length() if self.user_cache is not None else 0
+        total = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", ids.shape[1])
+        self.fresh = ids[:, past:] if total == ids.shape[1] else ids
+        if self.fresh.shape[1] == 0:
+            raise InvalidArgumentError("past_key_values already covers the whole prompt; nothing is left to decode from")
+        if positions is None:
+            counts = torch.ones(1, total, dtype=torch.long, device=ids.device) if mask is None else mask.long()
+            positions = (counts.cumsum(-1) - 1).clamp(min=0)
+        if positions.dim() != 2:
+            raise UnsupportedModelError("position ids of several dimensions are not supported")
+        self.positions = positions[:, -self.fresh.shape[1] :].expand(self.batch, -1)
+        self.mask = mask
+        self.logits_to_keep = {"logits_to_keep": 1} if inputs.get("logits_to_keep") is not None else {}
+        self.cache = TreeCache(self.batch, None if mask is None else mask.bool())
+        if self.user_cache is not None:
+            self.cache.load(self.user_cache)
+        self.masks = AttentionMasks(self.model)
+        prompts = ids.tolist()
+        if mask is not None:
+            kept = mask[:, -ids.shape[1] :].bool().tolist()
+            prompts = [[t for t, keep in zip(row, use, strict=True) if keep]
+                       for row, use in zip(prompts, kept, strict=True)]
+        last = self.positions[:, -1].tolist()
+        self.rows = [_Row(i, prompts[i], last[i], ids[i : i + 1]) for i in range(self.batch)]
+        self.active = list(self.rows)
+
+    def begin(self, drafter: Any, stack: ExitStack) -> None:
+        """Opens one drafting sequence per row."""
+        if drafter is None:
+            drafter = Drafter(vocab_size=self.vocab_size, end_token_ids=sorted(self.end_ids))
+        for row in self.rows:
+            row.sequence = stack.enter_context(drafter.begin(row.prompt))
+
+    def run(self, max_nodes: int) -> None:
+        """Decodes until every row has stopped."""
+        self._advance([None] * self.batch, self._prefill())
+        while self.active:
+            trees = [self._draft(row, max_nodes) for row in self.active]
+            self._advance(trees, self._verify(trees))
+
+    def _prefill(self) -> Any:
+        total = self.fresh.shape[1]
+        past = self.cache.lengths[0]
+        logits = None
+        for start in range(0, total, self.config.prefill_chunk_size or total):
+            end = min(start + (self.config.prefill_chunk_size or total), total)
+            logits = self.model(
+                input_ids=self.fresh[:, start:end],
+                attention_mask=None if self.mask is None else self.mask[:, : past + end],
+                position_ids=self.positions[:, start:end],
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **self.logits_to_keep,
+            ).logits[:, -1:]
+            self.cache.lengths = [past + end] * self.batch
+        return logits
+
+    def _draft(self, row: _Row, max_nodes: int) -> DraftTree | None:
+        length = self.input_ids.shape[1] + len(row.tokens)
+        if max_nodes == 0 or (self.max_length is not None and length + 1 >= self.max_length):
+            return None
+        tree: DraftTree = row.sequence.draft(max_nodes)
+        if len(tree) == 0:
+            return None
+        if tree.token_ids.max() >= self.vocab_size or tree.token_ids.min() < 0:
+            raise InvalidTokenError("the drafter proposed tokens outside the model's vocabulary")
+        return tree
+
+    def _verify(self, trees: list[DraftTree | None]) -> Any:
+        """Returns the logits [B, 1 + nodes, vocabulary] after the last token and every node."""
+        batch, count = len(trees), 1 + max(0 if tree is None else len(tree) for tree in trees)
+        ids = np.empty((batch, count), dtype=np.int64)
+        depths = np.zeros((batch, count), dtype=np.int64)
+        tree_mask = np.zeros((batch, count, count), dtype=np.bool_)
+        for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
+            ids[i] = row.tokens[-1]
+            # An entry that fills up a narrow tree attends to itself, or softmax has nothing to divide by.
+            np.fill_diagonal(tree_mask[i], val=True)
+            row.steps += 1
+            if tree is not None:
+                n = len(tree)
+                row.drafted += n
+                ids[i, 1 : n + 1] = tree.token_ids
+                depths[i, 1 : n + 1] = tree.depths
+                tree_mask[i, : n + 1, : n + 1] = tree.attention_mask()
+        starts = np.array([row.position for row in self.active], dtype=np.int64)[:, None]
+        device = self.input_ids.device
+        block = torch.from_numpy(np.stack([ids, depths, starts + depths])).to(device)
+        mask = self.masks.build(self.cache, torch.from_numpy(tree_mask).to(device), block[1])
+        return self.model(
+            input_ids=block[0],
+            attention_mask=mask,
+            position_ids=block[2],
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits
+
+    def _advance(self, trees: list[DraftTree | None], logits: Any) -> None:
+        """Appends what the target chose, commits it to cache and drafter, and drops finished rows."""
+        targets = None if self.picks_alone else logits.argmax(-1).cpu().numpy()
+        prefilled = logits.shape[1] == 1 and not self.active[0].tokens
+        kept = []
+        for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
+            before = len(row.tokens)
+            walk = self._walk(row, tree, logits[i]) if targets is None else _accept(tree, targets[i])
+            offsets = []
+            for offset, token, drafted in walk:
+                offsets.append(offset)
+                self._append(row, token, drafted)
+                if self._ended(row):
+                    break
+            kept.append(offsets)
+            if not self._ended(row):
+                row.sequence.extend(row.tokens[before:])
+        if not prefilled:
+            self.cache.commit(kept)
+        self._stream()
+        left = [i for i, row in enumerate(self.active) if not self._ended(row)]
+        if left and len(left) < len(self.active):
+            self.cache.select(left)
+        self.active = [self.active[i] for i in left]
+
+    def _walk(self, row: _Row, tree: DraftTree | None, logits: Any) -> Iterable[tuple[int, int, bool]]:
+        """Picks tokens one by one from the root as plain decoding would, while the tree has the picked child."""
+        children = {}
+        if tree is not None:
+            pairs = zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
+            children = {(parent + 1, token): node + 1 for node, (parent, token) in enumerate(pairs)}
+        offset: int | None = 0
+        while offset is not None:
+            token = self._pick(row, logits[offset])
+            child = children.get((offset, token))
+            yield offset, token, child is not None
+            offset = child
+
+    def _pick(self, row: _Row, logits: Any) -> int:
+        """The target's choice after the row's present tokens, through its own processors."""
+        logits = logits[None].to(device=row.ids.device, dtype=torch.float32, copy=True)
+        if self.needs_batch:
+            scores = self.processors(row.ids.repeat(self.batch, 1), logits.repeat(self.batch, 1))
+            scores = scores[row.index : row.index + 1]
+        else:
+            scores = self.processors(row.ids, logits.clone() if self.record_logits else logits)
+        if self.record_scores:
+            row.scores.append(scores)
+        if self.record_logits:
+            row.logits.append(logits)
+        if self.config.do_sample:
+            return int(torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1))
+        return int(scores.argmax(-1))
+
+    def _append(self, row: _Row, token: int, drafted: bool) -> None:
+        row.tokens.append(token)
+        row.drafted_tokens.append(drafted)
+        row.position += 1
+        if self.needs_ids:
+            row.ids = torch.cat([row.ids, row.ids.new_tensor([[token]])], dim=1)
+        if row.stop is None and self._stops(row, token):
+            row.stop = len(row.tokens)
+
+    def _stops(self, row: _Row, token: int) -> bool:
+        if token in self.end_ids:
+            return True
+        if self.max_length is not None and self.input_ids.shape[1] + len(row.tokens) >= self.max_length:
+            return True
+        if not self.criteria:
+            return False
+        # Each row at its own place, for criteria that look up the row number.
+        scores = tuple(row.scores) if self.record_scores else None
+        return bool(self.criteria(row.ids.expand(self.batch, -1), scores)[row.index])
+
+    def _ended(self, row: _Row) -> bool:
+        if self.rows_end_alone or row.stop is None:
+            return row.stop is not None
+        stops = [other.stop for other in self.rows]
+        return None not in stops and len(row.tokens) >= max(stop for stop in stops if stop is not None)
+
+    def _columns(self, start: int, end: int) -> Any:
+        """Output tokens ``start`` to ``end`` of all rows, int64 [B, end - start], stopped rows padded."""
+        pad = self.config._pad_token_tensor
+        pad_id = int(pad) if pad is not None else 0
+        rows = [row.tokens[start:end] for row in self.rows]
+        return torch.tensor([tokens + [pad_id] * (end - start - len(tokens)) for tokens in rows], dtype=torch.long)
+
+    def _stream(self) -> None:
+        if self.streamer is None:
+            return
+        running = [len(row.tokens) for row in self.rows if not self._ended(row)]
+        end = min(running) if running else self._new_tokens()
+        for column in self._columns(self.streamed, end).unbind(1):
+            self.streamer.put(column)
+        self.streamed = max(end, self.streamed)
+        if not running:
+            self.streamer.end()
+
+    def _new_tokens(self) -> int:
+        return max(row.stop if row.stop is not None else len(row.tokens) for row in self.rows)
+
+    def result(self) -> Any:
+        """The sequences, or everything that was asked for."""
+        new = self._columns(0, self._new_tokens())
+        sequences = torch.cat([self.input_ids, new.to(self.input_ids)], dim=1)
+        cache = None
+        if self.batch == 1 and (self.user_cache is not None or self.config.return_dict_in_generate):
+            cache = self.cache.store(self.user_cache if self.user_cache is not None else dynamic_cache())
+        if not self.config.return_dict_in_generate:
+            return sequences
+        steps = sum(row.steps for row in self.rows)
+        tokens = [row.tokens[: new.shape[1]] for row in self.rows]
+        masks = [row.drafted_tokens[: new.shape[1]] for row in self.rows]
+        accepted = tuple(sum(mask) for mask in masks)
+        return GenerateResult(
+            sequences=sequences,
+            scores=tuple(self.rows[0].scores) if self.record_scores else None,
+            logits=tuple(self.rows[0].logits) if self.record_logits else None,
+            past_key_values=cache,
+            steps=steps,
+            drafted=sum(row.drafted for row in self.rows),
+            accepted=sum(accepted),
+            tokens_per_step=(sum(map(len, tokens)) - self.batch) / steps if steps else 0.0,
+            steps_per_row=tuple(row.steps for row in self.rows),
+            drafted_per_row=tuple(row.drafted for row in self.rows),
+            accepted_per_row=accepted,
+            accepted_mask=torch.tensor([mask + [False] * (new.shape[1] - len(mask)) for mask in masks]),
+        )
+
+
+def _accept(tree: DraftTree | None, targets: Any) -> Iterable[tuple[int, int, bool]]:
+    """The accepted path under known choices, as (offset of the choice, token, whether it was drafted)."""
+    if tree is None:
+        return [(0, int(targets[0]), False)]
+    nodes, tokens = tree.accept(targets[: len(tree) + 1])
+    offsets = [0, *(nodes + 1).tolist()]
+    drafted = [True] * len(nodes) + [False]
+    return zip(offsets, tokens.tolist(), drafted, strict=True)

@@ -1,0 +1,251 @@
+"""Tree verification for decoder-only transformers: mask, key-value cache, and which models qualify.
+
+One forward pass over ``[last token] + nodes`` gives the target model's logits after every node of a draft tree,
+because each node attends to the committed prefix and to its own ancestors only (tree attention, SpecInfer,
+arXiv 2305.09781). The accepted path is then kept in the cache, wherever it lay in the tree. See
+``docs/verification.md``.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from sssd.errors import UnsupportedModelError
+
+_KV_ALIGNMENT = 16
+"""CUDA kernels copy a mask whose rows are not aligned, at every layer; so rows are allocated in this multiple."""
+
+
+class _TreeLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values in a growing buffer, each row of the batch packed to the left."""
+
+    def __init__(self, cache: "TreeCache") -> None:
+        super().__init__()
+        self.cache = cache
+        self.buffers: list[Any] = []
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.buffers:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.buffers = [states.new_empty(*states.shape[:2], 0, states.shape[3])
+                            for states in (key_states, value_states)]
+            self.is_initialized = True
+        end = max(self.cache.lengths) + key_states.shape[2]
+        for i, states in enumerate((key_states, value_states)):
+            if end > self.buffers[i].shape[2]:
+                self.buffers[i] = _grown(self.buffers[i], end)
+            self.cache.write(self.buffers[i], states)
+        self._expose(end)
+        return self.keys, self.values
+
+    def _expose(self, end: int) -> None:
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+    def get_seq_length(self) -> int:
+        return max(self.cache.lengths)
+
+
+class TreeCache(Cache):  # type: ignore[misc]
+    """Key-value cache whose rows advance at different speeds and from which a tree's path can be picked.
+
+    Slot ``s`` of row ``b`` holds the state of that row's token ``s`` (padding of the prompt included), so there
+    are no holes; slots from ``lengths[b]`` on are free. Sliding-window layers keep everything too: the window is
+    in the mask, and a rejected draft must not push a token out. Buffers grow in place, so a step copies its own
+    tokens only, where ``DynamicCache`` copies the whole context.
+
+    Args:
+        batch_size: Number of rows.
+        padding: Bool [batch_size, prompt length], False at padding; None without padding.
+    """
+
+    def __init__(self, batch_size: int, padding: Any = None) -> None:
+        super().__init__(layer_class_to_replicate=partial(_TreeLayer, self))
+        self.lengths = [0] * batch_size
+        self.padding = padding
+
+    def write(self, buffer: Any, states: Any) -> None:
+        """Copies ``states`` [B, heads, T, dim] to the first T free slots of every row."""
+        count = states.shape[2]
+        start = self.lengths[0]
+        if all(length == start for length in self.lengths):
+            buffer[:, :, start : start + count] = states
+        else:
+            rows, slots = self._slots([list(range(count))] * len(self.lengths), states.device)
+            buffer[rows, :, slots] = states.transpose(1, 2)
+
+    def commit(self, kept: list[list[int]]) -> None:
+        """Keeps, of the block written last, the given entries per row and frees the rest.
+
+        Args:
+            kept: Per row ascending offsets into the block: 0 for the root, 1 + i for node i.
+        """
+        if any(offsets != list(range(len(offsets))) for offsets in kept):
+            width = max(map(len, kept))
+            # Shorter rows repeat an entry that lies past their new end, or move an entry onto itself.
+            source = [offsets + list(range(len(offsets), width)) for offsets in kept]
+            target = [list(range(width))] * len(kept)
+            moves: dict[Any, Any] = {}
+            for layer in self.layers:
+                if layer.device not in moves:
+                    rows, to = self._slots(target, layer.device)
+                    moves[layer.device] = rows, to, self._slots(source, layer.device)[1]
+                rows, to, origin = moves[layer.device]
+                for buffer in layer.buffers:
+                    buffer[rows, :, to] = buffer[rows, :, origin]
+        self.lengths = [length + len(offsets) for length, offsets in zip(self.lengths, kept, strict=True)]
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps only the given rows of the batch."""
+        self.lengths = [self.lengths[row] for row in rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+        for layer in self.layers:
+            layer.buffers = [buffer[rows] for buffer in layer.buffers]
+
+    def load(self, cache: Any) -> None:
+        """Starts from the states of a user's cache.
+
+        Raises:
+            UnsupportedModelError: The cache drops, quantizes or offloads states.
+        """
+        if getattr(cache, "offloading", False) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            raise UnsupportedModelError(
+                "past_key_values must keep every state: pass DynamicCache() made without config, or nothing"
+            )
+        for index, layer in enumerate(cache.layers):
+            if layer.get_seq_length():
+                self.update(layer.keys, layer.values, index)
+        self.lengths = [cache.get_seq_length()] * len(self.lengths)
+
+    def store(self, cache: Any) -> Any:
+        """Writes the committed states of a one-row cache to ``cache``, a ``DynamicCache``, and returns it."""
+        for index, layer in enumerate(self.layers):
+            states = [buffer[:, :, : self.lengths[0]].clone() for buffer in layer.buffers]
+            if index < len(cache.layers):
+                held = cache.layers[index]
+                held.lazy_initialization(*states)
+                held.keys, held.values = states
+            else:
+                cache.update(*states, index)
+        return cache
+
+    def _slots(self, offsets: list[list[int]], device: Any) -> tuple[Any, Any]:
+        rows = torch.arange(len(offsets), device=device)[:, None]
+        slots = [[n + i for i in row] for n, row in zip(self.lengths, offsets, strict=True)]
+        return rows, torch.tensor(slots, device=device)
+
+
+def _grown(buffer: Any, needed: int) -> Any:
+    batch, heads, size, dim = buffer.shape
+    larger = buffer.new_zeros(batch, heads, max(needed + 64, size * 3 // 2), dim)
+    larger[:, :, :size] = buffer
+    return larger
+
+
+class AttentionMasks:
+    """Builds the 4D masks of a verify pass in the form that the model takes.
+
+    Args:
+        model: A decoder-only model that :func:`check_model` lets pass.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self._windows = _windows(config)
+        self._additive = config._attn_implementation == "eager"
+        self._dtype = model.dtype
+
+    def build(self, cache: TreeCache, tree_mask: Any, depths: Any) -> Any:
+        """Returns the mask of ``[root] + nodes`` against the cached prefix and against one another.
+
+        Args:
+            cache: The cache before the pass.
+            tree_mask: Bool [B, T, T], True where query i may attend to entry j of the block.
+            depths: Int64 [B, T], 0 for the root.
+
+        Returns:
+            A mask [B, 1, T, S + T], S the longest cached row: bool (True = attend) for sdpa, additive for eager;
+            a dict of such masks by layer type for models that mix full and sliding attention; None where the
+            model's own causal mask says the same.
+        """
+        batch, count = depths.shape
+        lengths = cache.lengths
+        if count == 1 and cache.padding is None and len(set(lengths)) == 1:
+            return None
+        end = max(lengths) + count
+        slots = torch.arange(-(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT, device=depths.device)
+        starts = torch.tensor(lengths, device=depths.device)[:, None]
+        offsets = slots - starts
+        in_prefix = offsets < 0
+        if cache.padding is not None:
+            width = cache.padding.shape[1]
+            in_prefix[:, :width] &= cache.padding
+        in_block = (offsets >= 0) & (offsets < count)
+        offsets = offsets.clamp(0, count - 1)
+        allowed = tree_mask.gather(2, offsets[:, None].expand(-1, count, -1))
+        allowed = (allowed & in_block[:, None]) | in_prefix[:, None]
+
+        def finish(window: int | None) -> Any:
+            mask = allowed
+            if window is not None:
+                # The window counts positions: siblings share one, although each has a slot of its own.
+                keys = torch.where(in_block, starts + depths.gather(1, offsets), slots)
+                mask = mask & ((starts + depths)[:, :, None] - keys[:, None] < window)
+            if self._additive:
+                mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, torch.finfo(self._dtype).min)
+            return mask[:, None, :, :end]
+
+        if isinstance(self._windows, dict):
+            return {kind: finish(window) for kind, window in self._windows.items()}
+        return finish(self._windows)
+
+
+def _windows(config: Any) -> dict[str, int | None] | int | None:
+    """The sliding window of all layers (None: full attention), or of each layer type where they differ."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+    return None if kinds == {"full_attention"} else window
+
+
+def cannot_roll_back(model: Any) -> bool:
+    """Whether the model has recurrent layers (state space, linear attention, short convolution).
+
+    Their state mixes all tokens of a pass, so siblings cannot share one, and a rejected draft cannot be undone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or any(
+        kind == "linear_attention" or not kind.endswith("attention") for kind in kinds
+    )
+
+
+def check_model(model: Any) -> None:
+    """Raises :class:`UnsupportedModelError` if the model cannot verify draft trees losslessly."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
+    config = model.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{name}: attention {implementation!r} cannot express a tree mask; "
+            "call model.set_attn_implementation('sdpa') or 'eager' first"
+        )
+    parameters = inspect.signature(model.forward).parameters
+    missing = {"attention_mask", "position_ids", "past_key_values"} - parameters.keys()
+    if missing or not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name}: the model takes no 4D attention mask with explicit positions")
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown or (getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types")):
+        kinds = ", ".join(sorted(unknown)) or "chunked_attention"
+        raise UnsupportedModelError(f"{name}: no tree mask is known for layers of type {kinds}")
+
+
+def dynamic_cache() -> Any:
+    """Returns an empty cache that keeps every state, also of sliding-window layers."""
+    return DynamicCache()

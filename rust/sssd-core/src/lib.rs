@@ -3,10 +3,20 @@
 //! Pure algorithms: no Python, no files, no threads, no unsafe code. The way of the data is
 //! tokens -> [`index`] -> predictor -> draft tree -> (verified by the caller) -> tokens.
 #![forbid(unsafe_code)]
+#![allow(missing_docs)]
 
 pub mod corpus;
+pub mod draft;
+pub mod drafter;
+pub mod index;
+pub mod model;
+pub mod sequence;
+pub mod tree;
 
 pub use corpus::{Corpus, Match};
+pub use drafter::Drafter;
+pub use sequence::Sequence;
+pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError};
 
 /// A token id of the target model's vocabulary. Ids stay below 2^31, so that they fit Python's int32 arrays.
 pub type Token = u32;

@@ -1,6 +1,9 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
+mod drafter;
 mod errors;
+mod tokens;
+mod tree;
 
 use pyo3::prelude::*;
 
@@ -8,6 +11,11 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _core {
     use super::*;
+
+    #[pymodule_export]
+    use drafter::{PyDrafter, PySequence};
+    #[pymodule_export]
+    use tree::PyDraftTree;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

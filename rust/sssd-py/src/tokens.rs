@@ -1,0 +1,130 @@
+//! Token ids in and arrays out.
+
+use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::{PyList, PyTuple};
+use sssd_core::{MAX_TOKEN, Token};
+
+use crate::errors::error;
+
+/// Token ids from any one-dimensional sequence or array of integers, each checked to be in the vocabulary.
+pub fn tokens(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<Token>> {
+    let limit = vocab_size.map_or(MAX_TOKEN, |size| size - 1);
+    let mut out = Vec::new();
+    match read(ids, &mut |id| push(&mut out, id, limit)) {
+        Ok(()) => Ok(out),
+        Err(Refused::Raised(raised)) => Err(raised),
+        Err(Refused::Id(id)) => Err(error(ids.py(), "InvalidTokenError", bad_id(id, out.len(), vocab_size))),
+        Err(Refused::Kind(kind)) => Err(error(
+            ids.py(),
+            "InvalidTokenError",
+            format!("token ids must be a one-dimensional sequence of integers, got {kind}"),
+        )),
+    }
+}
+
+/// Integers that may be negative, such as parents; the same inputs as [`tokens`].
+pub fn integers(values: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<i64>> {
+    let mut out = Vec::new();
+    let result = read(values, &mut |value| match i64::try_from(value) {
+        Ok(value) => {
+            out.push(value);
+            Ok(())
+        }
+        Err(_) => Err(Refused::Id(value)),
+    });
+    result.map(|()| out).map_err(|refused| match refused {
+        Refused::Raised(raised) => raised,
+        Refused::Id(_) | Refused::Kind(_) => error(
+            values.py(),
+            "InvalidArgumentError",
+            format!("{name} must be a one-dimensional sequence of 64-bit integers"),
+        ),
+    })
+}
+
+/// A new int32 array.
+pub fn int32<'py>(py: Python<'py>, values: impl IntoIterator<Item = i32>) -> Bound<'py, PyArray1<i32>> {
+    PyArray1::from_iter(py, values)
+}
+
+enum Refused {
+    Raised(PyErr),
+    Id(i128),
+    Kind(String),
+}
+
+impl From<PyErr> for Refused {
+    fn from(raised: PyErr) -> Self {
+        Self::Raised(raised)
+    }
+}
+
+type Sink<'a> = dyn FnMut(i128) -> Result<(), Refused> + 'a;
+
+fn push(out: &mut Vec<Token>, id: i128, limit: Token) -> Result<(), Refused> {
+    if id < 0 || id > i128::from(limit) {
+        return Err(Refused::Id(id));
+    }
+    out.push(id as Token);
+    Ok(())
+}
+
+fn bad_id(id: i128, index: usize, vocab_size: Option<u32>) -> String {
+    match vocab_size {
+        Some(size) => format!("token id {id} at index {index} is outside the vocabulary of {size} tokens"),
+        None => format!("token id {id} at index {index} is outside 0..={MAX_TOKEN}"),
+    }
+}
+
+fn read(ids: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
+    if let Ok(array) = ids.cast::<PyUntypedArray>() {
+        return read_array(array, sink);
+    }
+    if let Ok(list) = ids.cast::<PyList>() {
+        return list.iter().try_for_each(|item| read_item(&item, sink));
+    }
+    if let Ok(tuple) = ids.cast::<PyTuple>() {
+        return tuple.iter().try_for_each(|item| read_item(&item, sink));
+    }
+    if ids.hasattr("__array__")? || ids.hasattr("__len__")? {
+        let array = ids.py().import("numpy")?.call_method1("asarray", (ids,))?;
+        return match array.cast::<PyUntypedArray>() {
+            Ok(array) => read_array(array, sink),
+            Err(_) => Err(kind(ids)),
+        };
+    }
+    Err(kind(ids))
+}
+
+fn kind(value: &Bound<'_, PyAny>) -> Refused {
+    Refused::Kind(value.get_type().to_string())
+}
+
+fn read_item(item: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
+    // `__index__` admits Python and numpy integers and refuses floats
+    let index = item.call_method0("__index__").map_err(|_| kind(item))?;
+    let id = index.extract::<i128>().unwrap_or(i128::MAX);
+    sink(id)
+}
+
+fn read_array(array: &Bound<'_, PyUntypedArray>, sink: &mut Sink<'_>) -> Result<(), Refused> {
+    if array.ndim() != 1 {
+        return Err(Refused::Kind(format!("an array with {} dimensions", array.ndim())));
+    }
+    if array.is_empty() {
+        return Ok(());
+    }
+    macro_rules! read_as {
+        ($($kind:ty),*) => {$(
+            if let Ok(array) = array.cast::<PyArray1<$kind>>() {
+                let array: PyReadonlyArray1<'_, $kind> = array.try_readonly().map_err(|_| {
+                    Refused::Kind("an array that is being written to".into())
+                })?;
+                return array.as_array().iter().try_for_each(|&id| sink(i128::from(id)));
+            }
+        )*};
+    }
+    read_as!(i64, i32, u32, u64, i16, u16, i8, u8);
+    Err(Refused::Kind(format!("an array of {}", array.dtype().typeobj())))
+}

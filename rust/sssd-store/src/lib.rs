@@ -1,1 +1,24 @@
-//! The sssd datastore.
+//! The sssd datastore: documents of tokens with their suffix array in one mapped, checksummed file.
+//!
+//! [`Builder`] writes a file, [`Datastore`] opens one or more and answers the predictor's questions through
+//! [`sssd_core::Corpus`]. The bytes are described in `docs/format.md`, the promises in `docs/guarantees.md`.
+//! This is the only crate of the workspace with `unsafe` code: the memory map and the prefetch.
+
+mod builder;
+mod bytes;
+mod datastore;
+mod error;
+mod format;
+mod index;
+mod output;
+mod packed;
+mod segment;
+
+pub use builder::{BuildOptions, BuildSummary, Builder, Progress};
+pub use bytes::Load;
+pub use datastore::{Datastore, FileInfo};
+pub use error::{Error, Result};
+pub use format::VERSION;
+
+/// Identifies a tokenizer, so that a store is not queried with the ids of another one. All zero: unknown.
+pub type Fingerprint = [u8; 32];

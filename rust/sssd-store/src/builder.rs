@@ -1,0 +1,301 @@
+//! Builds a datastore file.
+//!
+//! Documents go straight into the text section of a temporary file beside the target, so that adding takes no
+//! memory. A segment is closed when sorting one more symbol would exceed the memory allowed. At the end every
+//! segment is read back and indexed on its own, and the finished file replaces the target in one step.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use sssd_core::Token;
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::format::{Header, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, symbol_bits};
+use crate::index::write_index;
+use crate::output::Output;
+use crate::packed::PackedWriter;
+use crate::{Error, Fingerprint, Result};
+
+/// The sorter takes 32-bit signed positions, and wants a little room.
+const MAX_SEGMENT_SYMBOLS: u64 = i32::MAX as u64 - (1 << 20);
+/// Smaller segments than this are not worth a memory limit.
+const MIN_SEGMENT_SYMBOLS: u64 = 1 << 16;
+/// Buffers of the writer and the reader, and what else does not grow with the corpus.
+const FIXED_MEMORY: u64 = 8 << 20;
+
+/// Parameters of a build.
+#[derive(Clone, Debug)]
+pub struct BuildOptions {
+    /// Token ids are smaller than this; 1 to 2^24.
+    pub vocab_size: u32,
+    /// The tokenizer, all zero if unknown.
+    pub fingerprint: Fingerprint,
+    /// Leave out documents that were added before.
+    pub deduplicate: bool,
+    /// Bytes that the builder may allocate (without the 16 bytes per document of `deduplicate`). Smaller limits
+    /// give more segments, which cost look-up time. `None`: one segment up to 2^31 tokens.
+    pub max_memory: Option<u64>,
+}
+
+impl BuildOptions {
+    /// Options for a vocabulary, everything else at its default.
+    pub fn new(vocab_size: u32) -> Self {
+        Self { vocab_size, fingerprint: Fingerprint::default(), deduplicate: false, max_memory: None }
+    }
+
+    /// Most symbols per segment: the text and the suffix array take 4 bytes each, the fences an eighth.
+    fn segment_symbols(&self) -> Result<u64> {
+        let Some(limit) = self.max_memory else { return Ok(MAX_SEGMENT_SYMBOLS) };
+        let successors = 8 * MAX_SUCCESSORS as u64;
+        let fixed = u64::from(self.vocab_size) * (successors + 64) + FIXED_MEMORY;
+        let symbols = limit.saturating_sub(fixed).saturating_mul(8) / 66;
+        if symbols < MIN_SEGMENT_SYMBOLS {
+            let least = (fixed + 9 * MIN_SEGMENT_SYMBOLS).div_ceil(1 << 20);
+            return Err(Error::InvalidArgument(format!(
+                "max_memory is too small for a vocabulary of {} tokens: at least {least} MiB are needed",
+                self.vocab_size
+            )));
+        }
+        Ok(symbols.min(MAX_SEGMENT_SYMBOLS))
+    }
+}
+
+/// What was built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BuildSummary {
+    /// Tokens in the file.
+    pub tokens: u64,
+    /// Documents in the file.
+    pub documents: u64,
+    /// Documents left out because they had been added before.
+    pub duplicates: u64,
+    /// Independently sorted parts of the file.
+    pub segments: u64,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+/// Watches and cancels [`Builder::finish`] from another thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    done: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// Symbols (tokens and document ends) indexed so far.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Makes the build fail with [`Error::Cancelled`] at the next occasion (not while a segment is being sorted).
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn advance(&self, symbols: u64) -> io::Result<()> {
+        self.done.fetch_add(symbols, Ordering::Relaxed);
+        if self.cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// Writes a datastore file. The target appears, or is replaced, only when [`Builder::finish`] succeeds;
+/// dropping the builder removes the temporary file.
+pub struct Builder {
+    target: PathBuf,
+    output: Output,
+    options: BuildOptions,
+    segment_symbols: u64,
+    segments: Vec<SegmentEntry>,
+    text: PackedWriter,
+    /// Of the segment that is being filled.
+    text_start: u64,
+    symbols: u64,
+    documents: u64,
+    /// The unfinished document of [`Builder::add_stream`].
+    partial: Vec<Token>,
+    seen: HashSet<u128>,
+    duplicates: u64,
+    failed: bool,
+}
+
+impl Builder {
+    /// Starts a file that is to replace `target`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be written; [`Error::InvalidArgument`] for a bad option.
+    pub fn create(target: &Path, options: BuildOptions) -> Result<Self> {
+        if !(1..=MAX_VOCAB).contains(&options.vocab_size) {
+            let problem = format!("vocab_size must be between 1 and {MAX_VOCAB}, not {}", options.vocab_size);
+            return Err(Error::InvalidArgument(problem));
+        }
+        let segment_symbols = options.segment_symbols()?;
+        let output = Output::create(target).map_err(Error::io(target))?;
+        let text = PackedWriter::new(symbol_bits(options.vocab_size));
+        Ok(Self {
+            target: target.to_owned(),
+            output,
+            options,
+            segment_symbols,
+            segments: Vec::new(),
+            text,
+            text_start: 0,
+            symbols: 0,
+            documents: 0,
+            partial: Vec::new(),
+            seen: HashSet::new(),
+            duplicates: 0,
+            failed: false,
+        })
+    }
+
+    /// The file that is being written; whoever interrupts a build from outside may delete it.
+    pub fn temporary_path(&self) -> &Path {
+        self.output.temporary_path()
+    }
+
+    /// Symbols (tokens and document ends) added so far.
+    pub fn symbols(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.symbols).sum::<u64>() + self.symbols
+    }
+
+    /// Adds one document, which may be empty. One longer than a segment is cut into several.
+    ///
+    /// # Errors
+    /// [`Error::InvalidToken`], which leaves the build as it was; [`Error::Io`], after which it cannot go on.
+    pub fn add_document(&mut self, tokens: &[Token]) -> Result<()> {
+        let vocab_size = self.options.vocab_size;
+        if let Some(&token) = tokens.iter().find(|&&token| token >= vocab_size) {
+            return Err(Error::InvalidToken { token, vocab_size });
+        }
+        if self.options.deduplicate {
+            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            if !self.seen.insert(xxh3_128(&bytes)) {
+                self.duplicates += 1;
+                return Ok(());
+            }
+        }
+        self.usable()?;
+        let written = self.write_document(tokens);
+        self.failed = written.is_err();
+        written.map_err(Error::io(&self.target))
+    }
+
+    /// Adds a stretch of a stream in which `end_token` is the last token of each document. The last document
+    /// goes on with the next call, until [`Builder::finish`].
+    ///
+    /// # Errors
+    /// As [`Builder::add_document`]; the documents before an invalid token have been added.
+    pub fn add_stream(&mut self, tokens: &[Token], end_token: Token) -> Result<()> {
+        for piece in tokens.split_inclusive(|&token| token == end_token) {
+            let ended = piece.last() == Some(&end_token);
+            if self.partial.is_empty() && ended {
+                self.add_document(piece)?;
+                continue;
+            }
+            self.partial.extend_from_slice(piece);
+            if ended {
+                let document = std::mem::take(&mut self.partial);
+                self.add_document(&document)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn usable(&self) -> Result<()> {
+        if self.failed {
+            return Err(Error::InvalidArgument("the builder has failed before; start again".into()));
+        }
+        Ok(())
+    }
+
+    fn write_document(&mut self, mut tokens: &[Token]) -> io::Result<()> {
+        loop {
+            let room = self.segment_symbols - self.symbols;
+            if tokens.len() as u64 >= room {
+                if self.symbols > 0 {
+                    self.close_segment()?;
+                    continue;
+                }
+                let (head, rest) = tokens.split_at(room as usize - 1);
+                self.write_symbols(head)?;
+                tokens = rest;
+            } else {
+                return self.write_symbols(tokens);
+            }
+        }
+    }
+
+    fn write_symbols(&mut self, tokens: &[Token]) -> io::Result<()> {
+        if self.symbols == 0 {
+            self.text_start = self.output.align()?;
+        }
+        for &token in tokens {
+            self.text.push(u64::from(token) + 1, &mut self.output)?;
+        }
+        self.text.push(0, &mut self.output)?;
+        self.symbols += tokens.len() as u64 + 1;
+        self.documents += 1;
+        Ok(())
+    }
+
+    fn close_segment(&mut self) -> io::Result<()> {
+        let fresh = PackedWriter::new(symbol_bits(self.options.vocab_size));
+        std::mem::replace(&mut self.text, fresh).finish(&mut self.output)?;
+        let mut segment = SegmentEntry {
+            symbols: self.symbols,
+            documents: self.documents,
+            suffixes: self.symbols - self.documents,
+            ..SegmentEntry::default()
+        };
+        segment.sections[0] = self.text_start..self.output.position();
+        self.segments.push(segment);
+        (self.symbols, self.documents) = (0, 0);
+        Ok(())
+    }
+
+    /// Sorts, writes the rest of the file, makes it durable and puts it in the target's place.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Cancelled`]; the target is then what it was before.
+    pub fn finish(mut self, progress: &Progress) -> Result<BuildSummary> {
+        self.usable()?;
+        let document = std::mem::take(&mut self.partial);
+        if !document.is_empty() {
+            self.add_document(&document)?;
+        }
+        let target = self.target.clone();
+        self.complete(progress).map_err(|source| {
+            if progress.cancelled() { Error::Cancelled } else { Error::Io { path: target, source } }
+        })
+    }
+
+    fn complete(mut self, progress: &Progress) -> io::Result<BuildSummary> {
+        if self.symbols > 0 {
+            self.close_segment()?;
+        }
+        for segment in &mut self.segments {
+            write_index(&mut self.output, segment, self.options.vocab_size, progress)?;
+        }
+        let header = Header {
+            vocab_size: self.options.vocab_size,
+            fingerprint: self.options.fingerprint,
+            tokens: self.segments.iter().map(|segment| segment.suffixes).sum(),
+            documents: self.segments.iter().map(|segment| segment.documents).sum(),
+            segment_symbols: self.segment_symbols,
+            deduplicated: self.options.deduplicate,
+            ..Header::default()
+        };
+        let (tokens, documents) = (header.tokens, header.documents);
+        progress.advance(0)?;
+        let file_bytes = self.output.seal(header, &self.segments)?;
+        let segments = self.segments.len() as u64;
+        Ok(BuildSummary { tokens, documents, duplicates: self.duplicates, segments, file_bytes })
+    }
+}

@@ -1,0 +1,301 @@
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use smallvec::{SmallVec, smallvec};
+use sssd_core::{Corpus, Match, Token};
+
+use crate::bytes::{Bytes, Load};
+use crate::format::{self, Header, MAX_SUCCESSORS};
+use crate::segment::{Interval, Query, Segment};
+use crate::{Error, Fingerprint, Result};
+
+/// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
+const MAX_MATCH: usize = 32;
+/// Length that a look-up tries first: counts only fall with the length, so it goes up or down from here.
+const FIRST_LENGTH: usize = 4;
+/// A position is a segment and an offset in it of this many bits.
+const OFFSET_BITS: u32 = 32;
+
+/// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
+pub struct Datastore {
+    files: Vec<OpenFile>,
+    segments: Vec<Segment>,
+    vocab_size: u32,
+}
+
+struct OpenFile {
+    info: FileInfo,
+    bytes: Arc<Bytes>,
+}
+
+/// What the header of a datastore file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileInfo {
+    /// The file.
+    pub path: PathBuf,
+    /// Format version.
+    pub version: u32,
+    /// Identifier derived from the contents.
+    pub uuid: [u8; 16],
+    /// Token ids are smaller than this.
+    pub vocab_size: u32,
+    /// The tokenizer, all zero if unknown.
+    pub fingerprint: Fingerprint,
+    /// Tokens of all documents.
+    pub tokens: u64,
+    /// Documents, the empty ones included.
+    pub documents: u64,
+    /// Independently sorted parts of the file.
+    pub segments: u64,
+    /// Most symbols (tokens and document ends) that the builder put into a segment.
+    pub segment_symbols: u64,
+    /// Whether repeated documents were left out.
+    pub deduplicated: bool,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+}
+
+impl FileInfo {
+    fn new(path: &Path, header: &Header) -> Self {
+        Self {
+            path: path.to_owned(),
+            version: format::VERSION,
+            uuid: header.uuid,
+            vocab_size: header.vocab_size,
+            fingerprint: header.fingerprint,
+            tokens: header.tokens,
+            documents: header.documents,
+            segments: header.segments,
+            segment_symbols: header.segment_symbols,
+            deduplicated: header.deduplicated,
+            file_bytes: header.file_length,
+        }
+    }
+}
+
+impl Datastore {
+    /// Opens files as one store. Reads only headers, segment tables and trailers (with [`Load::Ram`], the whole
+    /// files into memory).
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`], [`Error::Version`]; [`Error::Mismatch`] if the files differ in vocabulary
+    /// size or (known) tokenizer; [`Error::InvalidArgument`] without a path.
+    pub fn open<P: AsRef<Path>>(paths: &[P], load: Load) -> Result<Self> {
+        let files =
+            paths.iter().map(|path| Ok((path.as_ref().to_owned(), Bytes::open(path.as_ref(), load)?)));
+        Self::new(files.collect::<Result<_>>()?)
+    }
+
+    /// Opens a file's contents. `name` stands for the path in error messages.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] and [`Error::Version`].
+    pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
+        Self::new(vec![(name.into(), Bytes::Owned(bytes))])
+    }
+
+    fn new(sources: Vec<(PathBuf, Bytes)>) -> Result<Self> {
+        let (mut files, mut segments): (Vec<OpenFile>, Vec<Segment>) = (Vec::new(), Vec::new());
+        for (path, bytes) in sources {
+            let (header, table) = format::parse(&path, &bytes)?;
+            let info = FileInfo::new(&path, &header);
+            if let Some(first) = files.first() {
+                agree(&first.info, &info)?;
+            }
+            let bytes = Arc::new(bytes);
+            let opened = table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry));
+            segments.extend(opened);
+            files.push(OpenFile { info, bytes });
+        }
+        let Some(first) = files.first() else {
+            return Err(Error::InvalidArgument("no datastore file was given".into()));
+        };
+        let vocab_size = first.info.vocab_size;
+        Ok(Self { files, segments, vocab_size })
+    }
+
+    /// Token ids are smaller than this.
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
+    /// What the headers say, one entry per file.
+    pub fn files(&self) -> impl ExactSizeIterator<Item = &FileInfo> {
+        self.files.iter().map(|file| &file.info)
+    }
+
+    /// Reads every byte of every file and compares it with the checksums.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], with the damaged byte ranges of the first damaged file.
+    pub fn verify(&self) -> Result<()> {
+        for OpenFile { info, bytes } in &self.files {
+            let damaged = format::damage(&info.path, bytes, |range| bytes.advise_soon(range))?;
+            if !damaged.is_empty() {
+                return Err(Error::corrupt(&info.path, format!("bytes changed in {}", list(&damaged))));
+            }
+        }
+        Ok(())
+    }
+
+    /// Occurrences of `tokens` within documents; without tokens, the number of tokens in the store.
+    ///
+    /// # Errors
+    /// [`Error::InvalidToken`].
+    pub fn count(&self, tokens: &[Token]) -> Result<u64> {
+        if tokens.is_empty() {
+            return Ok(self.files.iter().map(|file| file.info.tokens).sum());
+        }
+        self.check(tokens)?;
+        let query = Query::new(tokens, self.vocab_size);
+        Ok(self.segments.iter().map(|segment| length(&segment.interval(&query))).sum())
+    }
+
+    /// At most `limit` evenly spread occurrences of `tokens` (not empty), as positions of what follows.
+    ///
+    /// # Errors
+    /// [`Error::InvalidToken`]; [`Error::InvalidArgument`] without tokens.
+    pub fn occurrences(&self, tokens: &[Token], limit: usize) -> Result<Vec<u64>> {
+        if tokens.is_empty() {
+            return Err(Error::InvalidArgument("at least one token is needed".into()));
+        }
+        self.check(tokens)?;
+        let query = Query::new(tokens, self.vocab_size);
+        let intervals: Vec<_> = self.segments.iter().map(|segment| segment.interval(&query)).collect();
+        let mut positions = Vec::new();
+        self.sample(&intervals, tokens.len(), limit, |position| positions.push(position));
+        Ok(positions)
+    }
+
+    fn check(&self, tokens: &[Token]) -> Result<()> {
+        match tokens.iter().find(|&&token| token >= self.vocab_size) {
+            Some(&token) => Err(Error::InvalidToken { token, vocab_size: self.vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// Hands out the positions `length` tokens after at most `limit` evenly spread ranks of the intervals (one
+    /// per segment), and returns how many ranks there are.
+    #[inline]
+    fn sample(&self, intervals: &[Interval], skip: usize, limit: usize, mut take: impl FnMut(u64)) -> u64 {
+        let total: u64 = intervals.iter().map(length).sum();
+        let taken = total.min(limit as u64);
+        let (mut segment, mut before) = (0, 0);
+        for sample in 0..taken {
+            // The middle of the sample's share; in 128 bits, for `total` may be large.
+            let rank = ((2 * u128::from(sample) + 1) * u128::from(total) / (2 * u128::from(taken))) as u64;
+            while rank - before >= length(&intervals[segment]) {
+                before += length(&intervals[segment]);
+                segment += 1;
+            }
+            let start = self.segments[segment].position(intervals[segment].start + (rank - before));
+            let offset = start + skip as u64;
+            self.segments[segment].prefetch(offset);
+            take((segment as u64) << OFFSET_BITS | offset.min(u64::from(u32::MAX)));
+        }
+        total
+    }
+}
+
+impl Corpus for Datastore {
+    fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
+        let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
+        let usable = valid.take(max_length.min(MAX_MATCH)).count();
+        let count = self.segments.len();
+        let mut intervals: SmallVec<[Interval; MAX_MATCH]> = smallvec![0..0; usable * count];
+        // The occurrences of the last `length` tokens, kept in `intervals`.
+        let search = |intervals: &mut [Interval], length: usize| -> u64 {
+            let query = Query::new(&context[context.len() - length..], self.vocab_size);
+            let found = &mut intervals[(length - 1) * count..length * count];
+            for (segment, interval) in self.segments.iter().zip(&mut *found) {
+                *interval = segment.interval(&query);
+            }
+            found.iter().map(self::length).sum()
+        };
+
+        let start = FIRST_LENGTH.min(usable);
+        let mut longest = start;
+        while longest > 0 && search(&mut intervals, longest) == 0 {
+            longest -= 1;
+        }
+        let shortest_known = longest;
+        if longest == start {
+            while longest < usable && search(&mut intervals, longest + 1) > 0 {
+                longest += 1;
+            }
+        }
+        for length in (1..=longest).rev() {
+            if length < shortest_known {
+                search(&mut intervals, length);
+            }
+            let first = out.len();
+            let take = |position| out.push(Match { position, length: length as u32, weight: 1.0 });
+            let total =
+                self.sample(&intervals[(length - 1) * count..length * count], length, max_samples, take);
+            let weight = total as f32 / (out.len() - first).max(1) as f32;
+            out[first..].iter_mut().for_each(|found| found.weight = weight);
+            if total >= 2 * max_samples as u64 || length == 2 {
+                break;
+            }
+        }
+    }
+
+    fn continuation(&self, position: u64, out: &mut [Token]) -> usize {
+        let segment =
+            usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index));
+        segment.map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out))
+    }
+
+    fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>) {
+        if token >= self.vocab_size {
+            return;
+        }
+        let first = out.len();
+        if let [segment] = self.segments.as_slice() {
+            out.extend(segment.successors(token));
+            return;
+        }
+        let total: u64 = self.segments.iter().map(|segment| length(&segment.bucket(token))).sum();
+        for segment in &self.segments {
+            let part = length(&segment.bucket(token)) as f32 / total as f32;
+            for (successor, share) in segment.successors(token) {
+                match out[first..].iter_mut().find(|(known, _)| *known == successor) {
+                    Some((_, sum)) => *sum += share * part,
+                    None => out.push((successor, share * part)),
+                }
+            }
+        }
+        out[first..].sort_by(|left, right| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0)));
+        out.truncate(first + MAX_SUCCESSORS);
+    }
+}
+
+#[inline]
+fn length(interval: &Interval) -> u64 {
+    interval.end.saturating_sub(interval.start)
+}
+
+fn agree(first: &FileInfo, other: &FileInfo) -> Result<()> {
+    let unknown = Fingerprint::default();
+    let problem = if first.vocab_size != other.vocab_size {
+        format!(
+            "a vocabulary of {} tokens, not {} as {}",
+            other.vocab_size,
+            first.vocab_size,
+            first.path.display()
+        )
+    } else if ![first.fingerprint, unknown].contains(&other.fingerprint) && first.fingerprint != unknown {
+        format!("built with another tokenizer than {}", first.path.display())
+    } else {
+        return Ok(());
+    };
+    Err(Error::Mismatch { path: other.path.clone(), problem })
+}
+
+fn list(ranges: &[Range<u64>]) -> String {
+    let shown: Vec<_> =
+        ranges.iter().take(8).map(|range| format!("{}..{}", range.start, range.end)).collect();
+    let more = ranges.len().saturating_sub(shown.len());
+    shown.join(", ") + &if more > 0 { format!(" and {more} more ranges") } else { String::new() }
+}

@@ -1,0 +1,297 @@
+//! The bytes of the header, the segment table and the trailer; `docs/format.md` describes them in words.
+//! Everything read here is untrusted: sizes are checked against the file before anything is looked at.
+
+use std::ops::Range;
+use std::path::Path;
+
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+
+use crate::packed::{bits_for, packed_len};
+use crate::{Error, Fingerprint, Result};
+
+/// Format version that this release writes and reads.
+pub const VERSION: u32 = 1;
+/// Bytes of the header, and the alignment of sections.
+pub const PAGE: u64 = 4096;
+/// Bytes under one checksum.
+pub const BLOCK: u64 = 1 << 20;
+/// Suffixes per fence key.
+pub const FENCE: u64 = 64;
+/// Successors kept of a token.
+pub const MAX_SUCCESSORS: usize = 32;
+/// Largest vocabulary: symbols take at most 25 bits.
+pub const MAX_VOCAB: u32 = 1 << 24;
+/// Most symbols of a segment: positions take at most 32 bits.
+pub const MAX_SYMBOLS: u64 = 1 << 32;
+
+// The first byte is not ASCII, the line ends catch a transfer in text mode (as PNG does).
+const MAGIC: [u8; 8] = *b"\x89SSD\r\n\x1a\n";
+const TRAILER: u64 = 40;
+const SECTIONS: usize = 6;
+const SEGMENT_ENTRY: usize = 8 * (4 + 2 * SECTIONS);
+const CRC_AT: usize = PAGE as usize - 4;
+
+/// What the header says about the whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    pub vocab_size: u32,
+    pub uuid: [u8; 16],
+    pub fingerprint: Fingerprint,
+    pub tokens: u64,
+    pub documents: u64,
+    pub segment_symbols: u64,
+    pub deduplicated: bool,
+    pub file_length: u64,
+    pub checksums_at: u64,
+    pub checksums_hash: u64,
+    pub table_at: u64,
+    pub segments: u64,
+    pub table_hash: u64,
+}
+
+/// A segment's counts and the places of its sections.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SegmentEntry {
+    /// Tokens and document ends.
+    pub symbols: u64,
+    pub documents: u64,
+    pub suffixes: u64,
+    pub successors: u64,
+    /// Text, suffixes, buckets, fences, successor index, successors.
+    pub sections: [Range<u64>; SECTIONS],
+}
+
+/// Bits of a symbol: 0 ends a document, `s > 0` is token `s - 1`.
+pub fn symbol_bits(vocab_size: u32) -> u32 {
+    bits_for(u64::from(vocab_size))
+}
+
+impl SegmentEntry {
+    pub fn position_bits(&self) -> u32 {
+        bits_for(self.symbols.saturating_sub(1))
+    }
+
+    pub fn rank_bits(&self) -> u32 {
+        bits_for(self.suffixes)
+    }
+
+    pub fn successor_index_bits(&self) -> u32 {
+        bits_for(self.successors)
+    }
+
+    /// Bytes of each section as the counts demand.
+    pub fn section_lengths(&self, vocab_size: u32) -> [u64; SECTIONS] {
+        let symbol_bits = symbol_bits(vocab_size);
+        let index = u64::from(vocab_size) + 1;
+        [
+            packed_len(self.symbols, symbol_bits),
+            packed_len(self.suffixes, self.position_bits()),
+            packed_len(index, self.rank_bits()),
+            8 * self.suffixes.div_ceil(FENCE),
+            packed_len(index, self.successor_index_bits()),
+            packed_len(self.successors, symbol_bits + 8),
+        ]
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        let counts = [self.symbols, self.documents, self.suffixes, self.successors];
+        let places = self.sections.iter().flat_map(|section| [section.start, section.end]);
+        out.extend(counts.into_iter().chain(places).flat_map(u64::to_le_bytes));
+    }
+
+    fn decode(bytes: &[u8]) -> Self {
+        let mut fields = Fields(bytes);
+        let [symbols, documents, suffixes, successors] = std::array::from_fn(|_| fields.u64());
+        let sections = std::array::from_fn(|_| fields.u64()..fields.u64());
+        Self { symbols, documents, suffixes, successors, sections }
+    }
+
+    fn check(&self, vocab_size: u32, body: Range<u64>) -> std::result::Result<u64, String> {
+        let distinct = u64::from(vocab_size) * MAX_SUCCESSORS as u64;
+        if self.symbols > MAX_SYMBOLS
+            || self.suffixes > self.symbols
+            || self.documents != self.symbols - self.suffixes
+            || self.successors > distinct
+        {
+            return Err("a segment's counts contradict each other".into());
+        }
+        let mut end = body.start;
+        for (section, length) in self.sections.iter().zip(self.section_lengths(vocab_size)) {
+            let aligned = section.start % PAGE == 0 && section.start >= end;
+            if !aligned || section.end > body.end || section.end.checked_sub(section.start) != Some(length) {
+                return Err("a section lies outside its place".into());
+            }
+            end = section.end;
+        }
+        Ok(end)
+    }
+}
+
+impl Header {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(PAGE as usize);
+        out.extend(MAGIC);
+        out.extend(VERSION.to_le_bytes());
+        out.extend(self.vocab_size.to_le_bytes());
+        out.extend(self.uuid);
+        out.extend(self.fingerprint);
+        let fields = [
+            self.tokens,
+            self.documents,
+            self.segment_symbols,
+            u64::from(self.deduplicated),
+            self.file_length,
+            self.checksums_at,
+            self.checksums_hash,
+            self.table_at,
+            self.segments,
+            self.table_hash,
+        ];
+        out.extend(fields.into_iter().flat_map(u64::to_le_bytes));
+        out.resize(CRC_AT, 0);
+        out.extend(crc32fast::hash(&out).to_le_bytes());
+        out
+    }
+
+    fn trailer(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(TRAILER as usize);
+        out.extend(self.uuid);
+        out.extend(self.file_length.to_le_bytes());
+        out.extend(MAGIC);
+        out.extend(xxh3_64(&out).to_le_bytes());
+        out
+    }
+
+    /// Bytes of the blocks under the checksums, and of the checksums themselves.
+    pub fn body(&self) -> Range<u64> {
+        PAGE..self.checksums_at
+    }
+
+    /// Fills in the places, hashes and the UUID, and returns the header and what follows the body.
+    pub fn seal(mut self, body_end: u64, checksums: &[u64], table: &[SegmentEntry]) -> (Vec<u8>, Vec<u8>) {
+        let mut tail: Vec<u8> = checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+        self.checksums_at = body_end;
+        self.checksums_hash = xxh3_64(&tail);
+        self.table_at = body_end + tail.len() as u64;
+        self.segments = table.len() as u64;
+        for entry in table {
+            entry.encode(&mut tail);
+        }
+        self.table_hash = xxh3_64(&tail[(self.table_at - body_end) as usize..]);
+        self.file_length = body_end + tail.len() as u64 + TRAILER;
+        self.uuid = [0; 16];
+        self.uuid = xxh3_128(&self.encode()).to_le_bytes(); // of the contents: equal input, equal bytes
+        tail.extend(self.trailer());
+        (self.encode(), tail)
+    }
+}
+
+/// Reads header, segment table and trailer of a file, and checks everything that can be checked without
+/// reading the body.
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
+    let corrupt = |problem: &str| Error::corrupt(path, problem);
+    let page = bytes.get(..PAGE as usize).filter(|page| page.starts_with(&MAGIC));
+    let page = page.ok_or_else(|| corrupt("not a datastore file, or a truncated one"))?;
+    let mut fields = Fields(&page[MAGIC.len()..]);
+    let found = fields.u32();
+    if found != VERSION {
+        return Err(Error::Version { path: path.to_owned(), found, supported: VERSION });
+    }
+    if page[CRC_AT..] != crc32fast::hash(&page[..CRC_AT]).to_le_bytes() {
+        return Err(corrupt("the header does not match its checksum"));
+    }
+    let header = Header {
+        vocab_size: fields.u32(),
+        uuid: fields.array(),
+        fingerprint: fields.array(),
+        tokens: fields.u64(),
+        documents: fields.u64(),
+        segment_symbols: fields.u64(),
+        deduplicated: fields.u64() != 0,
+        file_length: fields.u64(),
+        checksums_at: fields.u64(),
+        checksums_hash: fields.u64(),
+        table_at: fields.u64(),
+        segments: fields.u64(),
+        table_hash: fields.u64(),
+    };
+    if header.file_length != bytes.len() as u64 {
+        let problem = format!("{} bytes long instead of {}", bytes.len(), header.file_length);
+        return Err(Error::corrupt(path, problem));
+    }
+    if header.vocab_size == 0 || header.vocab_size > MAX_VOCAB {
+        return Err(corrupt("the vocabulary size is out of range"));
+    }
+    let trailer_at = header.file_length - TRAILER.min(header.file_length);
+    let table_length = header.segments.checked_mul(SEGMENT_ENTRY as u64);
+    let blocks = header.checksums_at.checked_sub(PAGE).map(|body| body.div_ceil(BLOCK));
+    let in_order = blocks.and_then(|blocks| header.checksums_at.checked_add(blocks.checked_mul(8)?))
+        == Some(header.table_at)
+        && table_length.and_then(|length| header.table_at.checked_add(length)) == Some(trailer_at);
+    if !in_order {
+        return Err(corrupt("the parts of the file overlap"));
+    }
+    if bytes[trailer_at as usize..] != header.trailer() {
+        return Err(corrupt("the trailer does not belong to the header"));
+    }
+    let table_bytes = &bytes[header.table_at as usize..trailer_at as usize];
+    if xxh3_64(table_bytes) != header.table_hash {
+        return Err(corrupt("the segment table does not match its checksum"));
+    }
+    let table: Vec<_> = table_bytes.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode).collect();
+    let mut body = header.body();
+    let (mut tokens, mut documents) = (0, 0);
+    for entry in &table {
+        body.start = entry.check(header.vocab_size, body.clone()).map_err(|problem| corrupt(&problem))?;
+        tokens += entry.suffixes;
+        documents += entry.documents;
+    }
+    if (tokens, documents) != (header.tokens, header.documents) {
+        return Err(corrupt("the segments do not add up to the counts of the header"));
+    }
+    Ok((header, table))
+}
+
+/// The byte ranges of `bytes`, which [`parse`] has accepted, that changed since they were written.
+pub fn damage(path: &Path, bytes: &[u8], mut soon: impl FnMut(Range<usize>)) -> Result<Vec<Range<u64>>> {
+    let (header, _) = parse(path, bytes)?;
+    let checksums = &bytes[header.checksums_at as usize..header.table_at as usize];
+    if xxh3_64(checksums) != header.checksums_hash {
+        return Err(Error::corrupt(path, "the block checksums do not match their own checksum"));
+    }
+    let mut damaged: Vec<Range<u64>> = Vec::new();
+    let mut start = PAGE;
+    for sum in checksums.chunks_exact(8) {
+        let end = (start + BLOCK).min(header.checksums_at);
+        soon(end as usize..(end + 4 * BLOCK).min(header.checksums_at) as usize);
+        if xxh3_64(&bytes[start as usize..end as usize]).to_le_bytes() != sum {
+            match damaged.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => damaged.push(start..end),
+            }
+        }
+        start = end;
+    }
+    Ok(damaged)
+}
+
+/// Takes fields off the front of a slice known to be long enough.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn array<const N: usize>(&mut self) -> [u8; N] {
+        let mut out = [0; N];
+        let (head, rest) = self.0.split_at(N.min(self.0.len()));
+        out[..head.len()].copy_from_slice(head);
+        self.0 = rest;
+        out
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.array())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.array())
+    }
+}

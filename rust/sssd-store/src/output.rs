@@ -1,0 +1,143 @@
+//! A file that is checksummed while it is written and replaces its target in one durable step.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::TempPath;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use crate::format::{BLOCK, Header, PAGE, SegmentEntry};
+
+/// The temporary file beside the target; removed when dropped before [`Output::seal`].
+pub struct Output {
+    target: PathBuf,
+    temporary: TempPath,
+    file: BufWriter<Checksummed>,
+    position: u64,
+}
+
+impl Output {
+    /// Starts a file with room for the header.
+    pub fn create(target: &Path) -> io::Result<Self> {
+        let Some(name) = target.file_name().filter(|_| !target.is_dir()) else {
+            return Err(io::Error::new(io::ErrorKind::IsADirectory, "not the name of a file"));
+        };
+        let mut prefix = OsString::from(".");
+        prefix.push(name);
+        prefix.push(".");
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix).suffix(".tmp");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
+        let (mut file, temporary) = builder.tempfile_in(folder(target))?.into_parts();
+        file.seek(SeekFrom::Start(PAGE))?;
+        let file = BufWriter::with_capacity(BLOCK as usize, Checksummed::new(file));
+        Ok(Self { target: target.to_owned(), temporary, file, position: PAGE })
+    }
+
+    pub fn temporary_path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Bytes from the start of the file.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Fills up with zeros to where a section may start, and returns that position.
+    pub fn align(&mut self) -> io::Result<u64> {
+        let missing = self.position.next_multiple_of(PAGE) - self.position;
+        self.write_all(&[0; PAGE as usize][..missing as usize])?;
+        Ok(self.position)
+    }
+
+    /// What has been written, opened for reading.
+    pub fn read_back(&mut self) -> io::Result<File> {
+        self.file.flush()?;
+        File::open(&self.temporary)
+    }
+
+    /// Writes the checksums, the segment table, the trailer and the header, syncs, and renames. Returns the
+    /// bytes of the file.
+    pub fn seal(self, header: Header, table: &[SegmentEntry]) -> io::Result<u64> {
+        let body_end = self.position;
+        let Checksummed { mut file, checksums, .. } = self.file.into_inner()?.finish();
+        let (header, tail) = header.seal(body_end, &checksums, table);
+        file.write_all(&tail)?;
+        file.seek(SeekFrom::Start(0))?;
+        file.write_all(&header)?;
+        file.sync_all()?;
+        drop(file);
+        self.temporary.persist(&self.target)?;
+        sync_folder(folder(&self.target))?;
+        Ok(body_end + tail.len() as u64)
+    }
+}
+
+impl Write for Output {
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.position += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn folder(target: &Path) -> &Path {
+    target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes a rename durable. Windows has no such call, and orders renames by itself.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+}
+
+/// Takes a checksum of every block.
+struct Checksummed {
+    file: File,
+    block: Xxh3Default,
+    room: u64,
+    checksums: Vec<u64>,
+}
+
+impl Checksummed {
+    fn new(file: File) -> Self {
+        Self { file, block: Xxh3Default::new(), room: BLOCK, checksums: Vec::new() }
+    }
+
+    fn close_block(&mut self) {
+        self.checksums.push(self.block.digest());
+        self.block.reset();
+        self.room = BLOCK;
+    }
+
+    fn finish(mut self) -> Self {
+        if self.room < BLOCK {
+            self.close_block();
+        }
+        self
+    }
+}
+
+impl Write for Checksummed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let fitting = bytes.len().min(self.room as usize);
+        let written = self.file.write(&bytes[..fitting])?;
+        self.block.update(&bytes[..written]);
+        self.room -= written as u64;
+        if self.room == 0 {
+            self.close_block();
+        }
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}

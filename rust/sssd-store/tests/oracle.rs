@@ -1,0 +1,139 @@
+//! The store against a brute-force search of the documents.
+
+use proptest::prelude::*;
+use sssd_core::{Corpus, Match, Token};
+use sssd_store::{BuildOptions, Builder, Datastore, Load, Progress};
+
+fn open(documents: &[Vec<Token>], options: BuildOptions) -> Datastore {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.sssd");
+    let mut builder = Builder::create(&path, options).unwrap();
+    for document in documents {
+        builder.add_document(document).unwrap();
+    }
+    builder.finish(&Progress::default()).unwrap();
+    let store = Datastore::open(&[&path], Load::Ram).unwrap();
+    store.verify().unwrap();
+    store
+}
+
+/// What follows each occurrence of `query`, sorted.
+fn continuations(documents: &[Vec<Token>], query: &[Token]) -> Vec<Vec<Token>> {
+    let mut found: Vec<_> = documents
+        .iter()
+        .flat_map(|document| (0..document.len()).map(move |start| &document[start..]))
+        .filter_map(|suffix| suffix.strip_prefix(query))
+        .map(<[Token]>::to_vec)
+        .collect();
+    found.sort();
+    found
+}
+
+fn follow(store: &Datastore, positions: impl IntoIterator<Item = u64>, longest: usize) -> Vec<Vec<Token>> {
+    let mut found: Vec<_> = positions
+        .into_iter()
+        .map(|position| {
+            let mut out = vec![0; longest];
+            let length = store.continuation(position, &mut out);
+            out.truncate(length);
+            out
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Corpora of few distinct tokens, some of them the largest ids of vocabularies of every symbol width.
+fn corpus() -> impl Strategy<Value = (u32, Vec<Vec<Token>>)> {
+    let vocab =
+        prop_oneof![1u32..5, Just(255), Just(256), Just(65_535), Just(65_536), Just(128_256), Just(1 << 20)];
+    vocab.prop_flat_map(|vocab| {
+        let token = prop_oneof![4 => 0..vocab.min(3), 1 => Just(vocab - 1), 1 => 0..vocab];
+        let document = prop::collection::vec(token, 0..40);
+        (Just(vocab), prop::collection::vec(document, 0..30))
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn counts_and_continuations(
+        (vocab, documents) in corpus(),
+        starts in prop::collection::vec((any::<prop::sample::Index>(), 1usize..12), 30),
+        noise in prop::collection::vec(0u32..3, 1..5),
+    ) {
+        let store = open(&documents, BuildOptions::new(vocab));
+        let stream: Vec<Token> = documents.concat();
+        prop_assert_eq!(store.count(&[]).unwrap(), stream.len() as u64);
+        let queries = starts.iter().filter(|_| !stream.is_empty()).map(|(start, length)| {
+            let start = start.index(stream.len());
+            stream[start..(start + length).min(stream.len())].to_vec()
+        });
+        for query in queries.chain([noise.iter().map(|&token| token.min(vocab - 1)).collect()]) {
+            let expected = continuations(&documents, &query);
+            prop_assert_eq!(store.count(&query).unwrap(), expected.len() as u64);
+            let positions = store.occurrences(&query, usize::MAX).unwrap();
+            prop_assert_eq!(follow(&store, positions, 40), expected);
+        }
+    }
+
+    #[test]
+    fn matches_follow_their_contract(
+        (vocab, documents) in corpus(),
+        end in any::<prop::sample::Index>(),
+        max_length in 1usize..10,
+        max_samples in 1usize..6,
+    ) {
+        let store = open(&documents, BuildOptions::new(vocab));
+        let stream: Vec<Token> = documents.concat();
+        prop_assume!(!stream.is_empty());
+        let context = &stream[..=end.index(stream.len())];
+        let mut found: Vec<Match> = Vec::new();
+        store.matches(context, max_length, max_samples, &mut found);
+
+        let mut expected = Vec::new(); // (length, occurrences)
+        for length in (1..=max_length.min(context.len())).rev() {
+            let count = continuations(&documents, &context[context.len() - length..]).len();
+            if count > 0 && (length > 1 || expected.is_empty()) {
+                expected.push((length, count));
+                if count >= 2 * max_samples {
+                    break;
+                }
+            }
+        }
+        let mut rest = found.as_slice();
+        for (length, count) in expected {
+            let taken = count.min(max_samples);
+            let (samples, others) = rest.split_at_checked(taken).ok_or(TestCaseError::fail("too few"))?;
+            rest = others;
+            for sample in samples {
+                prop_assert_eq!(sample.length as usize, length);
+                prop_assert_eq!(sample.weight, count as f32 / taken as f32);
+            }
+            let all = continuations(&documents, &context[context.len() - length..]);
+            for found in follow(&store, samples.iter().map(|sample| sample.position), 40) {
+                prop_assert!(all.contains(&found));
+            }
+        }
+        prop_assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn successors_are_the_most_frequent((vocab, documents) in corpus(), token in 0u32..4) {
+        let store = open(&documents, BuildOptions::new(vocab));
+        let mut found = Vec::new();
+        store.successors(token, &mut found);
+        let all = continuations(&documents, &[token]);
+        prop_assert!(found.len() <= 32);
+        prop_assert!(found.windows(2).all(|pair| pair[0].1 >= pair[1].1));
+        for (successor, share) in &found {
+            let count = all.iter().filter(|rest| rest.first() == Some(successor)).count();
+            let exact = count as f32 / all.len() as f32;
+            prop_assert!((share / exact - 1.0).abs() < 0.03, "{} {}", share, exact);
+        }
+        let mut distinct: Vec<_> = all.iter().filter_map(|rest| rest.first()).collect();
+        distinct.dedup();
+        prop_assert_eq!(found.len(), distinct.len().min(32));
+    }
+}

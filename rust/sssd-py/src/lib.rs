@@ -1,5 +1,6 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
+mod datastore;
 mod drafter;
 mod errors;
 mod tokens;
@@ -12,6 +13,8 @@ use pyo3::prelude::*;
 mod _core {
     use super::*;
 
+    #[pymodule_export]
+    use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
     use drafter::{PyDrafter, PySequence};
     #[pymodule_export]

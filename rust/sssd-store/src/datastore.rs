@@ -125,6 +125,27 @@ impl Datastore {
         self.files.iter().map(|file| &file.info)
     }
 
+    /// Refuses a store that was not built for a model. What is `None`, or unknown in the file, is not compared.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`].
+    pub fn check_model(&self, vocab_size: Option<u32>, fingerprint: Option<&Fingerprint>) -> Result<()> {
+        for FileInfo { path, vocab_size: built, fingerprint: tokenizer, .. } in self.files() {
+            let problem = if vocab_size.is_some_and(|size| size != *built) {
+                format!(
+                    "a vocabulary of {built} tokens, but the model has {}",
+                    vocab_size.unwrap_or_default()
+                )
+            } else if fingerprint.is_some_and(|expected| !same_tokenizer(expected, tokenizer)) {
+                "built with another tokenizer than the model's".into()
+            } else {
+                continue;
+            };
+            return Err(Error::Mismatch { path: path.clone(), problem });
+        }
+        Ok(())
+    }
+
     /// Reads every byte of every file and compares it with the checksums.
     ///
     /// # Errors
@@ -277,7 +298,6 @@ fn length(interval: &Interval) -> u64 {
 }
 
 fn agree(first: &FileInfo, other: &FileInfo) -> Result<()> {
-    let unknown = Fingerprint::default();
     let problem = if first.vocab_size != other.vocab_size {
         format!(
             "a vocabulary of {} tokens, not {} as {}",
@@ -285,12 +305,18 @@ fn agree(first: &FileInfo, other: &FileInfo) -> Result<()> {
             first.vocab_size,
             first.path.display()
         )
-    } else if ![first.fingerprint, unknown].contains(&other.fingerprint) && first.fingerprint != unknown {
+    } else if !same_tokenizer(&first.fingerprint, &other.fingerprint) {
         format!("built with another tokenizer than {}", first.path.display())
     } else {
         return Ok(());
     };
     Err(Error::Mismatch { path: other.path.clone(), problem })
+}
+
+/// Whether two fingerprints may be of one tokenizer.
+fn same_tokenizer(one: &Fingerprint, other: &Fingerprint) -> bool {
+    let unknown = Fingerprint::default();
+    one == other || *one == unknown || *other == unknown
 }
 
 fn list(ranges: &[Range<u64>]) -> String {

@@ -1,5 +1,6 @@
 //! The store against a brute-force search of the documents.
 
+#![allow(clippy::unwrap_used)] // a failure is the test's failure
 use proptest::prelude::*;
 use sssd_core::{Corpus, Match, Token};
 use sssd_store::{BuildOptions, Builder, Datastore, Load, Progress};

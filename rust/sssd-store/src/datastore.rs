@@ -12,8 +12,9 @@ use crate::{Error, Fingerprint, Result};
 
 /// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
 const MAX_MATCH: usize = 32;
-/// Length that a look-up tries first: counts only fall with the length, so it goes up or down from here.
-const FIRST_LENGTH: usize = 4;
+/// Length that a look-up tries first: counts only fall with the length, so it goes up or down from here. Measured on
+/// 30.9 M tokens: 4.1 us from 3, 5.1 us from 4, 5.9 us from 5.
+const FIRST_LENGTH: usize = 3;
 /// A position is a segment and an offset in it of this many bits.
 const OFFSET_BITS: u32 = 32;
 
@@ -223,6 +224,9 @@ impl Corpus for Datastore {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
         let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
         let usable = valid.take(max_length.min(MAX_MATCH)).count();
+        for &token in &context[context.len() - usable..] {
+            self.segments.iter().for_each(|segment| segment.prefetch_bucket(token));
+        }
         let count = self.segments.len();
         let mut intervals: SmallVec<[Interval; MAX_MATCH]> = smallvec![0..0; usable * count];
         // The occurrences of the last `length` tokens, kept in `intervals`.

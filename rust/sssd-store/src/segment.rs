@@ -111,10 +111,21 @@ impl Segment {
         start..buckets.get(u64::from(token) + 1).clamp(start, self.suffixes)
     }
 
+    /// Brings the bucket of `token` closer.
+    pub fn prefetch_bucket(&self, token: Token) {
+        Packed::new(self.section(2), self.rank_bits).prefetch(u64::from(token));
+    }
+
     fn fence(&self, index: u64) -> u64 {
         let fences = self.section(3);
         let bytes = fences.get(8 * index as usize..).and_then(<[u8]>::first_chunk);
         bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
+    fn prefetch_fence(&self, index: u64) {
+        if let Some(byte) = self.section(3).get(8 * index as usize) {
+            crate::bytes::prefetch(byte);
+        }
     }
 
     /// Ranks of the suffixes that start with the query.
@@ -126,14 +137,16 @@ impl Segment {
         let (text, suffixes) = (self.text(), self.suffix_array());
         let below = |rank: u64| compare(text, suffixes.get(rank), query).is_lt();
         let not_above = |rank: u64| compare(text, suffixes.get(rank), query).is_le();
+        let fetch = |rank: u64| text.prefetch(suffixes.get(rank) + 1);
 
         let fences = bucket.start.div_ceil(FENCE)..bucket.end.div_ceil(FENCE);
-        let mut low = partition(fences.clone(), |fence| self.fence(fence) < query.key.0);
-        let mut high = partition(low..fences.end, |fence| self.fence(fence) <= query.key.1);
+        let near = |fence: u64| self.prefetch_fence(fence);
+        let mut low = partition(fences.clone(), near, |fence| self.fence(fence) < query.key.0);
+        let mut high = partition(low..fences.end, near, |fence| self.fence(fence) <= query.key.1);
         if !query.exact && low < high {
-            let equal = low..high;
-            low = partition(equal.clone(), |fence| below(fence * FENCE));
-            high = partition(low..equal.end, |fence| not_above(fence * FENCE));
+            let (equal, fetch) = (low..high, |fence| fetch(fence * FENCE));
+            low = partition(equal.clone(), fetch, |fence| below(fence * FENCE));
+            high = partition(low..equal.end, fetch, |fence| not_above(fence * FENCE));
         }
         // The rank at `fence` itself is settled; what lies between the fence before it and it is not.
         let stretch = |fence: u64| {
@@ -141,9 +154,9 @@ impl Segment {
             let end = if fence == fences.end { bucket.end } else { fence * FENCE };
             start..end
         };
-        let start = partition(stretch(low), below);
+        let start = partition(stretch(low), fetch, below);
         let stretch = stretch(high);
-        let end = partition(start.max(stretch.start)..stretch.end.max(start), not_above);
+        let end = partition(start.max(stretch.start)..stretch.end.max(start), fetch, not_above);
         start..end
     }
 
@@ -223,16 +236,26 @@ fn compare(text: Packed<'_>, position: u64, query: &Query) -> std::cmp::Ordering
     std::cmp::Ordering::Equal
 }
 
-/// The first of `range` for which `before` does not hold; terminates whatever `before` says.
+/// The first of `range` for which `before` does not hold; terminates whatever `before` says. Asks about pivots
+/// that `fetch` has brought closer seven at a time, so that three comparisons wait for the memory only once.
 #[inline]
-fn partition(mut range: Range<u64>, before: impl Fn(u64) -> bool) -> u64 {
+fn partition(mut range: Range<u64>, fetch: impl Fn(u64), before: impl Fn(u64) -> bool) -> u64 {
     while range.start < range.end {
-        let middle = range.start + (range.end - range.start) / 2;
-        if before(middle) {
-            range.start = middle + 1;
-        } else {
-            range.end = middle;
+        let Range { start, end } = range;
+        let width = end - start;
+        let pivot = |eighth: u64| start + width * eighth / 8;
+        (1..8).map(pivot).for_each(&fetch);
+        let (mut low, mut high) = (1, 8);
+        while low < high {
+            let middle = (low + high) / 2;
+            if before(pivot(middle)) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
         }
+        range.start = if low == 1 { start } else { pivot(low - 1) + 1 };
+        range.end = if low == 8 { end } else { pivot(low) };
     }
     range.start
 }

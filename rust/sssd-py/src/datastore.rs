@@ -389,13 +389,21 @@ impl PyDatastoreBuilder {
     }
 
     /// Adds a stretch of a token stream in which ``end_token_id`` is the last token of each document. The last
-    /// document goes on with the next call.
+    /// document goes on with the next call, until ``end_stream`` or ``finish``.
     ///
     /// Raises:
     ///     As ``add``.
     fn add_stream(&self, ids: &Bound<'_, PyAny>, end_token_id: u32) -> PyResult<()> {
         let stream = tokens(ids, Some(self.vocab_size))?;
         self.with(ids.py(), |builder| builder.add_stream(&stream, end_token_id))
+    }
+
+    /// Ends the document that ``add_stream`` has left open, if any.
+    ///
+    /// Raises:
+    ///     As ``add``.
+    fn end_stream(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, Builder::end_stream)
     }
 
     /// Tokens and document ends added so far.

@@ -188,7 +188,7 @@ impl Builder {
     }
 
     /// Adds a stretch of a stream in which `end_token` is the last token of each document. The last document
-    /// goes on with the next call, until [`Builder::finish`].
+    /// goes on with the next call, until [`Builder::end_stream`] or [`Builder::finish`].
     ///
     /// # Errors
     /// As [`Builder::add_document`]; the documents before an invalid token have been added.
@@ -206,6 +206,15 @@ impl Builder {
             }
         }
         Ok(())
+    }
+
+    /// Ends the document that [`Builder::add_stream`] has left open, if any.
+    ///
+    /// # Errors
+    /// As [`Builder::add_document`].
+    pub fn end_stream(&mut self) -> Result<()> {
+        let document = std::mem::take(&mut self.partial);
+        if document.is_empty() { Ok(()) } else { self.add_document(&document) }
     }
 
     fn usable(&self) -> Result<()> {
@@ -266,10 +275,7 @@ impl Builder {
     /// [`Error::Io`] and [`Error::Cancelled`]; the target is then what it was before.
     pub fn finish(mut self, progress: &Progress) -> Result<BuildSummary> {
         self.usable()?;
-        let document = std::mem::take(&mut self.partial);
-        if !document.is_empty() {
-            self.add_document(&document)?;
-        }
+        self.end_stream()?;
         let target = self.target.clone();
         self.complete(progress).map_err(|source| {
             if progress.cancelled() { Error::Cancelled } else { Error::Io { path: target, source } }

@@ -1,0 +1,38 @@
+"""``python -m sssd verify``: compares datastores with their checksums."""
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+
+from rich.console import Console
+
+from sssd.datastore import Datastore
+from sssd.errors import DatastoreError
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    """Adds this command's arguments."""
+    parser = commands.add_parser("verify", help="compare every byte of a datastore with its checksums")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a line per file; returns 1 if any is damaged."""
+    console = Console()
+    damaged = 0
+    for path in arguments.files:
+        started = perf_counter()
+        try:
+            with Datastore.open(path) as store:
+                store.verify()
+                size = store.info.file_bytes
+        except DatastoreError as error:
+            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            damaged = 1
+        else:
+            rate = size / 1e6 / (perf_counter() - started)
+            console.print(
+                f"{path}: intact ({size:,} bytes, {rate:,.0f} MB/s)", highlight=False, soft_wrap=True
+            )
+    return damaged

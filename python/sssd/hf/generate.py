@@ -475,15 +475,13 @@ class _Decoder:
             row.stop = len(row.tokens)
 
     def _stops(self, row: _Row, token: int) -> bool:
-        if token in self.end_ids:
-            return True
-        if self.max_length is not None and self.input_ids.shape[1] + len(row.tokens) >= self.max_length:
-            return True
+        length = self.input_ids.shape[1] + len(row.tokens)
+        stopped = token in self.end_ids or (self.max_length is not None and length >= self.max_length)
         if not self.criteria:
-            return False
+            return stopped
         # Each row at its own place, for criteria that look up the row number.
         scores = tuple(row.scores) if self.record_scores else None
-        return bool(self.criteria(row.ids.expand(self.batch, -1), scores)[row.index])
+        return stopped | bool(self.criteria(row.ids.expand(self.batch, -1), scores)[row.index])
 
     def _ended(self, row: _Row) -> bool:
         if self.rows_end_alone or row.stop is None:

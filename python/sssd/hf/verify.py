@@ -230,6 +230,8 @@ def check_model(model: Any) -> None:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
     config = model.config.get_text_config(decoder=True)
+    if getattr(config, "is_decoder", True) is False:
+        raise UnsupportedModelError(f"{name}: attention is bidirectional; set is_decoder=True in the config")
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModelError(

@@ -160,6 +160,12 @@ impl Builder {
         self.output.temporary_path()
     }
 
+    /// Closes segments at `symbols`, for tests of stores with many.
+    #[cfg(test)]
+    pub(crate) fn limit_segments(&mut self, symbols: u64) {
+        self.segment_symbols = self.segment_symbols.min(symbols);
+    }
+
     /// Symbols (tokens and document ends) added so far.
     pub fn symbols(&self) -> u64 {
         self.segments.iter().map(|segment| segment.symbols).sum::<u64>() + self.symbols

@@ -106,24 +106,25 @@ impl SegmentEntry {
         Self { symbols, documents, suffixes, successors, sections }
     }
 
-    fn check(&self, vocab_size: u32, body: Range<u64>) -> std::result::Result<u64, String> {
+    fn check(&self, vocab_size: u32) -> std::result::Result<(), &'static str> {
         let distinct = u64::from(vocab_size) * MAX_SUCCESSORS as u64;
         if self.symbols > MAX_SYMBOLS
             || self.suffixes > self.symbols
             || self.documents != self.symbols - self.suffixes
             || self.successors > distinct
         {
-            return Err("a segment's counts contradict each other".into());
+            return Err("a segment's counts contradict each other");
         }
-        let mut end = body.start;
-        for (section, length) in self.sections.iter().zip(self.section_lengths(vocab_size)) {
-            let aligned = section.start % PAGE == 0 && section.start >= end;
-            if !aligned || section.end > body.end || section.end.checked_sub(section.start) != Some(length) {
-                return Err("a section lies outside its place".into());
-            }
-            end = section.end;
+        let lengths = self.section_lengths(vocab_size);
+        if self
+            .sections
+            .iter()
+            .zip(lengths)
+            .any(|(place, length)| place.start.checked_add(length) != Some(place.end))
+        {
+            return Err("a section's length contradicts the counts");
         }
-        Ok(end)
+        Ok(())
     }
 }
 
@@ -160,11 +161,6 @@ impl Header {
         out.extend(MAGIC);
         out.extend(xxh3_64(&out).to_le_bytes());
         out
-    }
-
-    /// Bytes of the blocks under the checksums, and of the checksums themselves.
-    pub fn body(&self) -> Range<u64> {
-        PAGE..self.checksums_at
     }
 
     /// Fills in the places, hashes and the UUID, and returns the header and what follows the body.
@@ -239,12 +235,20 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
         return Err(corrupt("the segment table does not match its checksum"));
     }
     let table: Vec<_> = table_bytes.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode).collect();
-    let mut body = header.body();
     let (mut tokens, mut documents) = (0, 0);
     for entry in &table {
-        body.start = entry.check(header.vocab_size, body.clone()).map_err(|problem| corrupt(&problem))?;
+        entry.check(header.vocab_size).map_err(corrupt)?;
         tokens += entry.suffixes;
         documents += entry.documents;
+    }
+    let mut places: Vec<_> = table.iter().flat_map(|entry| entry.sections.clone()).collect();
+    places.sort_unstable_by_key(|place| place.start);
+    let mut end = PAGE;
+    for place in places {
+        if place.start % PAGE != 0 || place.start < end || place.end > header.checksums_at {
+            return Err(corrupt("a section lies outside its place"));
+        }
+        end = place.end;
     }
     if (tokens, documents) != (header.tokens, header.documents) {
         return Err(corrupt("the segments do not add up to the counts of the header"));

@@ -13,6 +13,8 @@ mod index;
 mod output;
 mod packed;
 mod segment;
+#[cfg(test)]
+mod tests;
 
 pub use builder::{BuildOptions, BuildSummary, Builder, Progress};
 pub use bytes::Load;

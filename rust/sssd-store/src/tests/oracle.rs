@@ -1,19 +1,21 @@
 //! The store against a brute-force search of the documents.
 
-#![allow(clippy::unwrap_used)] // a failure is the test's failure
 use proptest::prelude::*;
 use sssd_core::{Corpus, Match, Token};
-use sssd_store::{BuildOptions, Builder, Datastore, Load, Progress};
 
-fn open(documents: &[Vec<Token>], options: BuildOptions) -> Datastore {
+use super::build;
+use crate::{BuildOptions, Datastore, Load};
+
+/// A store of the documents, split over `files` files with segments of at most `segment_symbols`.
+fn open(documents: &[Vec<Token>], vocab_size: u32, (files, segment_symbols): (usize, u64)) -> Datastore {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("store.sssd");
-    let mut builder = Builder::create(&path, options).unwrap();
-    for document in documents {
-        builder.add_document(document).unwrap();
+    let parts = documents.chunks(documents.len().div_ceil(files).max(1));
+    let paths: Vec<_> = (0..parts.len().max(1)).map(|part| folder.path().join(part.to_string())).collect();
+    let parts = parts.chain(documents.is_empty().then_some(documents));
+    for (path, part) in paths.iter().zip(parts) {
+        build(path, BuildOptions::new(vocab_size), Some(segment_symbols), part);
     }
-    builder.finish(&Progress::default()).unwrap();
-    let store = Datastore::open(&[&path], Load::Ram).unwrap();
+    let store = Datastore::open(&paths, Load::Ram).unwrap();
     store.verify().unwrap();
     store
 }
@@ -55,16 +57,22 @@ fn corpus() -> impl Strategy<Value = (u32, Vec<Vec<Token>>)> {
     })
 }
 
+/// Files, and the largest segment. A segment holds the longest document, so that none is cut.
+fn layout() -> impl Strategy<Value = (usize, u64)> {
+    (1usize..4, prop_oneof![Just(1 << 20), 50u64..200])
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn counts_and_continuations(
         (vocab, documents) in corpus(),
+        layout in layout(),
         starts in prop::collection::vec((any::<prop::sample::Index>(), 1usize..12), 30),
         noise in prop::collection::vec(0u32..3, 1..5),
     ) {
-        let store = open(&documents, BuildOptions::new(vocab));
+        let store = open(&documents, vocab, layout);
         let stream: Vec<Token> = documents.concat();
         prop_assert_eq!(store.count(&[]).unwrap(), stream.len() as u64);
         let queries = starts.iter().filter(|_| !stream.is_empty()).map(|(start, length)| {
@@ -82,11 +90,12 @@ proptest! {
     #[test]
     fn matches_follow_their_contract(
         (vocab, documents) in corpus(),
+        layout in layout(),
         end in any::<prop::sample::Index>(),
         max_length in 1usize..10,
         max_samples in 1usize..6,
     ) {
-        let store = open(&documents, BuildOptions::new(vocab));
+        let store = open(&documents, vocab, layout);
         let stream: Vec<Token> = documents.concat();
         prop_assume!(!stream.is_empty());
         let context = &stream[..=end.index(stream.len())];
@@ -121,8 +130,8 @@ proptest! {
     }
 
     #[test]
-    fn successors_are_the_most_frequent((vocab, documents) in corpus(), token in 0u32..4) {
-        let store = open(&documents, BuildOptions::new(vocab));
+    fn successors_are_the_most_frequent((vocab, documents) in corpus(), token in 0u32..4, layout in layout()) {
+        let store = open(&documents, vocab, layout);
         let mut found = Vec::new();
         store.successors(token, &mut found);
         let all = continuations(&documents, &[token]);

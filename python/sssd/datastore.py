@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -189,11 +188,12 @@ def _decompressed(file: IO[bytes], name: str) -> tuple[IO[bytes], _Damage]:
         return cast(IO[bytes], lzma.LZMAFile(cast(BinaryIO, file))), (EOFError, lzma.LZMAError)
     if suffix == ".zst":
         try:
-            import zstandard
+            from backports import zstd
         except ImportError:
-            raise InvalidArgumentError(f"{name}: .zst needs zstandard: pip install 'sssd[corpus]'") from None
-        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, reader))), (zstandard.ZstdError,)
+            raise InvalidArgumentError(
+                f"{name}: .zst needs backports.zstd: pip install 'sssd[corpus]'"
+            ) from None
+        return cast(IO[bytes], zstd.ZstdFile(file)), (EOFError, zstd.ZstdError)
     return file, ()
 
 

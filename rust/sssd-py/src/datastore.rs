@@ -536,7 +536,7 @@ fn raised(py: Python<'_>, failure: Error) -> PyErr {
                 Some(code) => {
                     let reason = source.to_string();
                     let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-                    PyOSError::new_err((code, reason, path.clone()))
+                    PyOSError::new_err((code, reason, path.clone().into_os_string()))
                 }
                 None => PyOSError::new_err(failure.to_string()),
             };

@@ -1,8 +1,8 @@
 """Measures the datastore: building, size, opening, verifying, look-up, and a store larger than its memory.
 
 ``python benches/datastore.py STREAMS OUT.json`` with the folder that holds ``store.npy`` and ``dev.*.jsonl``.
-Needs about 6 GB of disk. The memory limits take a writable cgroup (v1 or v2); without one, the address space of
-the build is limited and the page faults are left out.
+Needs about 6 GB of disk. The memory limits take a writable cgroup (v1 or v2); without one, the address space
+of the build is limited and the page faults are left out.
 """
 
 import argparse

@@ -176,7 +176,7 @@ impl Header {
         self.table_hash = xxh3_64(&tail[(self.table_at - body_end) as usize..]);
         self.file_length = body_end + tail.len() as u64 + TRAILER;
         self.uuid = [0; 16];
-        self.uuid = xxh3_128(&self.encode()).to_le_bytes(); // of the contents: equal input, equal bytes
+        self.uuid = xxh3_128(&self.encode()[..CRC_AT]).to_le_bytes(); // of the contents: equal input, equal bytes
         tail.extend(self.trailer());
         (self.encode(), tail)
     }

@@ -27,6 +27,7 @@ from sssd.datastore import Datastore
 VOCAB_SIZE, END_TOKEN = 128_256, 128_009
 COPIES, SUBSTITUTED = 7, 0.15
 BUILD_LIMIT = 4 << 30
+SMALL_MEMORY = "128M"
 ROOT = Path(__file__).parent.parent
 
 
@@ -73,13 +74,14 @@ def run(command: list[str], before: Any = None) -> tuple[str, dict[str, float]]:
     }
 
 
-def build(store: Path, tokens: Path, limited: Any = run) -> dict[str, float]:
-    command = [sys.executable, "-m", "sssd", "build", str(store), str(tokens)]
+def build(store: Path, tokens: Path, *options: str, limited: Any = run) -> dict[str, float]:
+    command = [sys.executable, "-m", "sssd", "build", str(store), str(tokens), *options]
     _, used = limited([*command, "--vocab-size", str(VOCAB_SIZE), "--end-token", str(END_TOKEN)])
     with Datastore.open(store) as opened:
-        count, size = opened.info.tokens, opened.info.file_bytes
+        count, size, segments = opened.info.tokens, opened.info.file_bytes, opened.info.segments
     return {
         "tokens": count,
+        "segments": segments,
         "build_cpu_s": round(used["cpu_s"], 2),
         "build_tokens_per_cpu_s": round(count / used["cpu_s"]),
         "build_peak_bytes": used["peak_bytes"],
@@ -168,6 +170,13 @@ def main() -> None:
         for load in ("ram", "mmap"):
             row[f"lookup_{load}"] = lookup(small, tokens, 100_000, load)
 
+        console.print("store.npy in segments")
+        options = ("--max-memory", SMALL_MEMORY)
+        results["segmented"] = row = build(
+            Path(folder) / "segmented.sssd", arguments.streams / "store.npy", *options
+        )
+        row["lookup_ram"] = lookup(Path(folder) / "segmented.sssd", tokens, 100_000, "ram")
+
         console.print("enlarged")
         enlarge(arguments.streams / "store.npy", Path(folder) / "large.npy")
 
@@ -176,7 +185,7 @@ def main() -> None:
                 return memory.run(BUILD_LIMIT, command)
             return run(command, lambda: resource.setrlimit(resource.RLIMIT_AS, (BUILD_LIMIT, BUILD_LIMIT)))
 
-        results["large"] = row = build(large, Path(folder) / "large.npy", in_limit)
+        results["large"] = row = build(large, Path(folder) / "large.npy", limited=in_limit)
         row["build_limit_bytes"] = BUILD_LIMIT
         row["open_ms"] = round(1e3 * best(20, lambda: Datastore.open(large).close()), 3)
         for load in ("ram", "mmap"):

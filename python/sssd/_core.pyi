@@ -60,13 +60,13 @@ class DraftTree:
     def render(self, decode: Callable[[SequenceABC[int]], str] | None = None) -> str: ...
     def __len__(self) -> int: ...
 
-StrPath = str | PathLike[str]
+_StrPath = str | PathLike[str]
 
 @final
 class Datastore:
     @staticmethod
     def open(
-        paths: StrPath | SequenceABC[StrPath],
+        paths: _StrPath | SequenceABC[_StrPath],
         *,
         load: Literal["mmap", "ram"] = "mmap",
         vocab_size: int | None = None,
@@ -130,7 +130,7 @@ class FileInfo:
 class DatastoreBuilder:
     def __new__(
         cls,
-        path: StrPath,
+        path: _StrPath,
         *,
         vocab_size: int,
         fingerprint: bytes | None = None,

@@ -206,7 +206,8 @@ impl Builder {
                 continue;
             }
             self.partial.extend_from_slice(piece);
-            if ended {
+            // a document longer than a segment is cut anyway, and should not pile up in memory
+            if ended || self.partial.len() as u64 >= self.segment_symbols {
                 let document = std::mem::take(&mut self.partial);
                 self.add_document(&document)?;
             }

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 
@@ -18,7 +19,9 @@ from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedMode
 
 VOCAB = 64
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
-BATCH = torch.tensor([[0, 0, 0, 5, 9, 33, 12, 5, 9], [7, 7, 3, 41, 22, 7, 7, 3, 41], [0, 0, 0, 0, 0, 0, 0, 0, 50]])
+BATCH = torch.tensor(
+    [[0, 0, 0, 5, 9, 33, 12, 5, 9], [7, 7, 3, 41, 22, 7, 7, 3, 41], [0, 0, 0, 0, 0, 0, 0, 0, 50]]
+)
 BATCH_MASK = (BATCH != 0).long()
 GREEDY = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
 
@@ -49,11 +52,11 @@ def test_greedy_output_is_that_of_the_model(attention, max_nodes, right):
     model = tiny_model("llama", attention)
     expected = plain(model, PROMPT)
     drafter = scripted(expected, right=right)
-    result = hf.generate(
-        model, PROMPT, drafter, max_nodes=max_nodes, return_dict_in_generate=True, **GREEDY
-    )
+    result = hf.generate(model, PROMPT, drafter, max_nodes=max_nodes, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(result.sequences, expected)
-    assert result.steps * max_nodes - result.drafted in (0, max_nodes), "all but a last step of one token draft"
+    assert result.steps * max_nodes - result.drafted in (0, max_nodes), (
+        "all but a last step of one token draft"
+    )
     if right == 1.0:
         assert result.tokens_per_step > 1.9
     if right == 0.0 and max_nodes == 1:
@@ -128,7 +131,9 @@ PROCESSORS = {
     "suppress": {"begin_suppress_tokens": [32, 6], "suppress_tokens": [12]},
     "encoder_no_repeat": {"encoder_no_repeat_ngram_size": 1},
     "encoder_repetition": {"encoder_repetition_penalty": 1.4},
-    "prefix_allowed": {"prefix_allowed_tokens_fn": lambda row, ids: [i for i in range(3, VOCAB) if (i + row) % 3]},
+    "prefix_allowed": {
+        "prefix_allowed_tokens_fn": lambda row, ids: [i for i in range(3, VOCAB) if (i + row) % 3]
+    },
     "forced_eos": {"forced_eos_token_id": 2},
     "watermark": {"watermarking_config": {"bias": 2.0, "seeding_scheme": "lefthash"}},
 }
@@ -309,9 +314,17 @@ def test_the_cache_can_be_continued(model, own):
 
 def test_options_that_change_nothing_in_the_output(model):
     expected = plain(model, PROMPT)
-    assert torch.equal(hf.generate(model, PROMPT, scripted(expected), prefill_chunk_size=4, **GREEDY), expected)
     assert torch.equal(
-        hf.generate(model, drafter=scripted(expected), input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY),
+        hf.generate(model, PROMPT, scripted(expected), prefill_chunk_size=4, **GREEDY), expected
+    )
+    assert torch.equal(
+        hf.generate(
+            model,
+            drafter=scripted(expected),
+            input_ids=PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            **GREEDY,
+        ),
         expected,
     )
 
@@ -334,11 +347,11 @@ def test_options_that_change_nothing_in_the_output(model):
 def test_options_that_are_refused(options, custom_generate):
     model = tiny_model("llama", "eager")
     options = {name: model if value == "model" else value for name, value in options.items()}
+    if custom_generate:
+        options["custom_generate"] = hf.generate
+    generate = model.generate if custom_generate else partial(hf.generate, model)
     with pytest.raises(UnsupportedModelError):
-        if custom_generate:
-            model.generate(PROMPT, custom_generate=hf.generate, **{**GREEDY, **options})
-        else:
-            hf.generate(model, PROMPT, **{**GREEDY, **options})
+        generate(PROMPT, **{**GREEDY, **options})
 
 
 def test_models_that_are_refused(model):
@@ -355,15 +368,17 @@ def test_models_that_are_refused(model):
     other.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="set_attn_implementation"):
         hf.generate(other, PROMPT, **GREEDY)
+    mistral = tiny_model("mistral", "eager")
     with pytest.raises(UnsupportedModelError, match="without config"):
-        mistral = tiny_model("mistral", "eager")
         hf.generate(mistral, PROMPT, past_key_values=DynamicCache(config=mistral.config), **GREEDY)
 
 
 def test_encoder_decoder_models_are_refused():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         hf.generate(T5ForConditionalGeneration(config).eval(), PROMPT, **GREEDY)
 
@@ -394,7 +409,9 @@ def test_recurrent_models_are_decoded_plainly_with_one_warning():
         assert torch.equal(output, expected)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            result = model.generate(PROMPT, custom_generate=hf.generate, return_dict_in_generate=True, **options)
+            result = model.generate(
+                PROMPT, custom_generate=hf.generate, return_dict_in_generate=True, **options
+            )
         assert torch.equal(result.sequences, expected)
         assert (result.steps, result.drafted, result.tokens_per_step) == (11, 0, 1.0)
 

@@ -17,6 +17,7 @@ from sssd import hf  # noqa: E402
 
 VOCAB = 7
 PROMPT = [3, 4, 3, 5, 6, 3]
+SAMPLE = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
 SAMPLING = {
     "top_p": ({"top_p": 0.8}, [processors.TopPLogitsWarper(0.8)]),
     "temperature_top_k": (
@@ -63,7 +64,10 @@ def p_value(counts, joint):
     observed = np.append(counts[large], counts[~large].sum())
     wanted = np.append(expected[large], expected[~large].sum())
     if wanted[-1] < 5:
-        observed, wanted = np.append(observed[:-2], observed[-2:].sum()), np.append(wanted[:-2], wanted[-2:].sum())
+        observed, wanted = (
+            np.append(observed[:-2], observed[-2:].sum()),
+            np.append(wanted[:-2], wanted[-2:].sum()),
+        )
     assert len(wanted) >= 8, "too few cells to tell distributions apart"
     return stats.chisquare(observed, wanted).pvalue
 
@@ -74,12 +78,10 @@ def sample_counts(model, options, rows=400, rounds=10):
     accepted = 0
     for seed in range(rounds):
         torch.manual_seed(seed)
-        # Trees of ten nodes over seven tokens: most walks go through accepted nodes, prefix of the tree or not.
+        # Trees of ten nodes over seven tokens: most walks go through accepted nodes.
         drafter = ScriptedDrafter([], VOCAB, 0.0, seed)
-        result = hf.generate(
-            model, ids, drafter, max_nodes=10, do_sample=True, max_new_tokens=4, eos_token_id=None, pad_token_id=0,
-            return_dict_in_generate=True, **{"top_k": 0, **options},
-        )  # fmt: skip
+        settings = {**SAMPLE, "max_new_tokens": 4, "return_dict_in_generate": True, **options}
+        result = hf.generate(model, ids, drafter, max_nodes=10, **settings)
         accepted += int(result.accepted_mask[:, 1:3].sum())
         np.add.at(counts, tuple(result.sequences[:, len(PROMPT) : len(PROMPT) + 3].T.numpy()), 1)
     assert accepted > 0.3 * counts.sum(), "the drafts should matter"
@@ -99,8 +101,7 @@ def test_joint_distribution_of_three_tokens(model, case):
 @pytest.mark.parametrize("case", SAMPLING)
 def test_one_row_draws_like_the_model(model, case):
     """The same seed gives the same tokens: one draw per output token, in order."""
-    options = {"do_sample": True, "max_new_tokens": 30, "eos_token_id": 1, "pad_token_id": 0, "top_k": 0}
-    options |= SAMPLING[case][0]
+    options = {**SAMPLE, "max_new_tokens": 30, "eos_token_id": 1, **SAMPLING[case][0]}
     ids = torch.tensor([PROMPT])
     for seed in range(5):
         torch.manual_seed(seed)
@@ -112,9 +113,6 @@ def test_one_row_draws_like_the_model(model, case):
 
 def test_several_samples_of_one_prompt(model):
     torch.manual_seed(1)
-    output = hf.generate(
-        model, torch.tensor([PROMPT]), do_sample=True, num_return_sequences=5, max_new_tokens=8, eos_token_id=None,
-        pad_token_id=0,
-    )  # fmt: skip
+    output = hf.generate(model, torch.tensor([PROMPT]), num_return_sequences=5, max_new_tokens=8, **SAMPLE)
     assert output.shape == (5, len(PROMPT) + 8)
     assert len({tuple(row) for row in output.tolist()}) > 1

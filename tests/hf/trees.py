@@ -10,7 +10,7 @@ from sssd import DraftTree
 
 
 def random_tree(rng: np.random.Generator, nodes: int, vocab_size: int) -> Any:
-    """A random tree with distinct siblings: parents mostly among the newest nodes, so that paths grow long."""
+    """A random tree with distinct siblings; parents are among the newest nodes, so paths grow long."""
     token_ids: list[int] = []
     parents: list[int] = []
     while len(token_ids) < nodes:

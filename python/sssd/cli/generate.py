@@ -1,4 +1,4 @@
-"""``python -m sssd generate``: one prompt through a model of the user's, with drafts and, to compare, without."""
+"""``python -m sssd generate``: one prompt through the user's model, with drafts and, to compare, without."""
 
 import argparse
 import os
@@ -21,15 +21,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "generate",
         help="generate with a Hugging Face model and draft trees",
-        description="Generates greedily with a model folder, verifying draft trees; accepted tokens are coloured.",
+        description="Generates greedily and verifies draft trees on the way; accepted tokens are coloured.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="folder with a transformers model and tokenizer")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL_DIR", help="folder with a transformers model and tokenizer"
+    )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the prompt")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from FILE, - for stdin")
+    prompt.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="read the prompt from FILE, - for stdin"
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--compare", action="store_true", help="decode autoregressively too and compare the tokens")
-    parser.add_argument("--dtype", default="auto", help="weight dtype, e.g. float32 or bfloat16 (default: the folder's)")
+    parser.add_argument(
+        "--compare", action="store_true", help="decode autoregressively too and compare the tokens"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="weight dtype, e.g. float32 or bfloat16 (default: the folder's)"
+    )
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
     add_generation_arguments(parser)
     return parser
@@ -38,7 +46,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that ``generate`` and ``demo`` share."""
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-nodes", type=int, default=16, metavar="N", help="draft tree size (default: %(default)s)")
+    parser.add_argument(
+        "--max-nodes", type=int, default=16, metavar="N", help="draft tree size (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not (arguments.model / "config.json").is_file():
         raise FileNotFoundError(f"{arguments.model} is no model folder: it holds no config.json")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(arguments.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+        .to(arguments.device)
+        .eval()
+    )
     if arguments.prompt is not None:
         prompt = arguments.prompt
     elif str(arguments.prompt_file) == "-":
@@ -59,7 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.chat and tokenizer.chat_template is None:
         raise SssdError("the tokenizer has no chat template; leave out --chat")
     outcome = decode(
-        model, tokenizer, "prompt", prompt, arguments.chat, arguments.max_new_tokens, arguments.max_nodes, arguments.compare
+        model,
+        tokenizer,
+        "prompt",
+        prompt,
+        arguments.chat,
+        arguments.max_new_tokens,
+        arguments.max_nodes,
+        arguments.compare,
     )
     console = Console()
     console.print(outcome.text())
@@ -123,7 +144,13 @@ def decode(
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     start = inputs["input_ids"].shape[1]
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     plain_tokens, plain_seconds = None, 0.0
     if compare:
         output, plain_seconds = _timed(lambda: model.generate(**inputs, **options))
@@ -151,7 +178,7 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _pieces(tokens: list[int], accepted: list[bool], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Splits the text where accepted tokens begin and end. A character may span tokens, so prefixes are decoded."""
+    """Splits the text where accepted tokens begin and end; decodes prefixes, as characters span tokens."""
     pieces = []
     done = ""
     for i, flag in enumerate(accepted):
@@ -170,7 +197,7 @@ def table(outcomes: list[Outcome]) -> Table:
     compared = all(outcome.plain_tokens is not None for outcome in outcomes)
     columns = ["tokens", *(["tokens/s plain"] if compared else []), "tokens/s sssd"]
     columns += [*(["ratio"] if compared else []), "tokens per step", "accepted"]
-    caption = "tokens/s include the prompt's pass; accepted: share of the output that had been drafted (green above)"
+    caption = "tokens/s with the prompt's pass; accepted: share of the output that had been drafted (green)"
     result = Table(caption=caption)
     result.add_column("prompt", no_wrap=True)
     for column in columns:
@@ -188,7 +215,9 @@ def table(outcomes: list[Outcome]) -> Table:
     return result
 
 
-def report_differences(outcomes: list[Outcome], detokenize: Callable[[list[int]], str], console: Console) -> int:
+def report_differences(
+    outcomes: list[Outcome], detokenize: Callable[[list[int]], str], console: Console
+) -> int:
     """Compares token by token, says what it found, and returns the exit status."""
     status = 0
     compared = [outcome for outcome in outcomes if outcome.plain_tokens is not None]

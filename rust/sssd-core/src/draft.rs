@@ -1,214 +1,205 @@
 //! Grows a draft tree from samples of earlier occurrences, most probable node first.
 //!
-//! A *sample* is an earlier place where the end of the context occurred; it predicts the token that followed.
+//! A *sample* is an earlier place where the end of the context occurred; it votes for the token that followed.
 //! The samples of a node are those of its parent that agree with the node's token, so the tree is built inside
-//! the samples found once at the root. At each node the samples' votes are blended over match lengths k as in
-//! prediction by partial matching: `p_k(t) = (1 - e_k) c_k(t) / n_k + e_k p_{k-1}(t)`.
+//! the samples found at the root. At each node the votes of a source are blended over match lengths k as in
+//! prediction by partial matching, `p_k(t) = (1 - e_k) c_k(t) / n_k + e_k p_{k-1}(t)`; the sources are mixed; and
+//! the mixed probability is refined by what became of such tokens before ([`Model`] has the learned parts).
 
-use std::collections::BinaryHeap;
-
+use crate::corpus::{Corpus, Match};
+use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
-use crate::model::{CLASSES, Model, REQUEST, SOURCES, STORE, class};
+use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
 use crate::tree::{DraftTree, ROOT};
-use crate::{Corpus, Match, Token};
+use crate::Token;
 
-const MAX_LENGTH: u32 = 32;
-const STORE_CHUNK: usize = 12;
-const NO_CELL: u16 = u16::MAX;
+/// Occurrences looked at in the request, at the root and at each further node.
+const REQUEST_SAMPLES: usize = 64;
+const LOWER_SAMPLES: usize = 8;
+/// Longest context looked up at nodes other than the root, as an index of [`ORDERS`].
+const LOWER_ORDERS: usize = 2;
+/// The newest occurrence counts more than older ones.
+const NEWEST_WEIGHT: f32 = 1.5;
+/// Occurrences looked at in the datastore for each match length, and the longest match.
+const STORE_SAMPLES: usize = 64;
+const STORE_LENGTH: usize = 8;
+/// Tokens read from the datastore at a time: most samples disagree early.
+const FIRST_READ: usize = 4;
+const NEXT_READ: usize = 16;
+/// Below this mixed probability nothing is refined, and nothing learned about refining.
+const LEAST_REFINED: f32 = 0.003;
+/// No refinement raises a probability by more than about this factor.
+const MOST_GAIN: f32 = 2.0;
+/// Slots of the token table; more than the candidates that one expansion can have.
+const SLOTS: usize = 2048;
+const NO_CLASS: u8 = u8::MAX;
 
+/// What one draft is made from.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    pub index: &'a Index,
+    pub store: Option<&'a dyn Corpus>,
+    pub model: &'a Model,
+    /// Nothing is drafted after these.
+    pub end_tokens: &'a [Token],
+    pub max_nodes: usize,
+    /// Nodes whose path is less probable are not drafted.
+    pub min_prob: f32,
+}
+
+/// An earlier occurrence of a node's context.
 #[derive(Clone, Copy)]
 struct Sample {
-    /// Index of the predicted token in the source's text.
+    /// The predicted token, as an index into the request's tokens or into `read`.
     cursor: u32,
     end: u32,
     /// The next sample of the same candidate.
     next: u32,
+    /// Matched tokens, at most `MAX_LENGTH`.
     length: u16,
     source: u8,
     weight: f32,
-    /// Where the store goes on after `end`.
-    position: u64,
+    /// Where the datastore goes on after `end`, if it may.
+    rest: u64,
 }
 
-/// A token that may follow a node. Becomes a node itself once it is the most probable one left.
+/// A token that may follow a node; a node itself once it is the most probable one left.
 #[derive(Clone, Copy)]
 struct Candidate {
     token: Token,
     parent: u32,
+    /// Its index in the tree.
     node: i32,
+    depth: u32,
+    /// Probability given the parent, before refinement.
+    mixed: f32,
+    /// Probability of the path from the root.
     path: f32,
-    depth: u16,
-    /// The longest class of each source that holds the token; `NO_CLASS` if none.
-    classes: [u8; SOURCES],
-    probs: [f32; SOURCES],
+    occurrence: Occurrence,
+    /// For each source, the class of the longest context that the token followed.
+    classes: [u8; source::COUNT],
+    /// Probability given by each source.
+    probs: [f32; source::COUNT],
+    /// First of its samples.
     samples: u32,
+    /// Its children and the evidence for them, once it has been expanded.
     children: (u32, u32),
     evidence: u32,
 }
 
-/// What an expanded node's prediction was made of, kept for learning.
-#[derive(Clone, Copy)]
-struct Evidence {
-    cells: [[u16; CLASSES]; SOURCES],
-    gates: [u16; SOURCES],
-    weights: [f32; SOURCES],
+impl Candidate {
+    fn new(token: Token, parent: u32, depth: u32) -> Self {
+        Self {
+            token,
+            parent,
+            node: ROOT,
+            depth,
+            mixed: 0.0,
+            path: 1.0,
+            occurrence: Occurrence::Never,
+            classes: [NO_CLASS; source::COUNT],
+            probs: [0.0; source::COUNT],
+            samples: NONE,
+            children: (0, 0),
+            evidence: NONE,
+        }
+    }
+
+    fn support(&self) -> Support {
+        let class = |source: usize| (self.classes[source] != NO_CLASS).then_some(self.classes[source]);
+        Support {
+            request: class(source::REQUEST),
+            occurrence: self.occurrence,
+            store: class(source::STORE),
+            lower: class(source::LOWER).is_some(),
+            successor: class(source::SUCCESSORS).is_some(),
+        }
+    }
 }
 
-const NO_CLASS: u8 = u8::MAX;
+/// What the prediction after an expanded node was made of, kept for learning.
+#[derive(Clone, Default)]
+struct Evidence {
+    /// The sampled sources' contexts, longest first: class and cell.
+    contexts: [[Option<(u8, EscapeCell)>; CLASSES]; source::SAMPLED],
+    gates: [Option<GateCell>; source::COUNT],
+    weights: [f32; source::COUNT],
+}
 
-/// Reusable memory of a sequence's drafts, and the last draft itself until its outcome is known.
+/// The memory of a sequence's drafts, reused from draft to draft, and the last draft's reasons until its outcome
+/// is known.
 #[derive(Clone, Default)]
 pub struct Drafting {
     samples: Vec<Sample>,
     candidates: Vec<Candidate>,
     evidence: Vec<Evidence>,
-    heap: BinaryHeap<u64>,
+    frontier: Frontier,
     matches: Vec<Match>,
-    buffer: Vec<Token>,
-    /// Hash table from token to candidate for the expansion at hand.
-    slots: Vec<(u32, u32)>,
-    stamp: u32,
+    /// Tokens read from the datastore.
+    read: Vec<Token>,
+    successors: Vec<(Token, f32)>,
+    /// Sample, candidate and class of each vote in the expansion at hand.
     votes: Vec<(u32, u32, u8)>,
-    /// The node that the target's output has followed so far.
+    table: TokenTable,
+    tree: DraftTree,
+    /// The candidate that the target's output has followed so far.
     followed: Option<u32>,
 }
 
-pub struct Limits<'a> {
-    pub max_nodes: usize,
-    pub end_tokens: &'a [Token],
-    pub min_prob: f32,
-}
-
-const SLOTS: usize = 1024;
-
 impl Drafting {
-    pub fn memory_bytes(&self) -> usize {
-        self.samples.capacity() * size_of::<Sample>()
-            + self.candidates.capacity() * size_of::<Candidate>()
-            + self.evidence.capacity() * size_of::<Evidence>()
-            + self.heap.capacity() * 8
-            + self.matches.capacity() * size_of::<Match>()
-            + self.buffer.capacity() * 4
-            + self.slots.capacity() * 8
-            + self.votes.capacity() * 12
-    }
-
-    /// Learns from the tokens that the target has produced after the last draft.
-    pub fn learn(&mut self, model: &mut Model, tokens: &[Token]) {
-        for &token in tokens {
-            let Some(at) = self.followed else { return };
-            let candidate = self.candidates[at as usize];
-            if candidate.evidence == NONE {
-                self.followed = None;
-                return;
-            }
-            let evidence = &self.evidence[candidate.evidence as usize];
-            let (start, end) = candidate.children;
-            let child = (start..end).find(|&child| self.candidates[child as usize].token == token);
-            let found = child.map(|child| self.candidates[child as usize]);
-            for source in 0..SOURCES {
-                let held = found.map_or(NO_CLASS, |found| found.classes[source]);
-                for class in (0..CLASSES).rev() {
-                    let cell = evidence.cells[source][class];
-                    if cell == NO_CELL {
-                        continue;
-                    }
-                    let hit = held != NO_CLASS && held as usize >= class;
-                    model.learn_escape(cell, !hit);
-                    if hit {
-                        break;
-                    }
-                }
-            }
-            if let Some(found) = found {
-                let total: f32 = (0..SOURCES).map(|s| evidence.weights[s] * found.probs[s]).sum();
-                if total > 0.0 {
-                    for s in 0..SOURCES {
-                        if evidence.gates[s] != NO_CELL {
-                            let posterior = evidence.weights[s] * found.probs[s] / total;
-                            model.learn_gate(evidence.gates[s], posterior - evidence.weights[s]);
-                        }
-                    }
-                }
-            }
-            self.followed = child;
-        }
-    }
-
-    pub fn forget(&mut self) {
-        self.followed = None;
-    }
-
-    pub fn draft(&mut self, index: &Index, store: Option<&dyn Corpus>, model: &Model, limits: &Limits) -> DraftTree {
+    /// Drafts a tree; it stays valid until the next draft.
+    pub fn draft(&mut self, inputs: &Inputs) -> &DraftTree {
         self.samples.clear();
         self.candidates.clear();
         self.evidence.clear();
-        self.heap.clear();
-        self.buffer.clear();
-        self.slots.resize(SLOTS, (0, 0));
+        self.read.clear();
+        self.tree.clear();
         self.followed = None;
-        let mut tree = DraftTree::default();
-        let Some(&last) = index.tokens().last() else { return tree };
-        if limits.max_nodes == 0 || limits.end_tokens.contains(&last) {
-            return tree;
-        }
-        self.candidates.push(Candidate {
-            token: last,
-            parent: NONE,
-            node: ROOT,
-            path: 1.0,
-            depth: 0,
-            classes: [NO_CLASS; SOURCES],
-            probs: [0.0; SOURCES],
-            samples: NONE,
-            children: (0, 0),
-            evidence: NONE,
-        });
-        self.gather_request(index, model);
-        if let Some(store) = store {
-            self.gather_store(index, store);
-        }
-        self.followed = Some(0);
-        self.expand(0, index, store, model, limits);
-        while let Some(key) = self.heap.pop() {
-            let at = !(key as u32);
-            let candidate = &mut self.candidates[at as usize];
-            candidate.node = tree.token_ids.len() as i32;
-            let (token, path, parent) = (candidate.token, candidate.path, candidate.parent);
-            tree.push(token, self.candidates[parent as usize].node, path);
-            if tree.len() == limits.max_nodes {
-                break;
-            }
-            if !limits.end_tokens.contains(&token) {
-                self.expand(at, index, store, model, limits);
+        self.frontier.reset(inputs.max_nodes, inputs.min_prob);
+        if let Some(&last) = inputs.index.tokens().last() {
+            if inputs.max_nodes > 0 && !inputs.end_tokens.contains(&last) {
+                self.candidates.push(Candidate::new(last, NONE, 0));
+                self.gather_request(inputs.index);
+                self.gather_store(inputs);
+                self.followed = Some(0);
+                self.expand(0, inputs);
+                self.grow(inputs);
             }
         }
-        tree
+        &self.tree
     }
 
-    /// Collects earlier occurrences of the context in the request, longest match first, newest first.
-    fn gather_request(&mut self, index: &Index, model: &Model) {
+    fn grow(&mut self, inputs: &Inputs) {
+        while self.tree.len() < inputs.max_nodes {
+            let Some(best) = self.frontier.pop() else { return };
+            let Candidate { token, parent, path, .. } = self.candidates[best as usize];
+            self.candidates[best as usize].node = self.tree.len() as i32;
+            self.tree.push(token, self.candidates[parent as usize].node, path);
+            if self.tree.len() < inputs.max_nodes && !inputs.end_tokens.contains(&token) {
+                self.gather_lower(best, inputs.index);
+                self.expand(best, inputs);
+            }
+        }
+    }
+
+    /// Collects earlier occurrences of the context in the request, longest contexts first, newest first.
+    fn gather_request(&mut self, index: &Index) {
         let tokens = index.tokens();
-        let last = tokens.len() as u32 - 1;
-        let cap = if model.tune[2].is_nan() { 64 } else { model.tune[2] as usize };
-        let mut steps = 4 * cap;
-        let mut longer = usize::MAX;
+        let last = tokens.len() - 1;
+        let mut context = [0; MAX_LENGTH];
+        let known = tokens.len().min(MAX_LENGTH);
+        context.iter_mut().zip(tokens.iter().rev()).for_each(|(to, &from)| *to = from);
+        let mut steps = 4 * REQUEST_SAMPLES;
+        let mut longer = MAX_LENGTH + 1;
         for order in (0..ORDERS.len()).rev() {
-            let mut position = index.previous(order, last);
-            let mut fresh = true;
-            while position != NONE && self.samples.len() < cap && steps > 0 {
+            let mut position = index.previous(order, last as u32);
+            let mut weight = NEWEST_WEIGHT;
+            while position != NONE && self.samples.len() < REQUEST_SAMPLES && steps > 0 {
                 steps -= 1;
-                let length = match_length(tokens, position, last);
-                if (length as usize) < longer && length > 0 {
-                    self.add_sample(0, Sample {
-                        cursor: position + 1,
-                        end: tokens.len() as u32,
-                        next: NONE,
-                        length: length as u16,
-                        source: REQUEST as u8,
-                        weight: if fresh { fresh = false; 1.0 + if model.tune[5].is_nan() { 0.0 } else { model.tune[5] } } else { 1.0 },
-                        position: 0,
-                    });
+                let length = index.match_length(position, &context[..known]);
+                if (1..longer).contains(&length) {
+                    self.add_request_sample(0, source::REQUEST, index, position, length, weight);
+                    weight = 1.0;
                 }
                 position = index.previous(order, position);
             }
@@ -216,240 +207,368 @@ impl Drafting {
         }
     }
 
-    fn gather_store(&mut self, index: &Index, store: &dyn Corpus) {
-        let tokens = index.tokens();
-        self.matches.clear();
-        store.matches(&tokens[tokens.len().saturating_sub(8)..], 8, 64, &mut self.matches);
-        for i in 0..self.matches.len() {
-            let found = self.matches[i];
-            let cursor = self.buffer.len() as u32;
-            self.buffer.resize(self.buffer.len() + STORE_CHUNK, 0);
-            let copied = store.continuation(found.position, &mut self.buffer[cursor as usize..]);
-            self.add_sample(0, Sample {
-                cursor,
-                end: cursor + copied as u32,
-                next: NONE,
-                length: found.length as u16,
-                source: STORE as u8,
-                weight: found.weight,
-                position: if copied == STORE_CHUNK { found.position + copied as u64 } else { u64::MAX },
-            });
-        }
-    }
-
-    fn add_sample(&mut self, candidate: u32, mut sample: Sample) {
-        let list = &mut self.candidates[candidate as usize].samples;
-        sample.next = *list;
-        *list = self.samples.len() as u32;
-        self.samples.push(sample);
-    }
-
-    /// Looks up the node's own last tokens in the request: shorter contexts than the samples have.
-    fn gather_lower(&mut self, at: u32, index: &Index, model: &Model) {
-        let cap = if model.tune[3].is_nan() { 8 } else { model.tune[3] as usize };
-        if cap == 0 {
-            return;
-        }
-        let tokens = index.tokens();
-        let candidate = self.candidates[at as usize];
-        let depth = u32::from(candidate.depth);
-        // the path, newest token first, then the request's tail
-        let mut path = [0; 8];
+    /// Collects occurrences in the request of the node's own last tokens, where they follow other tokens than
+    /// on the node's path: shorter contexts than those of the samples.
+    fn gather_lower(&mut self, node: u32, index: &Index) {
+        const LONGEST: usize = ORDERS[LOWER_ORDERS - 1];
+        let mut context = [0; LONGEST + 1];
         let mut known = 0;
-        let mut node = at;
-        while known < path.len() && node != NONE && node != 0 {
-            path[known] = self.candidates[node as usize].token;
+        let mut above = node;
+        while known < context.len() && above != NONE {
+            context[known] = self.candidates[above as usize].token;
             known += 1;
-            node = self.candidates[node as usize].parent;
+            above = self.candidates[above as usize].parent;
         }
-        let mut longer = (depth + 1).min(8);
-        let start = self.samples.len();
-        let mut steps = 2 * cap;
-        for order in (0..2).rev() {
-            if ORDERS[order] as u32 > depth {
-                continue;
-            }
-            let mut position = index.newest(order, path[..ORDERS[order]].iter().copied());
-            while position != NONE && self.samples.len() < start + cap && steps > 0 {
+        let depth = self.candidates[node as usize].depth as usize;
+        let (first, mut steps) = (self.samples.len(), 2 * LOWER_SAMPLES);
+        let mut longer = (depth + 1).min(context.len());
+        for order in (0..LOWER_ORDERS).rev().filter(|&order| ORDERS[order] <= depth) {
+            let mut position = index.newest(order, &context[..known]);
+            while position != NONE && self.samples.len() < first + LOWER_SAMPLES && steps > 0 {
                 steps -= 1;
-                let mut length = 0;
-                while length < longer
-                    && length <= position
-                    && (length as usize) < known
-                    && tokens[(position - length) as usize] == path[length as usize]
-                {
-                    length += 1;
-                }
-                if length < longer && length > 0 {
-                    self.add_sample(at, Sample {
-                        cursor: position + 1,
-                        end: tokens.len() as u32,
-                        next: NONE,
-                        length: length as u16,
-                        source: crate::model::LOWER as u8,
-                        weight: 1.0,
-                        position: 0,
-                    });
+                let length = index.match_length(position, &context[..known]);
+                if (1..longer).contains(&length) {
+                    self.add_request_sample(node, source::LOWER, index, position, length, 1.0);
                 }
                 position = index.previous(order, position);
             }
-            longer = ORDERS[order] as u32;
+            longer = ORDERS[order];
         }
     }
 
-    fn expand(&mut self, at: u32, index: &Index, store: Option<&dyn Corpus>, model: &Model, limits: &Limits) {
-        if at != 0 {
-            self.gather_lower(at, index, model);
-        }
-        let parent = self.candidates[at as usize];
-        let start = self.candidates.len() as u32;
-        self.stamp += 1;
-        self.votes.clear();
-        let mut mass = [[0.0f32; CLASSES]; SOURCES];
-        let mut list = parent.samples;
-        while list != NONE {
-            let sample = self.samples[list as usize];
-            let current = list;
-            list = sample.next;
-            let token = if sample.cursor < sample.end {
-                if sample.source as usize != STORE { index.tokens()[sample.cursor as usize] } else { self.buffer[sample.cursor as usize] }
-            } else if let (true, Some(store)) = (sample.source as usize == STORE && sample.position != u64::MAX, store) {
-                let cursor = self.buffer.len();
-                self.buffer.resize(cursor + STORE_CHUNK, 0);
-                let copied = store.continuation(sample.position, &mut self.buffer[cursor..]);
-                if copied == 0 {
-                    continue;
-                }
-                let s = &mut self.samples[current as usize];
-                s.cursor = cursor as u32;
-                s.end = (cursor + copied) as u32;
-                s.position = if copied == STORE_CHUNK { sample.position + copied as u64 } else { u64::MAX };
-                self.buffer[cursor]
-            } else {
-                continue;
+    fn add_request_sample(
+        &mut self,
+        candidate: u32,
+        source: usize,
+        index: &Index,
+        position: u32,
+        length: usize,
+        weight: f32,
+    ) {
+        let (cursor, end) = (position + 1, index.tokens().len() as u32);
+        let length = length as u16;
+        let sample = Sample { cursor, end, next: NONE, length, source: source as u8, weight, rest: u64::MAX };
+        self.add_sample(candidate, sample);
+    }
+
+    fn gather_store(&mut self, inputs: &Inputs) {
+        let Some(store) = inputs.store else { return };
+        let tokens = inputs.index.tokens();
+        let context = &tokens[tokens.len().saturating_sub(STORE_LENGTH)..];
+        let mut matches = std::mem::take(&mut self.matches);
+        matches.clear();
+        store.matches(context, STORE_LENGTH, STORE_SAMPLES, &mut matches);
+        for found in &matches {
+            let mut sample = Sample {
+                cursor: 0,
+                end: 0,
+                next: NONE,
+                length: found.length as u16,
+                source: source::STORE as u8,
+                weight: found.weight,
+                rest: found.position,
             };
-            let child = self.child(at, start, token);
-            let class = class(u32::from(sample.length));
-            let source = sample.source as usize;
-            let c = &mut self.candidates[child as usize];
-            if c.classes[source] == NO_CLASS || (c.classes[source] as usize) < class {
-                c.classes[source] = class as u8;
-            }
-            mass[source][class] += sample.weight;
-            self.votes.push((current, child, class as u8));
-            let s = &mut self.samples[current as usize];
-            s.cursor += 1;
-            s.length = (s.length + 1).min(MAX_LENGTH as u16);
-            s.next = c.samples;
-            c.samples = current;
+            self.read_on(&mut sample, store, FIRST_READ);
+            self.add_sample(0, sample);
         }
-        let end = self.candidates.len() as u32;
-        if end == start {
-            return;
+        self.matches = matches;
+    }
+
+    /// Reads the sample's next tokens from the datastore.
+    fn read_on(&mut self, sample: &mut Sample, store: &dyn Corpus, count: usize) {
+        let start = self.read.len();
+        self.read.resize(start + count, 0);
+        let read = store.continuation(sample.rest, &mut self.read[start..]);
+        self.read.truncate(start + read);
+        sample.cursor = start as u32;
+        sample.end = (start + read) as u32;
+        sample.rest = if read == count { sample.rest + read as u64 } else { u64::MAX };
+    }
+
+    fn add_sample(&mut self, candidate: u32, mut sample: Sample) {
+        let first = &mut self.candidates[candidate as usize].samples;
+        sample.next = std::mem::replace(first, self.samples.len() as u32);
+        self.samples.push(sample);
+    }
+
+    /// Predicts what follows `node` and puts the predicted tokens on the frontier.
+    fn expand(&mut self, node: u32, inputs: &Inputs) {
+        let start = self.candidates.len();
+        self.table.clear();
+        let mut evidence = Evidence::default();
+        self.vote(node, inputs);
+        let classes = self.blend(start, inputs.model, &mut evidence);
+        self.successors.clear();
+        if let Some(store) = inputs.store {
+            store.successors(self.candidates[node as usize].token, &mut self.successors);
         }
-        // distinct successors per class
-        let mut distinct = [[0u32; CLASSES]; SOURCES];
-        for c in &self.candidates[start as usize..] {
-            for source in 0..SOURCES {
-                if c.classes[source] != NO_CLASS {
-                    distinct[source][c.classes[source] as usize] += 1;
+        self.weigh(start, &classes, inputs.model, &mut evidence);
+        self.add_successors(node, &evidence);
+        self.refine(node, start, inputs, &evidence);
+        let expanded = &mut self.candidates[node as usize];
+        expanded.children = (start as u32, 0);
+        expanded.evidence = self.evidence.len() as u32;
+        self.candidates[node as usize].children.1 = self.candidates.len() as u32;
+        self.evidence.push(evidence);
+    }
+
+    /// Hands each sample of `node` on to the candidate for its next token.
+    fn vote(&mut self, node: u32, inputs: &Inputs) {
+        self.votes.clear();
+        let mut next = self.candidates[node as usize].samples;
+        while next != NONE {
+            let current = next;
+            let mut sample = self.samples[current as usize];
+            next = sample.next;
+            if sample.cursor == sample.end {
+                match inputs.store {
+                    Some(store) if sample.rest != u64::MAX => self.read_on(&mut sample, store, NEXT_READ),
+                    _ => continue,
                 }
-            }
-        }
-        let mut evidence =
-            Evidence { cells: [[NO_CELL; CLASSES]; SOURCES], gates: [NO_CELL; SOURCES], weights: [0.0; SOURCES] };
-        let mut value = [[0.0f32; CLASSES]; SOURCES];
-        for source in 0..SOURCES {
-            let cumulative = source != STORE;
-            let (mut n, mut d, mut rest) = (0.0, 0, 1.0);
-            for class in (0..CLASSES).rev() {
-                if mass[source][class] == 0.0 {
+                if sample.cursor == sample.end {
                     continue;
                 }
-                n = if cumulative { n + mass[source][class] } else { mass[source][class] };
-                d = if cumulative { d + distinct[source][class] } else { d + distinct[source][class] };
-                let cell = model.cell(crate::model::depth_bucket(parent.depth), source, class, n, d);
-                if evidence.gates[source] == NO_CELL {
-                    evidence.gates[source] = model.gate_cell(source, class, n);
-                }
-                evidence.cells[source][class] = cell;
-                let escape = model.escape(cell);
-                value[source][class] = rest * (1.0 - escape) / n;
-                rest *= escape;
             }
-            if cumulative {
+            let source = usize::from(sample.source);
+            let token = match source {
+                source::STORE => self.read[sample.cursor as usize],
+                _ => inputs.index.tokens()[sample.cursor as usize],
+            };
+            let child = self.child(node, token);
+            let class = class(sample.length) as u8;
+            let candidate = &mut self.candidates[child as usize];
+            let held = &mut candidate.classes[source];
+            if *held == NO_CLASS || *held < class {
+                *held = class;
+            }
+            sample.cursor += 1;
+            sample.length = (sample.length + 1).min(MAX_LENGTH as u16);
+            sample.next = std::mem::replace(&mut candidate.samples, current);
+            self.samples[current as usize] = sample;
+            self.votes.push((current, child, class));
+        }
+    }
+
+    /// Turns votes into the probability that each sampled source gives each candidate. Returns the longest class
+    /// of each source.
+    fn blend(&mut self, start: usize, model: &Model, evidence: &mut Evidence) -> [Option<usize>; source::SAMPLED] {
+        let mut counts = [[0.0f32; CLASSES]; source::SAMPLED];
+        let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
+        let mut longest = [None; source::SAMPLED];
+        for &(sample, _, class) in &self.votes {
+            let sample = &self.samples[sample as usize];
+            counts[usize::from(sample.source)][usize::from(class)] += sample.weight;
+        }
+        for candidate in &self.candidates[start..] {
+            for source in 0..source::SAMPLED {
+                if candidate.classes[source] != NO_CLASS {
+                    distinct[source][usize::from(candidate.classes[source])] += 1;
+                }
+            }
+        }
+        // the vote of one occurrence of each class
+        let mut value = counts;
+        for source in 0..source::SAMPLED {
+            // a longer match in the request is a shorter one too; the datastore samples each length anew
+            let nested = source != source::STORE;
+            let (mut count, mut seen, mut rest) = (0.0, 0, 1.0);
+            let mut contexts = evidence.contexts[source].iter_mut();
+            for class in (0..CLASSES).rev().filter(|&class| counts[source][class] > 0.0) {
+                count = if nested { count + counts[source][class] } else { counts[source][class] };
+                seen += distinct[source][class];
+                let cell = Model::escape_cell(source, class, count, seen);
+                let escape = model.escape(cell);
+                value[source][class] = rest * (1.0 - escape) / count;
+                rest *= escape;
+                longest[source] = longest[source].or(Some(class));
+                if let Some(context) = contexts.next() {
+                    *context = Some((class as u8, cell));
+                }
+            }
+            if nested && longest[source].is_some() {
                 for class in 1..CLASSES {
                     value[source][class] += value[source][class - 1];
                 }
             }
         }
-        // softmax over the sources that have anything to say
-        let mut total = 0.0;
-        for source in 0..SOURCES {
-            if evidence.gates[source] != NO_CELL {
-                evidence.weights[source] = model.gate(evidence.gates[source]).exp();
-                total += evidence.weights[source];
-            }
+        for &(sample, child, class) in &self.votes {
+            let sample = &self.samples[sample as usize];
+            let source = usize::from(sample.source);
+            self.candidates[child as usize].probs[source] += sample.weight * value[source][usize::from(class)];
         }
-        evidence.weights.iter_mut().for_each(|weight| *weight /= total);
-        for i in 0..self.votes.len() {
-            let (sample, child, class) = self.votes[i];
-            let sample = self.samples[sample as usize];
-            let source = sample.source as usize;
-            self.candidates[child as usize].probs[source] += sample.weight * value[source][class as usize];
-        }
-        let mut pushed = 0;
-        for child in start..end {
-            let c = &mut self.candidates[child as usize];
-            let p: f32 = (0..SOURCES).map(|s| evidence.weights[s] * c.probs[s]).sum();
-            c.path = parent.path * p.min(1.0);
-            if c.path >= limits.min_prob {
-                self.heap.push(u64::from(c.path.to_bits()) << 32 | u64::from(!child));
-                pushed += 1;
-            }
-        }
-        let _ = pushed;
-        let c = &mut self.candidates[at as usize];
-        c.children = (start, end);
-        c.evidence = self.evidence.len() as u32;
-        self.evidence.push(evidence);
+        longest
     }
 
-    /// The candidate for `token` under `parent`, created if it is new. `start` is the parent's first candidate.
-    fn child(&mut self, parent: u32, start: u32, token: Token) -> u32 {
-        let mut slot = (token.wrapping_mul(0x9e37_79b1) >> 22) as usize;
-        loop {
-            let (stamp, candidate) = self.slots[slot];
-            if stamp != self.stamp {
-                break;
+    /// Gives each source its weight: a softmax over those that have anything to say.
+    fn weigh(
+        &self,
+        start: usize,
+        classes: &[Option<usize>; source::SAMPLED],
+        model: &Model,
+        evidence: &mut Evidence,
+    ) {
+        for source in 0..source::SAMPLED {
+            if let Some(class) = classes[source] {
+                let probs = self.candidates[start..].iter().map(|candidate| candidate.probs[source]);
+                let peak = probs.fold(0.0, f32::max);
+                evidence.gates[source] = Some(Model::gate_cell(source, class, peak));
             }
-            if self.candidates[candidate as usize].token == token {
-                return candidate;
-            }
-            slot = (slot + 1) % SLOTS;
         }
-        let _ = start;
-        let candidate = self.candidates.len() as u32;
-        self.slots[slot] = (self.stamp, candidate);
-        let depth = self.candidates[parent as usize].depth + 1;
-        self.candidates.push(Candidate {
-            token,
-            parent,
-            node: ROOT,
-            path: 0.0,
-            depth,
-            classes: [NO_CLASS; SOURCES],
-            probs: [0.0; SOURCES],
-            samples: NONE,
-            children: (0, 0),
-            evidence: NONE,
-        });
-        candidate
+        if let Some(&(_, peak)) = self.successors.first() {
+            evidence.gates[source::SUCCESSORS] = Some(Model::gate_cell(source::SUCCESSORS, 0, peak));
+        }
+        let mut total = 0.0;
+        for (weight, gate) in evidence.weights.iter_mut().zip(evidence.gates) {
+            *weight = gate.map_or(0.0, |cell| model.gate(cell).exp());
+            total += *weight;
+        }
+        evidence.weights.iter_mut().for_each(|weight| *weight /= total.max(f32::MIN_POSITIVE));
+    }
+
+    /// Adds the last token's usual successors, as far as they may become nodes.
+    fn add_successors(&mut self, node: u32, evidence: &Evidence) {
+        let reach = self.candidates[node as usize].path * evidence.weights[source::SUCCESSORS] * MOST_GAIN;
+        for i in 0..self.successors.len() {
+            let (token, share) = self.successors[i];
+            let child = if reach * share >= self.frontier.floor() {
+                Some(self.child(node, token))
+            } else {
+                self.table.find(token, &self.candidates).ok()
+            };
+            if let Some(child) = child {
+                let candidate = &mut self.candidates[child as usize];
+                candidate.classes[source::SUCCESSORS] = 0;
+                candidate.probs[source::SUCCESSORS] = share;
+            }
+        }
+    }
+
+    /// Mixes the sources, refines the result and puts the candidates on the frontier.
+    fn refine(&mut self, node: u32, start: usize, inputs: &Inputs, evidence: &Evidence) {
+        let above = self.candidates[node as usize].path;
+        let mut total = 0.0;
+        for candidate in &mut self.candidates[start..] {
+            let parts = candidate.probs.iter().zip(evidence.weights);
+            candidate.mixed = parts.map(|(prob, weight)| prob * weight).sum::<f32>().min(1.0);
+            candidate.path = candidate.mixed;
+            if candidate.mixed >= LEAST_REFINED {
+                let unseen = [source::REQUEST, source::LOWER].iter().all(|&s| candidate.classes[s] == NO_CLASS);
+                let newest = if unseen { inputs.index.newest(0, &[candidate.token]) } else { NONE };
+                if newest != NONE {
+                    candidate.occurrence = Occurrence::ago(inputs.index.tokens().len() - newest as usize);
+                }
+                candidate.path = inputs.model.refine(candidate.support(), candidate.mixed);
+            }
+            total += candidate.path;
+        }
+        let scale = above / total.max(1.0);
+        for (child, candidate) in (start as u32..).zip(&mut self.candidates[start..]) {
+            candidate.path *= scale;
+            self.frontier.push(child, candidate.path);
+        }
+    }
+
+    /// The candidate for `token` under `node`, created if it is new.
+    fn child(&mut self, node: u32, token: Token) -> u32 {
+        match self.table.find(token, &self.candidates) {
+            Ok(candidate) => candidate,
+            Err(slot) => {
+                let depth = self.candidates[node as usize].depth + 1;
+                let candidate = self.candidates.len() as u32;
+                self.candidates.push(Candidate::new(token, node, depth));
+                self.table.insert(slot, candidate);
+                candidate
+            }
+        }
+    }
+
+    /// Learns from the tokens that the target has produced after the last draft.
+    pub fn learn(&mut self, model: &mut Model, tokens: &[Token]) {
+        for &token in tokens {
+            let Some(at) = self.followed.take() else { return };
+            let expanded = &self.candidates[at as usize];
+            let Some(evidence) = self.evidence.get(expanded.evidence as usize) else { return };
+            let children = expanded.children.0..expanded.children.1;
+            self.followed = children.clone().find(|&child| self.candidates[child as usize].token == token);
+            let truth = self.followed.map(|child| &self.candidates[child as usize]);
+            for (source, contexts) in evidence.contexts.iter().enumerate() {
+                let held = truth.map_or(NO_CLASS, |truth| truth.classes[source]);
+                // only down to the longest context that held the truth: shorter ones were not asked
+                for (class, cell) in contexts.iter().map_while(|&context| context) {
+                    let escaped = held == NO_CLASS || held < class;
+                    model.learn_escape(cell, escaped);
+                    if !escaped {
+                        break;
+                    }
+                }
+            }
+            if let Some(truth) = truth.filter(|truth| truth.mixed > 0.0) {
+                for (source, gate) in evidence.gates.iter().enumerate() {
+                    if let &Some(cell) = gate {
+                        let weight = evidence.weights[source];
+                        model.learn_gate(cell, weight * truth.probs[source] / truth.mixed - weight);
+                    }
+                }
+            }
+            for candidate in &self.candidates[children.start as usize..children.end as usize] {
+                if candidate.mixed >= LEAST_REFINED {
+                    model.learn_refinement(candidate.support(), candidate.mixed, candidate.token == token);
+                }
+            }
+        }
+    }
+
+    pub fn memory_bytes(&self) -> usize {
+        fn bytes<T>(items: &Vec<T>) -> usize {
+            items.capacity() * size_of::<T>()
+        }
+        bytes(&self.samples)
+            + bytes(&self.candidates)
+            + bytes(&self.evidence)
+            + self.frontier.memory_bytes()
+            + bytes(&self.matches)
+            + bytes(&self.read)
+            + bytes(&self.successors)
+            + bytes(&self.votes)
+            + bytes(&self.table.slots)
+            + self.tree.memory_bytes()
     }
 }
 
-/// How many tokens up to `a` and up to `b` are equal, at most `MAX_LENGTH`.
-fn match_length(tokens: &[Token], a: u32, b: u32) -> u32 {
-    let limit = (a + 1).min(MAX_LENGTH);
-    (0..limit).find(|&i| tokens[(a - i) as usize] != tokens[(b - i) as usize]).unwrap_or(limit)
+/// From token to candidate, for the expansion at hand; cleared in constant time.
+#[derive(Clone, Default)]
+struct TokenTable {
+    /// The expansion that filled the slot, and the candidate.
+    slots: Vec<(u32, u32)>,
+    expansion: u32,
+}
+
+impl TokenTable {
+    fn clear(&mut self) {
+        self.expansion = self.expansion.wrapping_add(1);
+        if self.slots.is_empty() || self.expansion == 0 {
+            self.slots.clear();
+            self.slots.resize(SLOTS, (0, 0));
+            self.expansion = 1;
+        }
+    }
+
+    /// The candidate for `token`, or the slot where it belongs.
+    fn find(&self, token: Token, candidates: &[Candidate]) -> Result<u32, usize> {
+        let mut slot = (token.wrapping_mul(0x9e37_79b1) >> 21) as usize;
+        loop {
+            let (expansion, candidate) = self.slots[slot];
+            if expansion != self.expansion {
+                return Err(slot);
+            }
+            if candidates[candidate as usize].token == token {
+                return Ok(candidate);
+            }
+            slot = (slot + 1) % SLOTS;
+        }
+    }
+
+    fn insert(&mut self, slot: usize, candidate: u32) {
+        self.slots[slot] = (self.expansion, candidate);
+    }
 }

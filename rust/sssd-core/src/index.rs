@@ -56,20 +56,29 @@ impl Index {
         }
     }
 
-    /// The newest earlier position at which the last `ORDERS[order]` tokens ended at `position`, or `NONE`.
+    /// The previous position that ends the same `ORDERS[order]` tokens as `position`, or `NONE`.
     pub fn previous(&self, order: usize, position: u32) -> u32 {
         self.chains[order].previous[position as usize]
     }
 
-    /// The newest position that ends `context`, which holds `ORDERS[order]` tokens, newest first; or `NONE`.
-    pub fn newest(&self, order: usize, context: impl IntoIterator<Item = Token>) -> u32 {
+    /// The newest position that ends the first `ORDERS[order]` tokens of `context`, which is given newest first;
+    /// or `NONE`.
+    pub fn newest(&self, order: usize, context: &[Token]) -> u32 {
         let mut hash = Hash::default();
-        context.into_iter().for_each(|token| hash.add(token));
+        let Some(context) = context.get(..ORDERS[order]) else { return NONE };
+        context.iter().for_each(|&token| hash.add(token));
         self.chains[order].heads.find(hash)
     }
 
+    /// How many tokens that end at `position` agree with `context`, which is given newest first.
+    pub fn match_length(&self, position: u32, context: &[Token]) -> usize {
+        let ending = self.tokens[..=position as usize].iter().rev();
+        ending.zip(context).take_while(|(token, expected)| token == expected).count()
+    }
+
     pub fn memory_bytes(&self) -> usize {
-        let chains: usize = self.chains.iter().map(|c| c.previous.capacity() * 4 + c.heads.memory_bytes()).sum();
+        let chains: usize =
+            self.chains.iter().map(|c| c.previous.capacity() * 4 + c.heads.memory_bytes()).sum();
         self.tokens.capacity() * 4 + chains
     }
 }

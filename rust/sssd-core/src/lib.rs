@@ -8,6 +8,7 @@
 pub mod corpus;
 pub mod draft;
 pub mod drafter;
+pub mod frontier;
 pub mod index;
 pub mod model;
 pub mod sequence;

@@ -1,127 +1,239 @@
-//! What the predictor has learned: how far to trust each kind of evidence. Constant size, updated only from
-//! tokens that the target model really produced.
+//! What the predictor has learned: how far to trust which evidence. Constant size, updated only from tokens that
+//! the target model really produced.
+//!
+//! Three tables, in the order in which a prediction passes them:
+//! - *escapes*: the probability that the next token is none of those seen after contexts of a kind (prediction by
+//!   partial matching, with the escape probabilities learned as in PPMII's secondary estimation);
+//! - *gates*: the weight of each source in the mixture, a softmax trained by gradient on the log-likelihood;
+//! - *refinements*: from the mixed probability of a token and which sources hold it to the share of such tokens
+//!   that came true (adaptive probability maps, as in context-mixing compressors).
 
-/// Where evidence comes from.
-pub const SOURCES: usize = 3;
-/// Shorter contexts looked up anew at drafted nodes.
-pub const LOWER: usize = 2;
-/// The request's own prompt and output.
-pub const REQUEST: usize = 0;
-/// The static datastore.
-pub const STORE: usize = 1;
+/// Where evidence comes from. Sampled sources come first: their votes pass the escapes.
+pub mod source {
+    /// The request's own prompt and output.
+    pub const REQUEST: usize = 0;
+    /// The same, for contexts shorter than those of `REQUEST`, looked up anew at drafted nodes.
+    pub const LOWER: usize = 1;
+    /// The static datastore.
+    pub const STORE: usize = 2;
+    /// Number of sources that give samples.
+    pub const SAMPLED: usize = 3;
+    /// The most frequent successors of the last token in the datastore.
+    pub const SUCCESSORS: usize = 3;
+    /// Number of sources.
+    pub const COUNT: usize = 4;
+}
 
 /// Match lengths are told apart up to 32 tokens, in this many classes.
 pub const CLASSES: usize = 12;
+/// Longer matches count as this long.
+pub const MAX_LENGTH: usize = 32;
 const COUNTS: usize = 8;
-const DISTINCT: usize = 5;
-/// Escape cells of one source.
-const CELLS: usize = DEPTHS * CLASSES * COUNTS * DISTINCT;
-const DEPTHS: usize = 4;
-pub fn depth_bucket(d: u16) -> usize { match d { 0 => 0, 1 => 1, 2..=4 => 2, _ => 3 } }
+const DISTINCTS: usize = 5;
+const PEAKS: usize = 8;
+const EVIDENCES: usize = 9 * 5 * 2 * 2;
+const PROBABILITIES: usize = 18;
+
+const ESCAPES: usize = source::SAMPLED * CLASSES * COUNTS * DISTINCTS;
+const GATES: usize = source::COUNT * CLASSES * PEAKS;
+const REFINEMENTS: usize = EVIDENCES * PROBABILITIES;
+
+/// A cell forgets the past with a rate of at least one over this many outcomes.
+const ESCAPE_MEMORY: u16 = 60;
+const REFINEMENT_MEMORY: u16 = 255;
+const GATE_RATE: f32 = 0.02;
 
 /// The class of a match of `length` >= 1 tokens.
-pub fn class(length: u32) -> usize {
-    const TABLE: [u8; 33] = [
+pub fn class(length: u16) -> usize {
+    const TABLE: [u8; MAX_LENGTH + 1] = [
         0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 10, 10, 10, 10, 10, 10, 10, 10, 11,
     ];
-    TABLE[(length as usize).min(32)] as usize
+    TABLE[usize::from(length).min(MAX_LENGTH)] as usize
 }
 
-fn count_bucket(count: f32) -> usize {
-    match count as u32 {
-        0..=1 => 0,
-        2 => 1,
-        3 => 2,
-        4..=5 => 3,
-        6..=9 => 4,
-        10..=19 => 5,
-        20..=49 => 6,
-        _ => 7,
+/// Which kinds of evidence speak for a token.
+#[derive(Clone, Copy)]
+pub struct Support {
+    /// The class of the longest context in the request that the token followed.
+    pub request: Option<u8>,
+    /// How recently the token itself occurred in the request, if no context speaks for it.
+    pub occurrence: Occurrence,
+    /// The class of the longest context in the datastore that the token followed.
+    pub store: Option<u8>,
+    pub lower: bool,
+    pub successor: bool,
+}
+
+/// How long ago a token occurred in the request.
+#[derive(Clone, Copy, Default, PartialEq)]
+pub enum Occurrence {
+    #[default]
+    Never,
+    Long,
+    Recent,
+    Just,
+}
+
+impl Occurrence {
+    /// From the distance in tokens.
+    pub fn ago(distance: usize) -> Self {
+        match distance {
+            0..64 => Self::Just,
+            64..512 => Self::Recent,
+            _ => Self::Long,
+        }
     }
 }
 
-fn distinct_bucket(distinct: u32) -> usize {
-    match distinct {
-        0..=1 => 0,
-        2 => 1,
-        3..=4 => 2,
-        5..=9 => 3,
-        _ => 4,
+impl Support {
+    fn index(self) -> usize {
+        let group = |class: Option<u8>| match class {
+            None => 0,
+            Some(class @ 0..=1) => usize::from(class) + 1,
+            Some(2..=3) => 3,
+            Some(4..=6) => 4,
+            Some(_) => 5,
+        };
+        let request = match (self.request, self.occurrence) {
+            (None, Occurrence::Never) => 0,
+            (None, Occurrence::Long) => 6,
+            (None, Occurrence::Recent) => 7,
+            (None, Occurrence::Just) => 8,
+            (class, _) => group(class),
+        };
+        let store = group(self.store).saturating_sub(1);
+        ((request * 5 + store) * 2 + usize::from(self.lower)) * 2 + usize::from(self.successor)
     }
 }
 
-/// A probability with the weight of the experience behind it.
-#[derive(Clone, Copy, Debug)]
+/// A learned probability, in units of 2^-16, and how many outcomes stand behind it.
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Rate {
-    value: f32,
-    count: f32,
+    value: u16,
+    count: u16,
 }
 
 impl Rate {
-    fn update(&mut self, outcome: f32, limit: f32) {
-        self.count = (self.count + 1.0).min(limit);
-        self.value += (outcome - self.value) / self.count;
+    fn new(value: f32, count: u16) -> Self {
+        Self { value: (value * 65536.0).min(65535.0) as u16, count }
+    }
+
+    fn get(self) -> f32 {
+        f32::from(self.value) * (1.0 / 65536.0)
+    }
+
+    fn update(&mut self, outcome: bool, memory: u16) {
+        self.count = (self.count + 1).min(memory);
+        let target = if outcome { 65535 } else { 0 };
+        let step = (target - i32::from(self.value)) / i32::from(self.count);
+        self.value = (i32::from(self.value) + step) as u16;
     }
 }
 
-/// Learned escape probabilities and source weights.
-#[derive(Clone)]
+/// The learned tables.
+#[derive(Clone, PartialEq)]
 pub struct Model {
     escapes: Box<[Rate]>,
     gates: Box<[f32]>,
-    pub tune: [f32; 8],
+    refinements: Box<[Rate]>,
 }
 
 impl Default for Model {
     fn default() -> Self {
-        let mut tune = [0.0f32; 8];
-        for (i, t) in tune.iter_mut().enumerate() {
-            *t = std::env::var(format!("T{i}")).ok().and_then(|v| v.parse().ok()).unwrap_or(f32::NAN);
+        let escape = |cell: usize| {
+            let (distinct, cell) = (cell % DISTINCTS, cell / DISTINCTS);
+            let (count, class) = (cell % COUNTS, cell / COUNTS % CLASSES);
+            let n = [1.0, 2.0, 3.0, 4.5, 7.0, 14.0, 30.0, 64.0][count];
+            let d = [1.0f32, 2.0, 3.5, 7.0, 20.0][distinct].min(n);
+            Rate::new((d + 0.3) / (n + d + 0.6) / (1.0 + 0.35 * class as f32), 12)
+        };
+        let gate = |cell: usize| if cell / (PEAKS * CLASSES) == source::SUCCESSORS { -2.0 } else { 0.0 };
+        let refinement = |cell: usize| Rate::new(2f32.powf(-((cell % PROBABILITIES) as f32) / 1.5), 20);
+        Self {
+            escapes: (0..ESCAPES).map(escape).collect(),
+            gates: (0..GATES).map(gate).collect(),
+            refinements: (0..REFINEMENTS).map(refinement).collect(),
         }
-        let mut escapes = Vec::with_capacity(SOURCES * CELLS);
-        for _source in 0..SOURCES * DEPTHS {
-            for class in 0..CLASSES {
-                for count in 0..COUNTS {
-                    for distinct in 0..DISTINCT {
-                        let n = [1.0, 2.0, 3.0, 4.5, 7.0, 14.0, 30.0, 64.0][count];
-                        let d = [1.0f32, 2.0, 3.5, 7.0, 20.0][distinct].min(n);
-                        let value = (d + 0.3) / (n + d + 0.6) / (1.0 + 0.35 * class as f32);
-                        escapes.push(Rate { value, count: 12.0 });
-                    }
-                }
-            }
-        }
-        Self { escapes: escapes.into(), gates: vec![0.0; SOURCES * CLASSES * COUNTS].into(), tune }
     }
 }
 
+/// An escape cell.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EscapeCell(u16);
+
+/// A gate cell.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GateCell(u16);
+
 impl Model {
     /// The cell of contexts of `class` that occurred `count` times with `distinct` different successors.
-    pub fn cell(&self, depth: usize, source: usize, class: usize, count: f32, distinct: u32) -> u16 {
-        (((((if self.tune[4].is_nan() {depth} else {0}) * SOURCES + source) * CLASSES + class) * COUNTS + count_bucket(count)) * DISTINCT + distinct_bucket(distinct)) as u16
+    pub fn escape_cell(source: usize, class: usize, count: f32, distinct: u32) -> EscapeCell {
+        let count = match count as u32 {
+            0..=1 => 0,
+            2 => 1,
+            3 => 2,
+            4..=5 => 3,
+            6..=9 => 4,
+            10..=19 => 5,
+            20..=49 => 6,
+            _ => 7,
+        };
+        let distinct = match distinct {
+            0..=1 => 0,
+            2 => 1,
+            3..=4 => 2,
+            5..=9 => 3,
+            _ => 4,
+        };
+        EscapeCell((((source * CLASSES + class) * COUNTS + count) * DISTINCTS + distinct) as u16)
     }
 
     /// The probability that the next token is none of the successors seen in such contexts.
-    pub fn escape(&self, cell: u16) -> f32 {
-        self.escapes[cell as usize].value
+    pub fn escape(&self, cell: EscapeCell) -> f32 {
+        self.escapes[usize::from(cell.0)].get()
     }
 
-    pub fn learn_escape(&mut self, cell: u16, escaped: bool) {
-        let limit = if self.tune[0].is_nan() { 60.0 } else { self.tune[0] };
-        self.escapes[cell as usize].update(if escaped { 1.0 } else { 0.0 }, limit);
+    pub fn learn_escape(&mut self, cell: EscapeCell, escaped: bool) {
+        self.escapes[usize::from(cell.0)].update(escaped, ESCAPE_MEMORY);
     }
 
-    pub fn gate_cell(&self, source: usize, class: usize, count: f32) -> u16 {
-        ((source * CLASSES + class) * COUNTS + count_bucket(count)) as u16
+    /// The cell of a source whose longest context is of `class` and whose best token has probability `peak`.
+    pub fn gate_cell(source: usize, class: usize, peak: f32) -> GateCell {
+        let peak = ((peak * PEAKS as f32) as usize).min(PEAKS - 1);
+        GateCell(((source * CLASSES + class) * PEAKS + peak) as u16)
     }
 
-    pub fn gate(&self, cell: u16) -> f32 {
-        self.gates[cell as usize]
+    /// The logarithm of the source's weight, up to a constant.
+    pub fn gate(&self, cell: GateCell) -> f32 {
+        self.gates[usize::from(cell.0)]
     }
 
-    pub fn learn_gate(&mut self, cell: u16, gradient: f32) {
-        let rate = if self.tune[1].is_nan() { 0.1 } else { self.tune[1] };
-        let gate = &mut self.gates[cell as usize];
-        *gate = (*gate + rate * gradient).clamp(-8.0, 8.0);
+    /// Moves the weight by the difference between posterior and prior share of the source.
+    pub fn learn_gate(&mut self, cell: GateCell, gradient: f32) {
+        let gate = &mut self.gates[usize::from(cell.0)];
+        *gate = (*gate + GATE_RATE * gradient).clamp(-8.0, 8.0);
     }
+
+    /// The probability of a token that the mixture gives `mixed` and that has this support.
+    pub fn refine(&self, support: Support, mixed: f32) -> f32 {
+        let scale = scale(mixed);
+        let cell = support.index() * PROBABILITIES + scale as usize;
+        let above = scale.fract();
+        self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
+    }
+
+    pub fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
+        let cell = support.index() * PROBABILITIES + (scale(mixed) + 0.5) as usize;
+        self.refinements[cell].update(came_true, REFINEMENT_MEMORY);
+    }
+
+    pub fn memory_bytes(&self) -> usize {
+        (self.escapes.len() + self.refinements.len()) * size_of::<Rate>() + self.gates.len() * size_of::<f32>()
+    }
+}
+
+/// Minus the binary logarithm (linear within octaves), one and a half steps an octave.
+fn scale(probability: f32) -> f32 {
+    let log2 = probability.to_bits() as f32 * (1.0 / (1 << 23) as f32) - 127.0;
+    (-1.5 * log2).clamp(0.0, PROBABILITIES as f32 - 1.001)
 }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::draft::{Drafting, Limits};
+use crate::draft::{Drafting, Inputs};
+use crate::drafter::Shared;
 use crate::index::Index;
 use crate::model::Model;
-use crate::drafter::Shared;
 use crate::{DraftTree, Token};
 
 /// The state of one request.
@@ -24,26 +24,36 @@ impl Sequence {
         Self { shared, index, model, drafting: Drafting::default() }
     }
 
+    /// All tokens so far.
     pub fn tokens(&self) -> &[Token] {
         self.index.tokens()
     }
 
+    /// Appends tokens that the target has produced, and learns from how the last draft fared.
     pub fn extend(&mut self, tokens: &[Token]) {
         self.drafting.learn(&mut self.model, tokens);
         tokens.iter().for_each(|&token| self.index.push(token));
     }
 
-    pub fn draft(&mut self, max_nodes: usize) -> DraftTree {
-        let limits =
-            Limits { max_nodes, end_tokens: &self.shared.end_tokens, min_prob: 0.0 };
-        self.drafting.draft(&self.index, self.shared.store.as_deref(), &self.model, &limits)
+    /// Drafts continuations: at most `max_nodes` nodes.
+    pub fn draft(&mut self, max_nodes: usize) -> &DraftTree {
+        self.drafting.draft(&Inputs {
+            index: &self.index,
+            store: self.shared.store.as_deref(),
+            model: &self.model,
+            end_tokens: &self.shared.end_tokens,
+            max_nodes,
+            min_prob: self.shared.min_prob,
+        })
     }
 
+    /// What has been learned so far.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
+    /// Bytes of memory that the sequence holds.
     pub fn memory_bytes(&self) -> usize {
-        self.index.memory_bytes() + self.drafting.memory_bytes()
+        self.index.memory_bytes() + self.model.memory_bytes() + self.drafting.memory_bytes()
     }
 }

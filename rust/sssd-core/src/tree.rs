@@ -71,7 +71,8 @@ impl DraftTree {
             return Err(TreeError::Size(n));
         }
         let mut tree = Self::default();
-        for (node, (&parent, (&token, &prob))) in parents.iter().zip(token_ids.iter().zip(&probs)).enumerate() {
+        for (node, (&parent, (&token, &prob))) in parents.iter().zip(token_ids.iter().zip(&probs)).enumerate()
+        {
             if parent < i64::from(ROOT) || parent >= node as i64 {
                 return Err(TreeError::Parent(node, parent));
             }
@@ -93,6 +94,18 @@ impl DraftTree {
         self.parents.push(parent);
         self.depths.push(depth + 1);
         self.probs.push(prob);
+    }
+
+    /// Removes all nodes and keeps the memory.
+    pub(crate) fn clear(&mut self) {
+        self.token_ids.clear();
+        self.parents.clear();
+        self.depths.clear();
+        self.probs.clear();
+    }
+
+    pub(crate) fn memory_bytes(&self) -> usize {
+        4 * (self.token_ids.capacity() + self.parents.capacity() + self.depths.capacity() + self.probs.capacity())
     }
 
     /// Number of nodes.
@@ -160,7 +173,8 @@ impl DraftTree {
         let mut start = 0;
         while start < n {
             let depth = self.depths[nodes[start] as usize];
-            let end = start + nodes[start..].iter().take_while(|&&node| self.depths[node as usize] == depth).count();
+            let end = start
+                + nodes[start..].iter().take_while(|&&node| self.depths[node as usize] == depth).count();
             nodes[start..end].sort_by_key(|&node| match self.parents[node as usize] {
                 ROOT => 0,
                 parent => rank[parent as usize],
@@ -203,7 +217,8 @@ impl DraftTree {
 
     /// The tree as text, one node a line, with a label for each node.
     pub fn render(&self, labels: &[impl AsRef<str>]) -> String {
-        let mut text = format!("root ({} nodes, {:.2} expected to be accepted)", self.len(), self.expected_accepted());
+        let mut text =
+            format!("root ({} nodes, {:.2} expected to be accepted)", self.len(), self.expected_accepted());
         let mut children = vec![Vec::new(); self.len() + 1];
         for (node, &parent) in self.parents.iter().enumerate().rev() {
             children[(parent + 1) as usize].push(node);
@@ -229,7 +244,8 @@ mod tests {
     use super::*;
 
     fn tree() -> DraftTree {
-        DraftTree::from_parts(vec![1, 2, 3, 1, 5], &[-1, 0, -1, 2, 1], vec![0.6, 0.5, 0.3, 0.25, 0.1]).unwrap()
+        DraftTree::from_parts(vec![1, 2, 3, 1, 5], &[-1, 0, -1, 2, 1], vec![0.6, 0.5, 0.3, 0.25, 0.1])
+            .unwrap()
     }
 
     #[test]

@@ -33,7 +33,11 @@ pub struct PyDrafter {
 impl PyDrafter {
     #[new]
     #[pyo3(signature = (*, vocab_size=None, end_token_ids=None))]
-    fn new(py: Python<'_>, vocab_size: Option<i128>, end_token_ids: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        vocab_size: Option<i128>,
+        end_token_ids: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
         let vocab_size = match vocab_size {
             Some(size) if !(1..=i128::from(MAX_TOKEN) + 1).contains(&size) => {
                 let message = format!("vocab_size must be between 1 and 2^31, got {size}");
@@ -116,7 +120,7 @@ impl PySequence {
     fn draft(&self, py: Python<'_>, max_nodes: i128) -> PyResult<PyDraftTree> {
         match usize::try_from(max_nodes) {
             Ok(nodes) if nodes <= MAX_NODES => {
-                self.with(py, true, |sequence| sequence.draft(nodes)).map(PyDraftTree)
+                self.with(py, true, |sequence| sequence.draft(nodes).clone()).map(PyDraftTree)
             }
             _ => {
                 let message = format!("max_nodes must be between 0 and {MAX_NODES}, got {max_nodes}");
@@ -183,10 +187,16 @@ impl PySequence {
 
 impl PySequence {
     /// Runs `work` on the sequence, without the GIL if `detach` or if another thread has the sequence.
-    fn with<T: Send>(&self, py: Python<'_>, detach: bool, work: impl FnOnce(&mut Sequence) -> T + Send) -> PyResult<T> {
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        detach: bool,
+        work: impl FnOnce(&mut Sequence) -> T + Send,
+    ) -> PyResult<T> {
         let busy = !detach && matches!(self.sequence.try_lock(), Err(TryLockError::WouldBlock));
         let result = enter(py, detach || busy, || {
-            let mut sequence = self.sequence.lock().map_err(|_| "this sequence met an internal error; begin it anew")?;
+            let mut sequence =
+                self.sequence.lock().map_err(|_| "this sequence met an internal error; begin it anew")?;
             sequence.as_mut().map(work).ok_or("")
         })?;
         result.map_err(|problem| match problem {

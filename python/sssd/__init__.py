@@ -1,7 +1,16 @@
 """Training-free speculative decoding: draft trees from the prompt, the output and a corpus on disk."""
 
 from sssd import errors
-from sssd._core import Drafter, DraftTree, Sequence, __version__
+from sssd._core import Datastore, DatastoreBuilder, Drafter, DraftTree, Sequence, __version__
 from sssd.errors import SssdError
 
-__all__ = ["DraftTree", "Drafter", "Sequence", "SssdError", "__version__", "errors"]
+__all__ = [
+    "Datastore",
+    "DatastoreBuilder",
+    "DraftTree",
+    "Drafter",
+    "Sequence",
+    "SssdError",
+    "__version__",
+    "errors",
+]

@@ -14,7 +14,14 @@ build_profile: str
 
 @final
 class Drafter:
-    def __new__(cls, *, vocab_size: int | None = None, end_token_ids: ArrayLike | None = None) -> Self: ...
+    def __new__(
+        cls,
+        *,
+        vocab_size: int | None = None,
+        end_token_ids: ArrayLike | None = None,
+        datastore: Datastore | _StrPath | SequenceABC[_StrPath] | None = None,
+        load: Literal["mmap", "ram"] = "mmap",
+    ) -> Self: ...
     def begin(self, prompt_ids: ArrayLike) -> Sequence: ...
     @property
     def vocab_size(self) -> int | None: ...

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sssd import Drafter
+from sssd import Datastore, Drafter
 from sssd.cli.arguments import budgets, tokenizer
 from sssd.replay import Replay, read_trace, trace_name
 
@@ -25,6 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--budgets", type=budgets, default=[4, 8, 16, 32, 64], help="node budgets, e.g. 4,16")
     parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
     parser.add_argument("--end-token-id", type=int, action="append", default=[], help="draft nothing after this")
+    parser.add_argument("--datastore", type=Path, action="append", help="a datastore file; repeat for several")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser
 
@@ -32,6 +33,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> None:
     """Replays each trace at each budget and prints a table."""
     tokenize = tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    datastore = Datastore.open(arguments.datastore) if arguments.datastore else None
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -41,17 +43,19 @@ def run(arguments: argparse.Namespace) -> None:
             for budget in arguments.budgets:
                 replay = Replay(budget)
                 for request in requests:
-                    replay.run(Drafter(end_token_ids=arguments.end_token_id), request)
+                    drafter = Drafter(end_token_ids=arguments.end_token_id, datastore=datastore)
+                    replay.run(drafter, request)
                     progress.advance(task)
                 rows.append(replay.row(trace_name(path)))
             progress.remove_task(task)
-    Console().print(_table(rows))
+    console = Console()
+    console.print(_table(rows), width=max(console.width, 100), soft_wrap=not console.is_terminal)
     if arguments.json:
         arguments.json.write_text(json.dumps({"results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
+    table = Table(box=None, header_style="bold")
     for name in ("trace", "budget", "tokens/step", "accepted", "expected", "drafted", "p50 us", "p99 us", "append us"):
         table.add_column(name, justify="left" if name == "trace" else "right")
     for row in rows:

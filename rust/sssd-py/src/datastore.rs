@@ -62,7 +62,7 @@ impl PyDatastore {
     ///     InvalidArgumentError: no path, or an argument out of range.
     #[staticmethod]
     #[pyo3(signature = (paths, *, load="mmap", vocab_size=None, fingerprint=None))]
-    fn open(
+    pub fn open(
         py: Python<'_>,
         paths: &Bound<'_, PyAny>,
         load: &str,

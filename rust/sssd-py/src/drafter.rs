@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
-use sssd_core::{Drafter, MAX_NODES, MAX_TOKEN, Sequence};
+use sssd_core::{Corpus, Drafter, MAX_NODES, MAX_TOKEN, Sequence};
 
+use crate::datastore::PyDatastore;
 use crate::errors::error;
 use crate::tokens::{int32, tokens};
 use crate::tree::PyDraftTree;
@@ -19,10 +20,15 @@ const DETACH_TOKENS: usize = 256;
 /// Args:
 ///     vocab_size: number of token ids; ids outside are refused everywhere. Any id below 2^31 if left out.
 ///     end_token_ids: tokens that end a sequence; nothing is drafted after one.
+///     datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
+///         (which may be closed afterwards).
+///     load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
 ///
 /// Raises:
 ///     InvalidArgumentError: ``vocab_size`` is not in 1..2^31.
 ///     InvalidTokenError: an end token is outside the vocabulary.
+///     VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
+///     OSError, DatastoreError: the datastore cannot be opened.
 #[pyclass(frozen, name = "Drafter", module = "sssd")]
 pub struct PyDrafter {
     drafter: Arc<Drafter>,
@@ -46,7 +52,8 @@ impl PyDrafter {
             size => size.map(|size| size as u32),
         };
         let end_tokens = end_token_ids.map_or(Ok(Vec::new()), |ids| tokens(ids, vocab_size))?;
-        Ok(Self { drafter: Arc::new(Drafter::new(end_tokens, None)), vocab_size })
+        let store = datastore.map(|datastore| corpus(datastore, load, vocab_size)).transpose()?;
+        Ok(Self { drafter: Arc::new(Drafter::new(end_tokens, store)), vocab_size })
     }
 
     /// Starts a sequence (a request).
@@ -81,6 +88,28 @@ impl PyDrafter {
             Some(size) => format!("Drafter(vocab_size={size})"),
             None => "Drafter()".into(),
         }
+    }
+}
+
+/// The corpus of an open datastore, or of one opened from paths.
+fn corpus(datastore: &Bound<'_, PyAny>, load: &str, vocab_size: Option<u32>) -> PyResult<Arc<dyn Corpus>> {
+    let py = datastore.py();
+    let opened;
+    let store = match datastore.cast::<PyDatastore>() {
+        Ok(store) => store.get(),
+        Err(_) => {
+            opened = PyDatastore::open(py, datastore, load, None, None)?;
+            &opened
+        }
+    };
+    let known = store.vocabulary(py)?;
+    match vocab_size {
+        Some(size) if known > size => {
+            let advice = "open the store that was built with the model's own tokenizer";
+            let message = format!("the datastore has {known} token ids and the model only {size}; {advice}");
+            Err(error(py, "VocabularyMismatchError", message))
+        }
+        _ => store.corpus(py),
     }
 }
 

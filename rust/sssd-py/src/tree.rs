@@ -80,7 +80,11 @@ impl PyDraftTree {
     /// Raises:
     ///     InvalidArgumentError: ``width`` is less than n.
     #[pyo3(signature = (width=None))]
-    fn attention_mask<'py>(&self, py: Python<'py>, width: Option<usize>) -> PyResult<Bound<'py, PyArray2<bool>>> {
+    fn attention_mask<'py>(
+        &self,
+        py: Python<'py>,
+        width: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray2<bool>>> {
         let width = self.width(py, width)?;
         PyArray1::from_vec(py, self.0.attention_mask(width)).reshape([width + 1, width + 1])
     }
@@ -102,7 +106,10 @@ impl PyDraftTree {
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let width = self.width(py, width)?;
         let depths = std::iter::once(0).chain(self.0.depths.iter().copied()).chain(std::iter::repeat(0));
-        Ok(PyArray1::from_iter(py, depths.take(width + 1).map(|depth| start.saturating_add(i64::from(depth)))))
+        Ok(PyArray1::from_iter(
+            py,
+            depths.take(width + 1).map(|depth| start.saturating_add(i64::from(depth))),
+        ))
     }
 
     /// Tokens and parents at a fixed width, for verifiers with static shapes.
@@ -203,7 +210,11 @@ impl PyDraftTree {
 
     fn __repr__(&self) -> String {
         let depth = self.0.depths.iter().max().copied().unwrap_or(0);
-        format!("DraftTree({} nodes, depth {depth}, expected_accepted={:.2})", self.0.len(), self.expected_accepted())
+        format!(
+            "DraftTree({} nodes, depth {depth}, expected_accepted={:.2})",
+            self.0.len(),
+            self.expected_accepted()
+        )
     }
 }
 
@@ -214,7 +225,10 @@ impl PyDraftTree {
             Some(width) if width < nodes || width > sssd_core::MAX_NODES => Err(error(
                 py,
                 "InvalidArgumentError",
-                format!("width {width} must be between the tree's {nodes} nodes and {}", sssd_core::MAX_NODES),
+                format!(
+                    "width {width} must be between the tree's {nodes} nodes and {}",
+                    sssd_core::MAX_NODES
+                ),
             )),
             Some(width) => Ok(width),
             None => Ok(nodes),

@@ -82,7 +82,7 @@ def test_as_custom_generate(model):
     assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("right", [0.0, 0.7])
 def test_batch_with_left_padding(name, right):
     model = tiny_model(name, "sdpa")

@@ -26,12 +26,18 @@ from sssd._core import Drafter, DraftTree
 from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedModelError
 from sssd.hf.verify import AttentionMasks, TreeCache, cannot_roll_back, check_model
 
-_ROW_INDEXED = (
-    processors.EncoderNoRepeatNGramLogitsProcessor,
-    processors.EncoderRepetitionPenaltyLogitsProcessor,
-    processors.PrefixConstrainedLogitsProcessor,
-)
-"""Processors that look up the row number, so they must see each row at its own place in the batch."""
+_ROWWISE = {
+    processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor,
+    processors.MinPLogitsWarper,
+    processors.NoRepeatNGramLogitsProcessor,
+    processors.SuppressTokensLogitsProcessor,
+    processors.TemperatureLogitsWarper,
+    processors.TopKLogitsWarper,
+    processors.TopPLogitsWarper,
+}
+"""Processors that treat every row alike. Any other may look up the row number (a prefix function, the padding
+of the prompt), so it has to see each row at its own place in the batch."""
 
 _STATEFUL = (
     processors.SynthIDTextWatermarkLogitsProcessor,
@@ -294,10 +300,8 @@ class _Decoder:
             bool(self.processors) or config.do_sample or self.record_scores or self.record_logits
         )
         self.needs_ids = self.picks_alone or bool(self.criteria)
-        self.needs_batch = self.batch > 1 and any(
-            isinstance(processor, _ROW_INDEXED) or not type(processor).__module__.startswith("transformers.")
-            for processor in self.processors
-        )
+        rowwise = all(type(processor) in _ROWWISE for processor in self.processors)
+        self.needs_batch = self.batch > 1 and not rowwise
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.streamed = 0
         self._prepare(inputs)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,21 @@ def run(command: list[str], before: Any = None) -> tuple[str, dict[str, float]]:
     """Output, CPU seconds, peak memory and major faults of a command."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=before, cwd=ROOT)
     assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    # `ru_maxrss` would start from this process's own peak
+    status_file = Path(f"/proc/{process.pid}/status")
+    peak, waited = 0, 0
+    while not waited:
+        for line in status_file.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                peak = max(peak, 1024 * int(line.split()[1]))
+        sleep(0.005)
+        waited, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return output, {
+    return process.stdout.read(), {
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * 1024,
+        "peak_bytes": peak,
         "major_faults": usage.ru_majflt,
     }
 
@@ -93,8 +101,6 @@ def build(store: Path, tokens: Path, *options: str, limited: Any = run) -> dict[
 
 def best(repeats: int, work: Any) -> float:
     """Least seconds of several runs."""
-    from time import perf_counter
-
     times = []
     for _ in range(repeats):
         started = perf_counter()

@@ -1,8 +1,8 @@
 """Replays recorded requests: what a drafter would have had accepted, without a model.
 
-The rule: the first response token comes from the prefill; at each step the drafter sees prompt and generated
-tokens and drafts at most ``budget`` nodes; the longest root path that equals the recording is accepted; then the
-accepted tokens and one more are appended (fewer at the end). Every request is fresh.
+The rule: the first response token comes from the prefill; at each step the drafter sees prompt and
+generated tokens and drafts at most ``budget`` nodes; the longest root path that equals the recording is
+accepted; then the accepted tokens and one more are appended (fewer at the end).
 """
 
 import gzip
@@ -125,7 +125,7 @@ def read_trace(path: Path, tokenize: Tokenize | None = None) -> Iterator[Request
     Raises:
         TraceError: a line is not such an object; names file and line.
     """
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with cast(IO[str], opener(path, "rt", encoding="utf-8")) as lines:
         try:
             for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""The command line, ``python -m sssd COMMAND``. One module per command; each has ``add_parser`` and ``run``."""
+"""The command line, ``python -m sssd COMMAND``. One module per command, with ``add_parser`` and ``run``."""
 
 import argparse
 import importlib

@@ -23,7 +23,7 @@ def tokenizer(path: str) -> Tokenize:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise InvalidArgumentError("--tokenizer needs the package tokenizers: pip install 'sssd[hf]'") from None
+        raise InvalidArgumentError("--tokenizer needs tokenizers: pip install 'sssd[hf]'") from None
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InvalidArgumentError(f"no tokenizer.json at {path}")

@@ -24,8 +24,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
     parser.add_argument("--budgets", type=budgets, default=[4, 8, 16, 32, 64], help="node budgets, e.g. 4,16")
     parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
-    parser.add_argument("--end-token-id", type=int, action="append", default=[], help="draft nothing after this")
-    parser.add_argument("--datastore", type=Path, action="append", help="a datastore file; repeat for several")
+    parser.add_argument("--end-token-id", type=int, action="append", help="draft nothing after this")
+    parser.add_argument("--datastore", type=Path, action="append", help="datastore file; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser
 
@@ -56,14 +56,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="bold")
-    for name in ("trace", "budget", "tokens/step", "accepted", "expected", "drafted", "p50 us", "p99 us", "append us"):
-        table.add_column(name, justify="left" if name == "trace" else "right")
+    table.add_column("trace")
+    for name in ("budget", "tokens/step", "accepted", "expected", "drafted", "p50 us", "p99 us", "append us"):
+        table.add_column(name, justify="right")
+    counts = ("tokens_per_step", "accepted_per_step", "expected_accepted_per_step")
+    times = ("drafted_per_step", "draft_us_p50", "draft_us_p99")
     for row in rows:
         table.add_row(
             row["trace"],
             str(row["budget"]),
-            *(f"{row[key]:.3f}" for key in ("tokens_per_step", "accepted_per_step", "expected_accepted_per_step")),
-            *(f"{row[key]:.1f}" for key in ("drafted_per_step", "draft_us_p50", "draft_us_p99")),
+            *(f"{row[key]:.3f}" for key in counts),
+            *(f"{row[key]:.1f}" for key in times),
             f"{row['append_us_per_token']:.2f}",
         )
     return table

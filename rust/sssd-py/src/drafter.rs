@@ -38,11 +38,13 @@ pub struct PyDrafter {
 #[pymethods]
 impl PyDrafter {
     #[new]
-    #[pyo3(signature = (*, vocab_size=None, end_token_ids=None))]
+    #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap"))]
     fn new(
         py: Python<'_>,
         vocab_size: Option<i128>,
         end_token_ids: Option<&Bound<'_, PyAny>>,
+        datastore: Option<&Bound<'_, PyAny>>,
+        load: &str,
     ) -> PyResult<Self> {
         let vocab_size = match vocab_size {
             Some(size) if !(1..=i128::from(MAX_TOKEN) + 1).contains(&size) => {

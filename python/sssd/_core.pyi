@@ -1,10 +1,11 @@
 """Types of the compiled core."""
 
-from collections.abc import Callable, Iterable, Sequence as SequenceABC
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Literal, Self, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

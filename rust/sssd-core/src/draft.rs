@@ -6,12 +6,12 @@
 //! prediction by partial matching, `p_k(t) = (1 - e_k) c_k(t) / n_k + e_k p_{k-1}(t)`; the sources are mixed; and
 //! the mixed probability is refined by what became of such tokens before ([`Model`] has the learned parts).
 
+use crate::Token;
 use crate::corpus::{Corpus, Match};
 use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
 use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
 use crate::tree::{DraftTree, ROOT};
-use crate::Token;
 
 /// Occurrences looked at in the request, at the root and at each further node.
 const REQUEST_SAMPLES: usize = 64;
@@ -43,8 +43,6 @@ pub struct Inputs<'a> {
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
     pub max_nodes: usize,
-    /// Nodes whose path is less probable are not drafted.
-    pub min_prob: f32,
 }
 
 /// An earlier occurrence of a node's context.
@@ -155,16 +153,17 @@ impl Drafting {
         self.read.clear();
         self.tree.clear();
         self.followed = None;
-        self.frontier.reset(inputs.max_nodes, inputs.min_prob);
-        if let Some(&last) = inputs.index.tokens().last() {
-            if inputs.max_nodes > 0 && !inputs.end_tokens.contains(&last) {
-                self.candidates.push(Candidate::new(last, NONE, 0));
+        self.frontier.reset(inputs.max_nodes);
+        match inputs.index.tokens().last() {
+            Some(last) if inputs.max_nodes > 0 && !inputs.end_tokens.contains(last) => {
+                self.candidates.push(Candidate::new(*last, NONE, 0));
                 self.gather_request(inputs.index);
                 self.gather_store(inputs);
                 self.followed = Some(0);
                 self.expand(0, inputs);
                 self.grow(inputs);
             }
+            _ => {}
         }
         &self.tree
     }
@@ -351,7 +350,12 @@ impl Drafting {
 
     /// Turns votes into the probability that each sampled source gives each candidate. Returns the longest class
     /// of each source.
-    fn blend(&mut self, start: usize, model: &Model, evidence: &mut Evidence) -> [Option<usize>; source::SAMPLED] {
+    fn blend(
+        &mut self,
+        start: usize,
+        model: &Model,
+        evidence: &mut Evidence,
+    ) -> [Option<usize>; source::SAMPLED] {
         let mut counts = [[0.0f32; CLASSES]; source::SAMPLED];
         let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
         let mut longest = [None; source::SAMPLED];
@@ -394,7 +398,8 @@ impl Drafting {
         for &(sample, child, class) in &self.votes {
             let sample = &self.samples[sample as usize];
             let source = usize::from(sample.source);
-            self.candidates[child as usize].probs[source] += sample.weight * value[source][usize::from(class)];
+            self.candidates[child as usize].probs[source] +=
+                sample.weight * value[source][usize::from(class)];
         }
         longest
     }
@@ -407,8 +412,8 @@ impl Drafting {
         model: &Model,
         evidence: &mut Evidence,
     ) {
-        for source in 0..source::SAMPLED {
-            if let Some(class) = classes[source] {
+        for (source, class) in classes.iter().enumerate() {
+            if let &Some(class) = class {
                 let probs = self.candidates[start..].iter().map(|candidate| candidate.probs[source]);
                 let peak = probs.fold(0.0, f32::max);
                 evidence.gates[source] = Some(Model::gate_cell(source, class, peak));
@@ -452,7 +457,8 @@ impl Drafting {
             candidate.mixed = parts.map(|(prob, weight)| prob * weight).sum::<f32>().min(1.0);
             candidate.path = candidate.mixed;
             if candidate.mixed >= LEAST_REFINED {
-                let unseen = [source::REQUEST, source::LOWER].iter().all(|&s| candidate.classes[s] == NO_CLASS);
+                let unseen =
+                    [source::REQUEST, source::LOWER].iter().all(|&s| candidate.classes[s] == NO_CLASS);
                 let newest = if unseen { inputs.index.newest(0, &[candidate.token]) } else { NONE };
                 if newest != NONE {
                     candidate.occurrence = Occurrence::ago(inputs.index.tokens().len() - newest as usize);

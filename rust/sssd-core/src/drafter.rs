@@ -1,6 +1,6 @@
-//! What all sequences share: the datastore, the end tokens, and what has been learned.
+//! What all sequences share: the datastore, the end tokens, and the predictor's first weights.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::model::Model;
 use crate::sequence::Sequence;
@@ -15,13 +15,13 @@ pub(crate) struct Shared {
     pub end_tokens: Vec<Token>,
     pub store: Option<Arc<dyn Corpus>>,
     pub min_prob: f32,
-    pub model: Mutex<Model>,
+    pub model: Model,
 }
 
 impl Drafter {
     /// A drafter that drafts nothing after an end token.
     pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>) -> Self {
-        Self { shared: Arc::new(Shared { end_tokens, store, min_prob: std::env::var("MINP").ok().and_then(|v| v.parse().ok()).unwrap_or(0.0), model: Mutex::default() }) }
+        Self { shared: Arc::new(Shared { end_tokens, store, min_prob: 0.0, model: Model::default() }) }
     }
 
     /// Tokens after which nothing is drafted.
@@ -29,14 +29,9 @@ impl Drafter {
         &self.shared.end_tokens
     }
 
-    #[doc(hidden)]
-    pub fn begin_with(&self, model: Model, prompt: &[Token]) -> Sequence {
-        Sequence::new(Arc::clone(&self.shared), model, prompt)
-    }
-
     /// Starts a sequence with the tokens of its prompt.
     pub fn begin(&self, prompt: &[Token]) -> Sequence {
-        let model = self.shared.model.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let model = self.shared.model.clone();
         Sequence::new(Arc::clone(&self.shared), model, prompt)
     }
 }

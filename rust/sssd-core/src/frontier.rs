@@ -12,11 +12,11 @@ pub struct Frontier {
 }
 
 impl Frontier {
-    /// Empties the frontier. `room` candidates will leave at most; `floor` is the least probability of interest.
-    pub fn reset(&mut self, room: usize, floor: f32) {
+    /// Empties the frontier. At most `room` candidates will leave.
+    pub fn reset(&mut self, room: usize) {
         self.heap.clear();
         self.room = room;
-        self.floor = floor;
+        self.floor = 0.0;
     }
 
     /// Candidates below this probability will never leave.
@@ -66,7 +66,7 @@ mod tests {
         #[test]
         fn leaves_the_best_in_order(values in prop::collection::vec(0u8..50, 0..400), room in 0usize..80) {
             let mut frontier = Frontier::default();
-            frontier.reset(room, 0.0);
+            frontier.reset(room);
             for (candidate, &value) in values.iter().enumerate() {
                 frontier.push(candidate as u32, f32::from(value) / 50.0);
             }

@@ -1,18 +1,17 @@
 //! Draft trees for training-free speculative decoding.
 //!
 //! Pure algorithms: no Python, no files, no threads, no unsafe code. The way of the data is
-//! tokens -> [`index`] -> predictor -> draft tree -> (verified by the caller) -> tokens.
+//! tokens -> index -> predictor -> draft tree -> (verified by the caller) -> tokens.
 #![forbid(unsafe_code)]
-#![allow(missing_docs)]
 
-pub mod corpus;
-pub mod draft;
-pub mod drafter;
-pub mod frontier;
-pub mod index;
-pub mod model;
-pub mod sequence;
-pub mod tree;
+mod corpus;
+mod draft;
+mod drafter;
+mod frontier;
+mod index;
+mod model;
+mod sequence;
+mod tree;
 
 pub use corpus::{Corpus, Match};
 pub use drafter::Drafter;

@@ -46,7 +46,8 @@ const GATE_RATE: f32 = 0.02;
 /// The class of a match of `length` >= 1 tokens.
 pub fn class(length: u16) -> usize {
     const TABLE: [u8; MAX_LENGTH + 1] = [
-        0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 10, 10, 10, 10, 10, 10, 10, 10, 11,
+        0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 10, 10, 10, 10, 10, 10, 10,
+        10, 11,
     ];
     TABLE[usize::from(length).min(MAX_LENGTH)] as usize
 }
@@ -228,7 +229,8 @@ impl Model {
     }
 
     pub fn memory_bytes(&self) -> usize {
-        (self.escapes.len() + self.refinements.len()) * size_of::<Rate>() + self.gates.len() * size_of::<f32>()
+        (self.escapes.len() + self.refinements.len()) * size_of::<Rate>()
+            + self.gates.len() * size_of::<f32>()
     }
 }
 

@@ -47,11 +47,6 @@ impl Sequence {
         })
     }
 
-    /// What has been learned so far.
-    pub fn model(&self) -> &Model {
-        &self.model
-    }
-
     /// Bytes of memory that the sequence holds.
     pub fn memory_bytes(&self) -> usize {
         self.index.memory_bytes() + self.model.memory_bytes() + self.drafting.memory_bytes()

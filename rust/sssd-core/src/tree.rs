@@ -105,7 +105,10 @@ impl DraftTree {
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {
-        4 * (self.token_ids.capacity() + self.parents.capacity() + self.depths.capacity() + self.probs.capacity())
+        4 * (self.token_ids.capacity()
+            + self.parents.capacity()
+            + self.depths.capacity()
+            + self.probs.capacity())
     }
 
     /// Number of nodes.

@@ -14,14 +14,13 @@ pub struct Drafter {
 pub(crate) struct Shared {
     pub end_tokens: Vec<Token>,
     pub store: Option<Arc<dyn Corpus>>,
-    pub min_prob: f32,
     pub model: Model,
 }
 
 impl Drafter {
     /// A drafter that drafts nothing after an end token.
     pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>) -> Self {
-        Self { shared: Arc::new(Shared { end_tokens, store, min_prob: 0.0, model: Model::default() }) }
+        Self { shared: Arc::new(Shared { end_tokens, store, model: Model::default() }) }
     }
 
     /// Tokens after which nothing is drafted.

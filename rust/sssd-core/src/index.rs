@@ -165,3 +165,40 @@ impl Heads {
         self.slots.capacity() * size_of::<Slot>()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn chains_link_equal_contexts(tokens in prop::collection::vec(0u32..4, 0..120)) {
+            let mut index = Index::with_capacity(0);
+            tokens.iter().for_each(|&token| index.push(token));
+            prop_assert_eq!(index.tokens(), &tokens[..]);
+            for (order, length) in ORDERS.into_iter().enumerate() {
+                for end in length..=tokens.len() {
+                    let context = &tokens[end - length..end];
+                    let earlier = (length..end).rev().find(|&e| &tokens[e - length..e] == context);
+                    let expected = earlier.map_or(NONE, |e| e as u32 - 1);
+                    prop_assert_eq!(index.previous(order, end as u32 - 1), expected);
+                    let newest = (length..=tokens.len()).rev().find(|&e| &tokens[e - length..e] == context);
+                    let reversed: Vec<_> = context.iter().rev().copied().collect();
+                    prop_assert_eq!(Some(index.newest(order, &reversed)), newest.map(|e| e as u32 - 1));
+                }
+            }
+        }
+
+        #[test]
+        fn match_length_counts_backwards(tokens in prop::collection::vec(0u32..2, 1..60)) {
+            let mut index = Index::with_capacity(0);
+            tokens.iter().for_each(|&token| index.push(token));
+            let context: Vec<_> = tokens.iter().rev().copied().collect();
+            for position in 0..tokens.len() {
+                let expected = (0..=position).take_while(|&i| tokens[position - i] == context[i]).count();
+                prop_assert_eq!(index.match_length(position as u32, &context), expected);
+            }
+        }
+    }
+}

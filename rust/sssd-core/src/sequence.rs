@@ -43,7 +43,6 @@ impl Sequence {
             model: &self.model,
             end_tokens: &self.shared.end_tokens,
             max_nodes,
-            min_prob: self.shared.min_prob,
         })
     }
 

@@ -7,6 +7,8 @@ use sssd_core::{DraftTree, TreeError};
 use crate::errors::error;
 use crate::tokens::{int32, integers, tokens};
 
+type Int32<'py> = Bound<'py, PyArray1<i32>>;
+
 /// A draft: continuations of the last token as a tree.
 ///
 /// Nodes are numbered from the most probable one down, so the first ``k`` nodes are the best tree of ``k`` nodes.
@@ -42,19 +44,19 @@ impl PyDraftTree {
 
     /// Token of each node, int32 [n].
     #[getter]
-    fn token_ids<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
+    fn token_ids<'py>(&self, py: Python<'py>) -> Int32<'py> {
         int32(py, self.0.token_ids.iter().map(|&token| token as i32))
     }
 
     /// Parent of each node, int32 [n]; -1 for children of the root.
     #[getter]
-    fn parents<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
+    fn parents<'py>(&self, py: Python<'py>) -> Int32<'py> {
         PyArray1::from_slice(py, &self.0.parents)
     }
 
     /// Distance of each node from the root, int32 [n], at least 1.
     #[getter]
-    fn depths<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
+    fn depths<'py>(&self, py: Python<'py>) -> Int32<'py> {
         PyArray1::from_slice(py, &self.0.depths)
     }
 
@@ -124,12 +126,7 @@ impl PyDraftTree {
     /// Raises:
     ///     InvalidArgumentError: ``width`` is less than n.
     #[pyo3(signature = (width, token_id=0))]
-    fn pad<'py>(
-        &self,
-        py: Python<'py>,
-        width: usize,
-        token_id: i32,
-    ) -> PyResult<(Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>)> {
+    fn pad<'py>(&self, py: Python<'py>, width: usize, token_id: i32) -> PyResult<(Int32<'py>, Int32<'py>)> {
         let padding = self.width(py, Some(width))? - self.0.len();
         let token_ids = self.0.token_ids.iter().map(|&token| token as i32);
         Ok((
@@ -143,10 +140,7 @@ impl PyDraftTree {
     /// Returns:
     ///     nodes int32 [n], the node at each breadth-first position from 1 on (position 0 is the root);
     ///     first_child int32 [n+1] and next_sibling int32 [n+1], positions linked to each position, or -1.
-    fn breadth_first<'py>(
-        &self,
-        py: Python<'py>,
-    ) -> (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>) {
+    fn breadth_first<'py>(&self, py: Python<'py>) -> (Int32<'py>, Int32<'py>, Int32<'py>) {
         let order = self.0.breadth_first();
         (
             PyArray1::from_vec(py, order.nodes),
@@ -162,7 +156,7 @@ impl PyDraftTree {
     ///
     /// Returns:
     ///     its tokens, int32 [at most k].
-    fn chain<'py>(&self, py: Python<'py>, k: usize) -> Bound<'py, PyArray1<i32>> {
+    fn chain<'py>(&self, py: Python<'py>, k: usize) -> Int32<'py> {
         int32(py, self.0.chain(k).into_iter().map(|token| token as i32))
     }
 
@@ -177,10 +171,7 @@ impl PyDraftTree {
     /// Raises:
     ///     InvalidArgumentError: not n+1 target tokens.
     ///     InvalidTokenError: a target token is not an integer in 0..2^31.
-    fn accept<'py>(
-        &self,
-        target_ids: &Bound<'py, PyAny>,
-    ) -> PyResult<(Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i32>>)> {
+    fn accept<'py>(&self, target_ids: &Bound<'py, PyAny>) -> PyResult<(Int32<'py>, Int32<'py>)> {
         let py = target_ids.py();
         let targets = tokens(target_ids, None)?;
         let nodes = self.0.accept(&targets).map_err(|reason| invalid(py, &reason))?;

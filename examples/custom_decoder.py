@@ -73,9 +73,9 @@ def main() -> None:
     drafter = sssd.Drafter(vocab_size=len(tokenizer), end_token_ids=[tokenizer.eos_token_id])
     output, steps = decode(model, prompt_ids, tokenizer.eos_token_id, 80, drafter)
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=80)[0, len(prompt_ids) :].tolist()
-    print(tokenizer.decode(output))  # noqa: T201
+    print(tokenizer.decode(output))
     equal = output == expected
-    print(f"{len(output)} tokens in {steps} verify passes; equal to model.generate: {equal}")  # noqa: T201
+    print(f"{len(output)} tokens in {steps} verify passes; equal to model.generate: {equal}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,19 @@ from typing import Literal, Self, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+__all__ = [
+    "BuildSummary",
+    "Datastore",
+    "DatastoreBuilder",
+    "DatastoreInfo",
+    "FileInfo",
+    "Drafter",
+    "Sequence",
+    "DraftTree",
+    "__version__",
+    "build_profile",
+]
+
 __version__: str
 build_profile: str
 

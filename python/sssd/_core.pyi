@@ -15,10 +15,10 @@ __all__ = [
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
-    "FileInfo",
-    "Drafter",
-    "Sequence",
     "DraftTree",
+    "Drafter",
+    "FileInfo",
+    "Sequence",
     "__version__",
     "build_profile",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd._core import Drafter, DraftTree
+from sssd._core import Drafter, DraftTree, Sequence
 from sssd.errors import SssdError
 
 Tokenize = Callable[[str], list[int]]
@@ -56,25 +56,29 @@ class Replay:
 
     def run(self, drafter: Drafter, request: Request) -> None:
         """Replays one request. A request with fewer than two response tokens takes no step."""
+        with drafter.begin(request.prompt_ids) as sequence:
+            self.follow(sequence, request)
+
+    def follow(self, sequence: Sequence, request: Request) -> None:
+        """Replays one request on a sequence that holds its prompt."""
         response = request.response_ids
         self.requests += 1
         self.tokens += max(len(response) - 1, 0)
-        with drafter.begin(request.prompt_ids) as sequence:
-            sequence.extend(response[:1])
-            position = 1
-            while position < len(response):
-                start = perf_counter_ns()
-                tree = sequence.draft(self.budget)
-                self.draft_ns.append(perf_counter_ns() - start)
-                accepted = count_accepted(tree, response[position:])
-                self.accepted += accepted
-                self.drafted += len(tree)
-                self.expected += tree.expected_accepted
-                appended = response[position : position + accepted + 1]
-                start = perf_counter_ns()
-                sequence.extend(appended)
-                self.append_ns += perf_counter_ns() - start
-                position += len(appended)
+        sequence.extend(response[:1])
+        position = 1
+        while position < len(response):
+            start = perf_counter_ns()
+            tree = sequence.draft(self.budget)
+            self.draft_ns.append(perf_counter_ns() - start)
+            accepted = count_accepted(tree, response[position:])
+            self.accepted += accepted
+            self.drafted += len(tree)
+            self.expected += tree.expected_accepted
+            appended = response[position : position + accepted + 1]
+            start = perf_counter_ns()
+            sequence.extend(appended)
+            self.append_ns += perf_counter_ns() - start
+            position += len(appended)
 
     def row(self, trace: str) -> dict[str, Any]:
         """The figures, as ``replay --json`` writes them."""

@@ -18,9 +18,9 @@ pub(crate) struct Shared {
 }
 
 impl Drafter {
-    /// A drafter that drafts nothing after an end token.
-    pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>) -> Self {
-        Self { shared: Arc::new(Shared { end_tokens, store, model: Model::default() }) }
+    /// A drafter that drafts nothing after an end token and whose sequences start with the weights of `model`.
+    pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, model: Model) -> Self {
+        Self { shared: Arc::new(Shared { end_tokens, store, model }) }
     }
 
     /// Tokens after which nothing is drafted.

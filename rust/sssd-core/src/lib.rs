@@ -15,6 +15,7 @@ mod tree;
 
 pub use corpus::{Corpus, Match};
 pub use drafter::Drafter;
+pub use model::Model;
 pub use sequence::Sequence;
 pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError};
 

@@ -42,6 +42,7 @@ const REFINEMENTS: usize = EVIDENCES * PROBABILITIES;
 const ESCAPE_MEMORY: u16 = 60;
 const REFINEMENT_MEMORY: u16 = 255;
 const GATE_RATE: f32 = 0.02;
+const GATE_LIMIT: f32 = 8.0;
 
 /// The class of a match of `length` >= 1 tokens.
 pub fn class(length: u16) -> usize {
@@ -132,7 +133,7 @@ impl Rate {
 }
 
 /// The learned tables.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     escapes: Box<[Rate]>,
     gates: Box<[f32]>,
@@ -140,7 +141,23 @@ pub struct Model {
 }
 
 impl Default for Model {
+    /// The weights that ship with the package, learned by `benches/train_weights.py`.
     fn default() -> Self {
+        Self::from_bytes(include_bytes!("weights.bin")).unwrap_or_else(Self::untrained)
+    }
+}
+
+/// An escape cell.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EscapeCell(u16);
+
+/// A gate cell.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GateCell(u16);
+
+impl Model {
+    /// Plausible weights from no experience.
+    fn untrained() -> Self {
         let escape = |cell: usize| {
             let (distinct, cell) = (cell % DISTINCTS, cell / DISTINCTS);
             let (count, class) = (cell % COUNTS, cell / COUNTS % CLASSES);
@@ -156,17 +173,36 @@ impl Default for Model {
             refinements: (0..REFINEMENTS).map(refinement).collect(),
         }
     }
-}
 
-/// An escape cell.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct EscapeCell(u16);
+    /// The tables as little-endian bytes: escapes and refinements as (value, count) in 16 bits each, then gates
+    /// as 32-bit floats.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let rates = self.escapes.iter().chain(&self.refinements);
+        let halves = rates.flat_map(|rate| [rate.value, rate.count]).flat_map(u16::to_le_bytes);
+        halves.chain(self.gates.iter().flat_map(|gate| gate.to_le_bytes())).collect()
+    }
 
-/// A gate cell.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GateCell(u16);
+    /// The tables from [`Model::to_bytes`], or nothing if the bytes are not such tables.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != 4 * (ESCAPES + REFINEMENTS + GATES) {
+            return None;
+        }
+        let words: Vec<[u8; 4]> = bytes.as_chunks().0.to_vec();
+        let rate = |&[a, b, c, d]: &[u8; 4]| Rate {
+            value: u16::from_le_bytes([a, b]),
+            count: u16::from_le_bytes([c, d]).min(REFINEMENT_MEMORY),
+        };
+        let (escapes, rest) = words.split_at(ESCAPES);
+        let (refinements, gates) = rest.split_at(REFINEMENTS);
+        let gates: Box<[f32]> = gates.iter().map(|&word| f32::from_le_bytes(word)).collect();
+        let sound = gates.iter().all(|gate| gate.abs() <= GATE_LIMIT);
+        sound.then(|| Self {
+            escapes: escapes.iter().map(rate).collect(),
+            gates,
+            refinements: refinements.iter().map(rate).collect(),
+        })
+    }
 
-impl Model {
     /// The cell of contexts of `class` that occurred `count` times with `distinct` different successors.
     pub fn escape_cell(source: usize, class: usize, count: f32, distinct: u32) -> EscapeCell {
         let count = match count as u32 {
@@ -194,7 +230,7 @@ impl Model {
         self.escapes[usize::from(cell.0)].get()
     }
 
-    pub fn learn_escape(&mut self, cell: EscapeCell, escaped: bool) {
+    pub(crate) fn learn_escape(&mut self, cell: EscapeCell, escaped: bool) {
         self.escapes[usize::from(cell.0)].update(escaped, ESCAPE_MEMORY);
     }
 
@@ -210,9 +246,9 @@ impl Model {
     }
 
     /// Moves the weight by the difference between posterior and prior share of the source.
-    pub fn learn_gate(&mut self, cell: GateCell, gradient: f32) {
+    pub(crate) fn learn_gate(&mut self, cell: GateCell, gradient: f32) {
         let gate = &mut self.gates[usize::from(cell.0)];
-        *gate = (*gate + GATE_RATE * gradient).clamp(-8.0, 8.0);
+        *gate = (*gate + GATE_RATE * gradient).clamp(-GATE_LIMIT, GATE_LIMIT);
     }
 
     /// The probability of a token that the mixture gives `mixed` and that has this support.
@@ -223,12 +259,12 @@ impl Model {
         self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
     }
 
-    pub fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
+    pub(crate) fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
         let cell = support.index() * PROBABILITIES + (scale(mixed) + 0.5) as usize;
         self.refinements[cell].update(came_true, REFINEMENT_MEMORY);
     }
 
-    pub fn memory_bytes(&self) -> usize {
+    pub(crate) fn memory_bytes(&self) -> usize {
         (self.escapes.len() + self.refinements.len()) * size_of::<Rate>()
             + self.gates.len() * size_of::<f32>()
     }
@@ -238,4 +274,38 @@ impl Model {
 fn scale(probability: f32) -> f32 {
     let log2 = probability.to_bits() as f32 * (1.0 / (1 << 23) as f32) - 127.0;
     (-1.5 * log2).clamp(0.0, PROBABILITIES as f32 - 1.001)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shipped_weights_are_read() {
+        assert!(Model::from_bytes(include_bytes!("weights.bin")).is_some());
+    }
+
+    #[test]
+    fn bytes_round_trip_and_bad_ones_are_refused() {
+        let mut model = Model::untrained();
+        model.learn_gate(Model::gate_cell(source::STORE, 3, 0.5), 0.7);
+        model.learn_escape(Model::escape_cell(source::REQUEST, 11, 1.0, 1), true);
+        let mut bytes = model.to_bytes();
+        assert_eq!(Model::from_bytes(&bytes), Some(model));
+        assert_eq!(Model::from_bytes(&bytes[1..]), None);
+        let gate = bytes.len() - 4;
+        bytes[gate..].copy_from_slice(&f32::NAN.to_le_bytes());
+        assert_eq!(Model::from_bytes(&bytes), None);
+    }
+
+    #[test]
+    fn rates_move_towards_outcomes_and_stay_probabilities() {
+        let mut rate = Rate::new(0.5, 0);
+        for outcome in [true, false].repeat(4).into_iter().chain([true; 2000]) {
+            rate.update(outcome, 60);
+        }
+        assert!(rate.get() > 0.98 && rate.get() < 1.0);
+        (0..4000).for_each(|_| rate.update(false, 60));
+        assert!(rate.get() < 0.02);
+    }
 }

@@ -46,6 +46,11 @@ impl Sequence {
         })
     }
 
+    /// What the predictor has learned so far.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
     /// Bytes of memory that the sequence holds.
     pub fn memory_bytes(&self) -> usize {
         self.index.memory_bytes() + self.model.memory_bytes() + self.drafting.memory_bytes()

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, TryLockError};
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
-use sssd_core::{Corpus, Drafter, MAX_NODES, MAX_TOKEN, Sequence};
+use pyo3::types::PyBytes;
+use sssd_core::{Corpus, Drafter, MAX_NODES, MAX_TOKEN, Model, Sequence};
 
 use crate::datastore::PyDatastore;
 use crate::errors::error;
@@ -23,9 +24,11 @@ const DETACH_TOKENS: usize = 256;
 ///     datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
 ///         (which may be closed afterwards).
 ///     load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
+///     weights: the predictor's weights that sequences start with, from ``Sequence.weights``; by default those that
+///         ship with sssd.
 ///
 /// Raises:
-///     InvalidArgumentError: ``vocab_size`` is not in 1..2^31.
+///     InvalidArgumentError: ``vocab_size`` is not in 1..2^31, or ``weights`` are not such weights.
 ///     InvalidTokenError: an end token is outside the vocabulary.
 ///     VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
 ///     OSError, DatastoreError: the datastore cannot be opened.
@@ -38,13 +41,14 @@ pub struct PyDrafter {
 #[pymethods]
 impl PyDrafter {
     #[new]
-    #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap"))]
+    #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap", weights=None))]
     fn new(
         py: Python<'_>,
         vocab_size: Option<i128>,
         end_token_ids: Option<&Bound<'_, PyAny>>,
         datastore: Option<&Bound<'_, PyAny>>,
         load: &str,
+        weights: Option<&[u8]>,
     ) -> PyResult<Self> {
         let vocab_size = match vocab_size {
             Some(size) if !(1..=i128::from(MAX_TOKEN) + 1).contains(&size) => {
@@ -55,7 +59,10 @@ impl PyDrafter {
         };
         let end_tokens = end_token_ids.map_or(Ok(Vec::new()), |ids| tokens(ids, vocab_size))?;
         let store = datastore.map(|datastore| corpus(datastore, load, vocab_size)).transpose()?;
-        Ok(Self { drafter: Arc::new(Drafter::new(end_tokens, store)), vocab_size })
+        let model = weights.map_or(Some(Model::default()), Model::from_bytes).ok_or_else(|| {
+            error(py, "InvalidArgumentError", "weights must be bytes from Sequence.weights of this release")
+        })?;
+        Ok(Self { drafter: Arc::new(Drafter::new(end_tokens, store, model)), vocab_size })
     }
 
     /// Starts a sequence (a request).
@@ -180,6 +187,13 @@ impl PySequence {
         let ids: Vec<i32> =
             self.with(py, true, |sequence| sequence.tokens().iter().map(|&token| token as i32).collect())?;
         Ok(PyArray1::from_vec(py, ids))
+    }
+
+    /// The predictor's weights as learned so far, to start another drafter with.
+    #[getter]
+    fn weights<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let weights = self.with(py, true, |sequence| sequence.model().to_bytes())?;
+        Ok(PyBytes::new(py, &weights))
     }
 
     /// Bytes of memory that the sequence holds.

@@ -2,8 +2,8 @@
 
 Usage: train_weights.py TRACES_FOLDER STORE_FILE OUT
 
-Requests of permissively licensed records are replayed in random order, with and without the datastore; what one
-request learns is handed on to the next. The weights are averaged over the second half of the run.
+Requests of permissively licensed records are replayed in random order, with and without the datastore; what
+one request learns is handed on to the next. The weights are averaged over the second half of the run.
 TRACES_FOLDER holds dev/*.jsonl.xz and prepare_tokens.py, which tokenises.
 """
 
@@ -35,7 +35,8 @@ def requests(traces: Path):
     spec.loader.exec_module(prepare)
     encoding = prepare.encoding()
     for path in sorted(glob.glob(str(traces / "dev" / "*.jsonl.xz"))):
-        records = [json.loads(line) for line in lzma.open(path, "rt", encoding="utf-8")]
+        with lzma.open(path, "rt", encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines]
         random.Random(11).shuffle(records)
         tokens = 0
         for record in records:

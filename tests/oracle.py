@@ -1,0 +1,57 @@
+"""What a draft must be, whatever the predictor's weights are: a slow check against the whole history."""
+
+import itertools
+from collections import defaultdict
+
+import numpy as np
+
+from sssd import DraftTree
+
+ROOT_SAMPLES = 64
+"""Occurrences of the last token that the drafter looks at."""
+
+
+def successors(history: list[int]) -> dict[int, set[int]]:
+    """The tokens that followed each token."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for token, following in itertools.pairwise(history):
+        found[token].add(following)
+    return found
+
+
+def paths(tree: DraftTree) -> list[tuple[int, ...]]:
+    """Each node as the tokens from the root's child to it."""
+    found: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
+        found.append(((*found[parent],) if parent >= 0 else ()) + (token,))
+    return found
+
+
+def check_form(tree: DraftTree, max_nodes: int) -> None:
+    """The invariants of any draft tree."""
+    parents, depths, probs = tree.parents, tree.depths, tree.probs
+    assert len(tree) <= max_nodes
+    assert len(set(paths(tree))) == len(tree), "siblings share a token"
+    assert all(-1 <= parent < node for node, parent in enumerate(parents))
+    assert all(depths[n] == (depths[p] if p >= 0 else 0) + 1 for n, p in enumerate(parents))
+    assert np.isfinite(probs).all()
+    assert ((probs >= 0) & (probs <= 1)).all()
+    assert (np.diff(probs) <= 0).all(), "nodes are not ordered by probability"
+    for parent in range(-1, len(tree)):
+        above = probs[parent] if parent >= 0 else 1.0
+        assert probs[parents == parent].sum() <= above + 1e-5
+
+
+def check_draft(history: list[int], end_tokens: set[int], tree: DraftTree, max_nodes: int) -> None:
+    """A draft without a datastore holds what the history supports, and all of it where nothing is capped."""
+    check_form(tree, max_nodes)
+    followed = successors(history)
+    for node, (token, parent) in enumerate(zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True)):
+        before = int(tree.token_ids[parent]) if parent >= 0 else history[-1]
+        assert before not in end_tokens, f"node {node} follows an end token"
+        assert token in followed[before], f"node {node}: {token} never followed {before}"
+    if not history or history[-1] in end_tokens:
+        assert len(tree) == 0
+    elif max_nodes > len(history) ** 2 and history[:-1].count(history[-1]) <= ROOT_SAMPLES:
+        children = {path[0] for path in paths(tree) if len(path) == 1}
+        assert children == followed[history[-1]]

@@ -1,0 +1,110 @@
+"""The drafter against the oracle."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from oracle import check_draft, paths
+
+from sssd import Drafter
+
+END = 6
+TOKENS = st.lists(st.integers(0, END), max_size=40)
+
+
+class Drafting(RuleBasedStateMachine):
+    """Several sequences of one drafter, each compared with its own history."""
+
+    sequences = Bundle("sequences")
+
+    def __init__(self):
+        super().__init__()
+        self.drafter = Drafter(vocab_size=END + 1, end_token_ids=[END])
+        self.histories = {}
+        self.logs = {}
+
+    @rule(target=sequences, prompt=TOKENS)
+    def begin(self, prompt):
+        sequence = self.drafter.begin(prompt)
+        self.histories[sequence] = list(prompt)
+        self.logs[sequence] = [("begin", list(prompt))]
+        return sequence
+
+    @rule(sequence=sequences, tokens=TOKENS)
+    def extend(self, sequence, tokens):
+        sequence.extend(np.array(tokens, np.int64))
+        self.histories[sequence] += tokens
+        self.logs[sequence].append(("extend", tokens))
+
+    @rule(sequence=sequences, max_nodes=st.sampled_from([0, 1, 2, 5, 16, 64, 1024]))
+    def draft(self, sequence, max_nodes):
+        tree = sequence.draft(max_nodes)
+        check_draft(self.histories[sequence], {END}, tree, max_nodes)
+        self.logs[sequence].append(("draft", max_nodes))
+
+    @rule(
+        sequence=sequences, max_nodes=st.integers(1, 40), follow=st.integers(0, 40), bonus=st.integers(0, END)
+    )
+    def step(self, sequence, max_nodes, follow, bonus):
+        """Accepts a drafted path and a bonus token, as a decoder does."""
+        drafted = paths(sequence.draft(max_nodes))
+        accepted = [*drafted[follow % len(drafted)], bonus] if drafted else [bonus]
+        sequence.extend(accepted)
+        self.histories[sequence] += accepted
+        self.logs[sequence] += [("draft", max_nodes), ("extend", accepted)]
+
+    @rule(sequence=sequences)
+    def replay_gives_the_same(self, sequence):
+        """A fresh drafter, given the same calls, drafts the same: nothing leaks between sequences."""
+        drafter = Drafter(vocab_size=END + 1, end_token_ids=[END])
+        for name, argument in self.logs[sequence]:
+            if name == "begin":
+                twin = drafter.begin(argument)
+            else:
+                getattr(twin, name)(argument)
+        expected, tree = twin.draft(64), sequence.draft(64)
+        self.logs[sequence].append(("draft", 64))
+        assert expected.token_ids.tolist() == tree.token_ids.tolist()
+        assert expected.parents.tolist() == tree.parents.tolist()
+        assert expected.probs.tolist() == tree.probs.tolist()
+
+    @rule(sequence=consumes(sequences))
+    def close(self, sequence):
+        sequence.close()
+        assert sequence.closed
+        del self.histories[sequence], self.logs[sequence]
+
+    @invariant()
+    def sequences_hold_their_tokens(self):
+        for sequence, history in self.histories.items():
+            assert len(sequence) == len(history)
+            assert sequence.token_ids.tolist() == history
+
+
+Drafting.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestDrafting = Drafting.TestCase
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 30), st.integers(0, 60))
+@settings(deadline=None)
+def test_a_smaller_budget_gives_the_start_of_the_tree(history, small, more):
+    drafter = Drafter()
+    small_tree, large_tree = (drafter.begin(history).draft(budget) for budget in (small, small + more))
+    assert paths(large_tree)[:small] == paths(small_tree)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=2, max_size=300, unique=True))
+@settings(deadline=None)
+def test_copies_go_as_deep_as_the_budget(passage):
+    """The second time a passage of distinct tokens starts, the draft is the rest of it."""
+    tree = Drafter().begin([*passage, 2**31 - 1, passage[0]]).draft(len(passage) - 1)
+    assert paths(tree)[-1] == tuple(passage[1:])
+
+
+@given(st.lists(st.integers(0, 5), max_size=20), st.integers(100, 200))
+@settings(deadline=None)
+def test_a_repetition_is_drafted_on_its_second_appearance(before, token):
+    sequence = Drafter().begin(before)
+    sequence.extend([token, token + 1])
+    sequence.extend([token])
+    assert (token + 1,) in paths(sequence.draft(1))

@@ -2,8 +2,8 @@
 
 Usage: latency.py [TOKENS.npy] [--json FILE]
 
-Tokens come from a .npy array of ids (a datastore corpus, say), or are Zipf-distributed random ids, which are harder:
-they have few long matches and many short ones. Times are medians of 2,000 steps of one token, 32 nodes, one thread.
+Tokens come from a .npy array of ids (a datastore corpus, say), or are Zipf-distributed random ids: few long
+matches and many short ones. Times are of 2,000 steps of one token each, 32 nodes, one thread.
 """
 
 import argparse

@@ -77,7 +77,8 @@ def verify_rows(model, prompts, rounds, nodes, seed):
 def test_tree_logits_equal_plain_logits(name, attention):
     model = tiny_model(name, attention)
     prompt = np.random.default_rng(1).integers(3, VOCAB, 14).tolist()
-    assert verify_rows(model, [prompt], rounds=4, nodes=12, seed=2) < 1e-4
+    # Trees deeper than the window, so that ancestors fall out of it.
+    assert verify_rows(model, [prompt], rounds=3, nodes=28, seed=2) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)

@@ -95,6 +95,8 @@ def test_batch_with_left_padding(name, right):
     if right:
         lengths = {tuple(row) for row in result.accepted_mask.tolist()}
         assert len(lengths) == len(BATCH), "rows should advance at different speeds"
+    output = hf.generate(model, BATCH, attention_mask=BATCH_MASK, max_nodes=0, **GREEDY)
+    assert torch.equal(output, expected)
     for row in range(len(BATCH)):
         alone = BATCH[row][BATCH_MASK[row].bool()][None]
         output = hf.generate(model, alone, scripted(expected, BATCH_MASK, right), max_nodes=7, **GREEDY)
@@ -183,6 +185,12 @@ def test_end_tokens_and_lengths(model):
         assert torch.equal(hf.generate(model, PROMPT, drafter, **{**GREEDY, **limit}), expected)
 
 
+def test_nothing_is_drafted_for_a_last_token(model):
+    options = {**GREEDY, "max_new_tokens": 2, "return_dict_in_generate": True}
+    result = hf.generate(model, PROMPT, scripted(plain(model, PROMPT)), **options)
+    assert (result.steps, result.drafted) == (1, 0)
+
+
 def test_rows_that_end_early_are_padded(model):
     free = plain(model, BATCH, attention_mask=BATCH_MASK)
     new = free[:, BATCH.shape[1] :]
@@ -256,6 +264,19 @@ def test_streamers_get_what_the_model_would_send(model, batch, custom_generate):
     else:
         hf.generate(model, ids, drafter, streamer=mine, **options)
     assert mine.events == theirs.events
+
+
+def test_tokens_are_streamed_in_the_step_that_accepts_them(model):
+    drafter, streamer = scripted(plain(model, PROMPT)), Streamed()
+    draft = drafter.draft
+
+    def check(token_ids, max_nodes):
+        assert streamer.events == [PROMPT.tolist(), *([token] for token in token_ids[PROMPT.shape[1] :])]
+        return draft(token_ids, max_nodes)
+
+    drafter.draft = check
+    hf.generate(model, PROMPT, drafter, streamer=streamer, **GREEDY)
+    assert streamer.events[-1] == "end"
 
 
 def test_result_counts(model):

@@ -72,10 +72,10 @@ class ScriptedDrafter:
         self.sequences: list[ScriptedSequence] = []
 
     def begin(self, prompt_ids: Iterable[int]) -> ScriptedSequence:
-        self.sequences.append(ScriptedSequence(prompt_ids, self._draft))
+        self.sequences.append(ScriptedSequence(prompt_ids, self.draft))
         return self.sequences[-1]
 
-    def _draft(self, token_ids: list[int], max_nodes: int) -> Any:
+    def draft(self, token_ids: list[int], max_nodes: int) -> Any:
         known = next((text for text in self.texts if text[: len(token_ids)] == token_ids), None)
         tree = random_tree(self.rng, max_nodes, self.vocab_size)
         tokens, parents = tree.token_ids.tolist(), tree.parents.tolist()

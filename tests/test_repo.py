@@ -25,6 +25,14 @@ def test_import_is_light_and_quiet():
     assert threading.active_count() >= 1
 
 
+def test_the_command_line_names_what_it_lacks():
+    code = "import sys; sys.modules['rich'] = None; from sssd.cli import main; main(['info', 'x'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'sssd[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_package_is_typed_and_versioned():
     package = resources.files("sssd")
     assert package.joinpath("py.typed").is_file()

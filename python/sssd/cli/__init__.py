@@ -16,7 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"sssd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"sssd.cli.{name}")
+        try:
+            module = importlib.import_module(f"sssd.cli.{name}")
+        except ModuleNotFoundError as missing:
+            parser.error(f"the command line needs {missing.name}: pip install 'sssd[cli]'")
         module.add_parser(commands).set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
     try:

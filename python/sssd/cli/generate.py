@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -198,7 +199,7 @@ def table(outcomes: list[Outcome]) -> Table:
     columns = ["tokens", *(["tokens/s plain"] if compared else []), "tokens/s sssd"]
     columns += [*(["ratio"] if compared else []), "tokens per step", "accepted"]
     caption = "tokens/s with the prompt's pass; accepted: share of the output that had been drafted (green)"
-    result = Table(caption=caption)
+    result = Table(caption=caption, box=SIMPLE_HEAD)
     result.add_column("prompt", no_wrap=True)
     for column in columns:
         result.add_column(column, justify="right")

@@ -196,7 +196,7 @@ def _pieces(tokens: list[int], accepted: list[bool], tokenizer: Any) -> list[tup
 def table(outcomes: list[Outcome]) -> Table:
     """One line per prompt, and a last one for all of them."""
     compared = all(outcome.plain_tokens is not None for outcome in outcomes)
-    columns = ["tokens", *(["tokens/s plain"] if compared else []), "tokens/s sssd"]
+    columns = ["tokens", *(["plain tok/s"] if compared else []), "sssd tok/s"]
     columns += [*(["ratio"] if compared else []), "tokens per step", "accepted"]
     caption = "tokens/s with the prompt's pass; accepted: share of the output that had been drafted (green)"
     result = Table(caption=caption, box=SIMPLE_HEAD)

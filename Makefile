@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUST := Cargo.toml Cargo.lock $(shell find rust -name Cargo.toml -o -name '*.rs')
+RUST := Cargo.toml Cargo.lock $(shell find rust -name Cargo.toml -o -name '*.rs' -o -name '*.bin')
 
 # One interpreter for every cargo command, or each would build pyo3 anew.
 export PYO3_PYTHON := $(abspath $(BIN)/python)

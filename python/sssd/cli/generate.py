@@ -199,7 +199,7 @@ def table(outcomes: list[Outcome]) -> Table:
     columns = ["tokens", *(["plain tok/s"] if compared else []), "sssd tok/s"]
     columns += [*(["ratio"] if compared else []), "tokens per step", "accepted"]
     caption = "tokens/s with the prompt's pass; accepted: share of the output that had been drafted (green)"
-    result = Table(caption=caption, box=SIMPLE_HEAD)
+    result = Table(caption=caption, box=SIMPLE_HEAD, pad_edge=False)
     result.add_column("prompt", no_wrap=True)
     for column in columns:
         result.add_column(column, justify="right")

@@ -1,6 +1,9 @@
 """One drafter, many threads."""
 
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -35,18 +38,63 @@ def test_begin_lets_other_threads_run():
     drafter, counted, done = Drafter(), [0], threading.Event()
 
     def count():
-        while not done.is_set():
+        while not done.wait(1e-4):
             counted[0] += 1
 
     counter = threading.Thread(target=count)
+    interval = sys.getswitchinterval()
     counter.start()
     try:
+        while counted[0] == 0:
+            time.sleep(1e-3)
+        # from here on a thread runs only when this one gives the lock away
+        sys.setswitchinterval(1000)
         before = counted[0]
         drafter.begin(tokens)
-        assert counted[0] > before + 1000
+        after = counted[0]
     finally:
+        sys.setswitchinterval(interval)
         done.set()
         counter.join()
+    assert after > before
+
+
+def test_threads_take_turns_on_one_sequence():
+    ids = [1, 2, 3, 1, 2, 4, 1, 2]
+    sequence, barrier = Drafter().begin(ids), threading.Barrier(THREADS)
+    expected = Drafter().begin(ids).draft(16).probs.tolist()
+
+    def draft():
+        barrier.wait()
+        return [sequence.draft(16).probs.tolist() for _ in range(200)]
+
+    def extend(token):
+        barrier.wait()
+        for _ in range(200):
+            sequence.extend([token] * 3)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        drafts = [pool.submit(draft) for _ in range(THREADS)]
+        assert all(draft.result() == [expected] * 200 for draft in drafts)
+        list(pool.map(extend, range(THREADS)))
+    # extensions are whole: the tokens of one call stay together
+    added = sequence.token_ids[len(ids) :].reshape(-1, 3)
+    assert (added == added[:, :1]).all()
+    assert np.bincount(added[:, 0]).tolist() == [200] * THREADS
+
+
+def test_a_forked_child_drafts_on():
+    code = """
+import os
+from sssd import Drafter
+drafter = Drafter()
+sequence = drafter.begin([1, 2, 1])
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+sequence.extend([2, 1])
+assert sequence.draft().token_ids[0] == drafter.begin([1, 2, 1]).draft().token_ids[0] == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_closing_while_others_draft_is_an_error_not_a_crash():

@@ -134,6 +134,17 @@ def test_bad_tokens_are_refused():
         DraftTree([-1], [-1])
 
 
+def test_impossible_widths_and_lengths_are_refused():
+    tree = DraftTree([1, 2], [-1, 0], [0.5, 0.25])
+    for width in (-1, 1, 1025, 10**9):
+        for call in (tree.attention_mask, tree.pad, lambda width: tree.position_ids(0, width)):
+            with pytest.raises(InvalidArgumentError, match="between the tree's 2 nodes and 1024"):
+                call(width)
+    with pytest.raises(InvalidArgumentError, match="k must not be negative"):
+        tree.chain(-1)
+    assert tree.chain(10**9).tolist() == [1, 2]
+
+
 def test_arrays_are_copies():
     tree = Drafter().begin([1, 2, 1]).draft(1)
     tree.token_ids[0] = 9

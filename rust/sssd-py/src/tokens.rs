@@ -1,10 +1,8 @@
 //! Token ids in and arrays out.
 
-use numpy::{
-    PyArray1, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods,
-};
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
 use sssd_core::{MAX_TOKEN, Token};
 
 use crate::errors::error;
@@ -92,8 +90,9 @@ fn read(ids: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
     if ids.hasattr("__array__")? || ids.hasattr("__len__")? {
         let array = ids.py().import("numpy")?.call_method1("asarray", (ids,))?;
         return match array.cast::<PyUntypedArray>() {
-            Ok(array) => read_array(array, sink),
-            Err(_) => Err(kind(ids)),
+            // what numpy takes for a scalar: text, sets, dicts
+            Ok(array) if array.ndim() > 0 => read_array(array, sink),
+            _ => Err(kind(ids)),
         };
     }
     Err(kind(ids))
@@ -104,7 +103,17 @@ fn kind(value: &Bound<'_, PyAny>) -> Refused {
 }
 
 fn read_item(item: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
-    // `__index__` admits Python and numpy integers and refuses floats
+    // the usual case, without a call into Python
+    if let Ok(integer) = item.cast_exact::<PyInt>()
+        && let Ok(id) = integer.extract::<i64>()
+    {
+        return sink(id.into());
+    }
+    // a mask is not a list of tokens
+    if item.is_instance_of::<PyBool>() {
+        return Err(kind(item));
+    }
+    // `__index__` admits numpy's integers and refuses floats
     let index = item.call_method0("__index__").map_err(|_| kind(item))?;
     let id = index.extract::<i128>().unwrap_or(i128::MAX);
     sink(id)
@@ -128,5 +137,5 @@ fn read_array(array: &Bound<'_, PyUntypedArray>, sink: &mut Sink<'_>) -> Result<
         )*};
     }
     read_as!(i64, i32, u32, u64, i16, u16, i8, u8);
-    Err(Refused::Kind(format!("an array of {}", array.dtype().typeobj())))
+    Err(Refused::Kind(format!("an array of {}", array.dtype())))
 }

@@ -2,7 +2,7 @@
 
 use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
-use sssd_core::{DraftTree, TreeError};
+use sssd_core::{DraftTree, MAX_NODES, TreeError};
 
 use crate::errors::error;
 use crate::tokens::{int32, integers, tokens};
@@ -85,7 +85,7 @@ impl PyDraftTree {
     fn attention_mask<'py>(
         &self,
         py: Python<'py>,
-        width: Option<usize>,
+        width: Option<i128>,
     ) -> PyResult<Bound<'py, PyArray2<bool>>> {
         let width = self.width(py, width)?;
         PyArray1::from_vec(py, self.0.attention_mask(width)).reshape([width + 1, width + 1])
@@ -104,7 +104,7 @@ impl PyDraftTree {
         &self,
         py: Python<'py>,
         start: i64,
-        width: Option<usize>,
+        width: Option<i128>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let width = self.width(py, width)?;
         let depths = std::iter::once(0).chain(self.0.depths.iter().copied()).chain(std::iter::repeat(0));
@@ -126,7 +126,7 @@ impl PyDraftTree {
     /// Raises:
     ///     InvalidArgumentError: ``width`` is less than n.
     #[pyo3(signature = (width, token_id=0))]
-    fn pad<'py>(&self, py: Python<'py>, width: usize, token_id: i32) -> PyResult<(Int32<'py>, Int32<'py>)> {
+    fn pad<'py>(&self, py: Python<'py>, width: i128, token_id: i32) -> PyResult<(Int32<'py>, Int32<'py>)> {
         let padding = self.width(py, Some(width))? - self.0.len();
         let token_ids = self.0.token_ids.iter().map(|&token| token as i32);
         Ok((
@@ -156,8 +156,13 @@ impl PyDraftTree {
     ///
     /// Returns:
     ///     its tokens, int32 [at most k].
-    fn chain<'py>(&self, py: Python<'py>, k: usize) -> Int32<'py> {
-        int32(py, self.0.chain(k).into_iter().map(|token| token as i32))
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``k`` is negative.
+    fn chain<'py>(&self, py: Python<'py>, k: i128) -> PyResult<Int32<'py>> {
+        let longest = usize::try_from(k.min(MAX_NODES as i128))
+            .map_err(|_| error(py, "InvalidArgumentError", format!("k must not be negative, got {k}")))?;
+        Ok(int32(py, self.0.chain(longest).into_iter().map(|token| token as i32)))
     }
 
     /// Walks from the root along the target's own tokens.
@@ -210,20 +215,14 @@ impl PyDraftTree {
 }
 
 impl PyDraftTree {
-    fn width(&self, py: Python<'_>, width: Option<usize>) -> PyResult<usize> {
+    fn width(&self, py: Python<'_>, width: Option<i128>) -> PyResult<usize> {
         let nodes = self.0.len();
-        match width {
-            Some(width) if width < nodes || width > sssd_core::MAX_NODES => Err(error(
-                py,
-                "InvalidArgumentError",
-                format!(
-                    "width {width} must be between the tree's {nodes} nodes and {}",
-                    sssd_core::MAX_NODES
-                ),
-            )),
-            Some(width) => Ok(width),
-            None => Ok(nodes),
-        }
+        let Some(width) = width else { return Ok(nodes) };
+        usize::try_from(width).ok().filter(|width| (nodes..=MAX_NODES).contains(width)).ok_or_else(|| {
+            let message =
+                format!("width must be between the tree's {nodes} nodes and {MAX_NODES}, got {width}");
+            error(py, "InvalidArgumentError", message)
+        })
     }
 }
 

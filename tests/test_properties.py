@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from oracle import check_draft, paths
+from oracle import ROOT_SAMPLES, check_draft, check_form, paths
 
 from sssd import Drafter
 
@@ -108,3 +108,19 @@ def test_a_repetition_is_drafted_on_its_second_appearance(before, token):
     sequence.extend([token, token + 1])
     sequence.extend([token])
     assert (token + 1,) in paths(sequence.draft(1))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=ROOT_SAMPLES))
+@settings(deadline=None)
+def test_everything_that_followed_the_last_token_is_drafted(followers):
+    history = [token for follower in followers for token in (0, follower)]
+    drafted = paths(Drafter().begin([*history, 0]).draft(1024))
+    assert {path[0] for path in drafted} == set(followers)
+
+
+def test_trees_keep_their_form_while_the_weights_are_learned():
+    text = np.random.default_rng(0).zipf(1.5, 4000) % 100
+    sequence = Drafter().begin(text[:100])
+    for start in range(100, len(text), 4):
+        check_form(sequence.draft(48), 48)
+        sequence.extend(text[start : start + 4])

@@ -13,20 +13,24 @@ import json
 import lzma
 import random
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from sssd import Datastore, Drafter
-from sssd.replay import Replay, Request
+from sssd.replay import Replay, Request, read_trace
 
 PERMISSIVE = ("apache-2.0", "cc0-1.0", "mit")
 TOKENS_PER_WORKLOAD = 20_000
 BUDGET = 32
-RATES = 3 * 12 * 8 * 5 + 9 * 5 * 2 * 2 * 18
+RATES = 6 * 12 * 8 * 5 + (9 * 5 * 2 * 2 + 4 * 4 * 6 * 4) * 18
 """Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
 MOST_COUNT = 30
+REPEATS = 4
+"""Times that each recorded generation with probabilities is replayed, in either setting: there are few of them."""
 
 
 def requests(traces: Path):
@@ -54,24 +58,63 @@ def requests(traces: Path):
         print(f"{Path(path).name}: {tokens} tokens", flush=True)
 
 
-def unpack(weights: bytes):
+def unpack(state: dict[str, bytes]):
+    (weights,) = state.values()
     rates = np.frombuffer(weights, "<u2", 2 * RATES).reshape(-1, 2).astype(float)
     return rates[:, 0], rates[:, 1], np.frombuffer(weights, "<f4", offset=4 * RATES).astype(float)
 
 
+def edited(response: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A predicted output: the response with a few passages replaced, left out or added; now and then all wrong."""
+    out, at = [], 0
+    every = rng.choice([8, 20, 50, 200])
+    while at < len(response):
+        run = 1 + int(rng.expovariate(1 / every))
+        out.extend(response[at : at + run])
+        at += run + rng.choice([0, 1, 1, 2, 5])
+        out.extend(rng.choice(response) for _ in range(rng.choice([0, 1, 1, 2, 5])))
+    if rng.random() < 0.15:
+        rng.shuffle(out)
+    return np.array(out, np.int32)
+
+
 def main(traces: str, store: str, out: str) -> None:
     datastore = Datastore.open(store)
-    order = list(requests(Path(traces)))
-    random.Random(3).shuffle(order)
-    weights, values, gates, snapshots = None, 0.0, 0.0, 0
-    for index, (request, end) in enumerate(order):
+    texts = list(requests(Path(traces)))
+    rng = random.Random(3)
+    rng.shuffle(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        soft = Path(folder) / "soft.jsonl"
+        soft.write_bytes(lzma.open(Path(traces) / "smollm2-topk.jsonl.xz").read())
+        generations = [(request, 2) for request in read_trace(soft)]
+    # each setting with its own drafter where requests share, else with a new one for each request
+    private = {"live_bytes": 0, "soft_bytes": 1 << 20}
+    shared = {store: Drafter(end_token_ids=[128009], datastore=store) for store in (datastore, None)}
+    warm = Drafter(end_token_ids=[2])
+    order = []
+    for request, end in texts:
         for source in (datastore, None):
-            drafter = Drafter(end_token_ids=[end], datastore=source, weights=weights)
-            with drafter.begin(request.prompt_ids) as sequence:
-                Replay(BUDGET).follow(sequence, request)
-                weights = sequence.weights
+            order.append(
+                (request, lambda s=source, e=end: Drafter(end_token_ids=[e], datastore=s, **private))
+            )
+        order.append((request, lambda s=rng.choice([datastore, None]): shared[s]))
+        if rng.random() < 0.2:
+            predicted = replace(request, prediction_ids=edited(request.response_ids, rng))
+            order.append((predicted, lambda e=end: Drafter(end_token_ids=[e], **private)))
+    step = len(order) // (2 * len(generations) * REPEATS)
+    for at, (request, end) in enumerate(generations * REPEATS):
+        order.insert(2 * at * (step + 1), (request, lambda e=end: Drafter(end_token_ids=[e], **private)))
+        order.insert(2 * at * (step + 1) + step, (request, lambda: warm))
+    state, values, gates, snapshots = None, 0.0, 0.0, 0
+    for index, (request, make) in enumerate(order):
+        drafter = make()
+        if state is not None:
+            drafter.load_state_dict(state)
+        with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
+            Replay(BUDGET).follow(sequence, request)
+            state = sequence.state_dict()
         if index >= len(order) // 2:
-            value, count, gate = unpack(weights)
+            value, count, gate = unpack(state)
             values, gates, snapshots = values + value, gates + gate, snapshots + 1
     rates = np.stack([values / snapshots, np.minimum(count, MOST_COUNT)], axis=1)
     Path(out).write_bytes(rates.round().astype("<u2").tobytes() + (gates / snapshots).astype("<f4").tobytes())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd._core import Drafter, DraftTree, Sequence
+from sssd._core import SOURCES, Drafter, DraftTree, Sequence
 from sssd.errors import SssdError
 
 Tokenize = Callable[[str], list[int]]
@@ -29,10 +29,21 @@ class TraceError(SssdError, ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """One recorded request: token ids of prompt and response, int32 [n] each."""
+    """One recorded request: token ids of prompt and response, int32 [n] each.
+
+    ``topk_ids`` int32 and ``topk_probs`` float32, both [n, k], are the target's most probable tokens at each
+    position of the response, where they were recorded; ``prediction_ids`` int32 [m] is a predicted output.
+    """
 
     prompt_ids: NDArray[np.int32]
     response_ids: NDArray[np.int32]
+    topk_ids: NDArray[np.int32] | None = None
+    topk_probs: NDArray[np.float32] | None = None
+    prediction_ids: NDArray[np.int32] | None = None
+
+
+RELIABILITY_BINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+"""Edges of the bins of node probabilities in the reliability table."""
 
 
 @dataclass
@@ -48,6 +59,10 @@ class Replay:
     expected: float = 0.0
     append_ns: int = 0
     draft_ns: list[int] = field(default_factory=list)
+    sources: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(SOURCES), 3)))
+    """Per source: nodes drafted, nodes accepted, sum of their probabilities."""
+    bins: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(RELIABILITY_BINS) - 1, 3)))
+    """The same per bin of node probability."""
 
     @property
     def steps(self) -> int:
@@ -56,7 +71,7 @@ class Replay:
 
     def run(self, drafter: Drafter, request: Request) -> None:
         """Replays one request. A request with fewer than two response tokens takes no step."""
-        with drafter.begin(request.prompt_ids) as sequence:
+        with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
             self.follow(sequence, request)
 
     def follow(self, sequence: Sequence, request: Request) -> None:
@@ -64,21 +79,32 @@ class Replay:
         response = request.response_ids
         self.requests += 1
         self.tokens += max(len(response) - 1, 0)
-        sequence.extend(response[:1])
+        sequence.extend(response[:1], *_topk(request, 0, 1))
         position = 1
         while position < len(response):
             start = perf_counter_ns()
             tree = sequence.draft(self.budget)
             self.draft_ns.append(perf_counter_ns() - start)
-            accepted = count_accepted(tree, response[position:])
-            self.accepted += accepted
-            self.drafted += len(tree)
-            self.expected += tree.expected_accepted
-            appended = response[position : position + accepted + 1]
+            path = accepted_path(tree, response[position:])
+            self._count(tree, path)
+            end = min(position + len(path) + 1, len(response))
+            appended, topk = response[position:end], _topk(request, position, end)
             start = perf_counter_ns()
-            sequence.extend(appended)
+            sequence.extend(appended, *topk)
             self.append_ns += perf_counter_ns() - start
-            position += len(appended)
+            position = end
+
+    def _count(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
+        self.accepted += len(path)
+        self.drafted += len(tree)
+        self.expected += tree.expected_accepted
+        probs = tree.probs
+        bins = np.searchsorted(RELIABILITY_BINS[1:-1], probs, side="right")
+        accepted = np.zeros(len(tree))
+        accepted[path] = 1
+        for counts, rows in ((self.sources, tree.sources), (self.bins, bins)):
+            for column, weights in enumerate((None, accepted, probs)):
+                counts[:, column] += np.bincount(rows, weights, minlength=len(counts))
 
     def row(self, trace: str) -> dict[str, Any]:
         """The figures, as ``replay --json`` writes them."""
@@ -97,18 +123,40 @@ class Replay:
             "draft_us_p50": float(p50),
             "draft_us_p99": float(p99),
             "append_us_per_token": self.append_ns / max(self.tokens, 1) / 1e3,
+            "sources": {
+                name: _counts(counts) for name, counts in zip(SOURCES, self.sources, strict=True) if counts[0]
+            },
+            "reliability": [
+                {"from": low, "to": high, **_counts(counts)}
+                for low, high, counts in zip(RELIABILITY_BINS, RELIABILITY_BINS[1:], self.bins, strict=False)
+            ],
         }
 
 
-def count_accepted(tree: DraftTree, recording: NDArray[np.int32]) -> int:
-    """Length of the longest path from the root that equals the start of ``recording``."""
+def _counts(counts: NDArray[np.float64]) -> dict[str, float]:
+    return {"drafted": int(counts[0]), "accepted": int(counts[1]), "predicted": float(counts[2])}
+
+
+def _topk(request: Request, start: int, end: int) -> tuple[Any, Any]:
+    if request.topk_ids is None or request.topk_probs is None:
+        return None, None
+    return request.topk_ids[start:end], request.topk_probs[start:end]
+
+
+def accepted_path(tree: DraftTree, recording: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Nodes of the longest path from the root that equals the start of ``recording``, int32 [accepted]."""
     if len(tree) == 0:
-        return 0
+        return np.zeros(0, np.int32)
     depths = tree.depths
     # a node's target is the recorded token after it; beyond the recording nothing is accepted
     targets = np.append(recording, np.full(depths.max() + 1, 0, recording.dtype))
     nodes, _ = tree.accept(targets[np.append(0, depths)])
-    return min(len(nodes), len(recording))
+    return nodes[: len(recording)]
+
+
+def count_accepted(tree: DraftTree, recording: NDArray[np.int32]) -> int:
+    """Length of the longest path from the root that equals the start of ``recording``."""
+    return len(accepted_path(tree, recording))
 
 
 def trace_name(path: Path) -> str:
@@ -123,7 +171,8 @@ def read_trace(path: Path, tokenize: Tokenize | None = None) -> Iterator[Request
     """Requests of a JSON Lines file, plain, .gz or .xz.
 
     Args:
-        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and ``response``.
+        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and ``response``; with
+            ids also ``topk_ids`` and ``topk_probs`` (per response token) and ``prediction_ids``, if there are any.
         tokenize: turns a text into token ids; needed for texts.
 
     Raises:
@@ -146,12 +195,28 @@ def _request(record: Any, tokenize: Tokenize | None) -> Request:
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     if "prompt_ids" in record and "response_ids" in record:
-        return Request(_ids(record["prompt_ids"]), _ids(record["response_ids"]))
+        prediction = record.get("prediction_ids")
+        return Request(
+            _ids(record["prompt_ids"]),
+            _ids(record["response_ids"]),
+            *_distributions(record),
+            None if prediction is None else _ids(prediction),
+        )
     if "prompt" in record and "response" in record:
         if tokenize is None:
             raise ValueError("holds texts; give a tokenizer with --tokenizer")
         return Request(_ids(tokenize(record["prompt"])), _ids(tokenize(record["response"])))
     raise ValueError("expected prompt_ids and response_ids, or prompt and response")
+
+
+def _distributions(record: dict[str, Any]) -> tuple[Any, Any]:
+    if record.get("topk_ids") is None or record.get("topk_probs") is None:
+        return None, None
+    ids, probs = np.asarray(record["topk_ids"]), np.asarray(record["topk_probs"], np.float32)
+    rows = len(record["response_ids"])
+    if ids.ndim != 2 or ids.shape != probs.shape or len(ids) != rows:
+        raise ValueError(f"topk_ids and topk_probs must both have shape [{rows}, k]")
+    return _ids(ids.reshape(-1)).reshape(ids.shape), probs
 
 
 def _ids(values: Any) -> NDArray[np.int32]:

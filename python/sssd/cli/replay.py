@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sssd import Datastore, Drafter
+from sssd import SOURCES, Datastore, Drafter
 from sssd.cli.arguments import budgets, tokenizer
 from sssd.replay import Replay, read_trace, trace_name
+
+PRIVATE_SOFT_BYTES = 1 << 20
+"""Room for one request's distributions, where every request has a drafter of its own."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -19,13 +23,25 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "replay",
         help="measure accepted tokens and draft times on recorded requests",
-        description="Replays recorded requests without a model. Every request is fresh; nothing is shared.",
+        description="Replays recorded requests without a model. Every request is fresh and nothing is shared, "
+        "unless --share says so. Recorded top-k probabilities (topk_ids, topk_probs) and predicted outputs "
+        "(prediction_ids) are handed to the drafter.",
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
     parser.add_argument("--budgets", type=budgets, default=[4, 8, 16, 32, 64], help="node budgets, e.g. 4,16")
     parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
     parser.add_argument("--end-token-id", type=int, action="append", help="draft nothing after this")
     parser.add_argument("--datastore", type=Path, action="append", help="datastore file; repeatable")
+    parser.add_argument(
+        "--share",
+        choices=["nothing", "live"],
+        default="nothing",
+        help="live: requests of a trace learn from those before them, in file order",
+    )
+    parser.add_argument("--no-feedback", action="store_true", help="ignore recorded top-k probabilities")
+    parser.add_argument(
+        "--reliability", action="store_true", help="also print how far probabilities came true"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser
 
@@ -39,19 +55,70 @@ def run(arguments: argparse.Namespace) -> None:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for path in arguments.traces:
             requests = list(read_trace(path, tokenize))
+            if arguments.no_feedback:
+                requests = [replace(request, topk_ids=None, topk_probs=None) for request in requests]
             task = progress.add_task(trace_name(path), total=len(requests) * len(arguments.budgets))
             for budget in arguments.budgets:
                 replay = Replay(budget)
+                live = arguments.share == "live"
+                options = {} if live else {"live_bytes": 0, "soft_bytes": PRIVATE_SOFT_BYTES}
+                drafter = None
                 for request in requests:
-                    drafter = Drafter(end_token_ids=arguments.end_token_id, datastore=datastore)
+                    if drafter is None or not live:
+                        drafter = Drafter(
+                            end_token_ids=arguments.end_token_id, datastore=datastore, **options
+                        )
                     replay.run(drafter, request)
                     progress.advance(task)
                 rows.append(replay.row(trace_name(path)))
             progress.remove_task(task)
     console = Console()
-    console.print(_table(rows), width=max(console.width, 100), soft_wrap=not console.is_terminal)
+    tables = [_table(rows), _sources(rows)]
+    if arguments.reliability:
+        tables.append(_reliability(rows))
+    for table in tables:
+        console.print(table, width=max(console.width, 100), soft_wrap=not console.is_terminal)
     if arguments.json:
         arguments.json.write_text(json.dumps({"results": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _sources(rows: list[dict[str, Any]]) -> Table:
+    """Which source carried the nodes, over all traces, by budget."""
+    table = Table(
+        box=None, header_style="bold", title="Nodes by the source that carried them", title_justify="left"
+    )
+    table.add_column("source")
+    for name in ("budget", "drafted", "accepted", "expected", "accepted %"):
+        table.add_column(name, justify="right")
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        parts = [row["sources"] for row in rows if row["budget"] == budget]
+        for source in SOURCES:
+            _add_counts(table, [source, str(budget)], [part[source] for part in parts if source in part])
+    return table
+
+
+def _reliability(rows: list[dict[str, Any]]) -> Table:
+    """Predicted against measured shares of accepted nodes, over all traces, by budget."""
+    table = Table(
+        box=None, header_style="bold", title="Reliability of node probabilities", title_justify="left"
+    )
+    table.add_column("probability")
+    for name in ("budget", "drafted", "accepted", "expected", "accepted %"):
+        table.add_column(name, justify="right")
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        tables = [row["reliability"] for row in rows if row["budget"] == budget]
+        for bins in zip(*tables, strict=True):
+            _add_counts(table, [f"{bins[0]['from']:.2f} to {bins[0]['to']:.2f}", str(budget)], list(bins))
+    return table
+
+
+def _add_counts(table: Table, names: list[str], parts: list[dict[str, float]]) -> None:
+    drafted, accepted, predicted = (
+        sum(part[key] for part in parts) for key in ("drafted", "accepted", "predicted")
+    )
+    if drafted:
+        share = f"{100 * accepted / drafted:.1f}"
+        table.add_row(*names, f"{drafted:.0f}", f"{accepted:.0f}", f"{predicted:.0f}", share)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

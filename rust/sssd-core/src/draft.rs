@@ -7,10 +7,14 @@
 //! the mixed probability is refined by what became of such tokens before ([`Model`] has the learned parts).
 
 use crate::Token;
+use crate::aligned::Aligned;
 use crate::corpus::{Corpus, Match};
 use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
+use crate::knowledge::Stats;
+use crate::live::LiveStore;
 use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
+use crate::soft::{SOFT_ORDERS, SoftTable};
 use crate::tree::{DraftTree, ROOT};
 
 /// Occurrences looked at in the request, at the root and at each further node.
@@ -23,6 +27,9 @@ const NEWEST_WEIGHT: f32 = 1.5;
 /// Occurrences looked at in the datastore for each match length, and the longest match.
 const STORE_SAMPLES: usize = 64;
 const STORE_LENGTH: usize = 8;
+/// The same for the live store.
+const LIVE_SAMPLES: usize = 64;
+const LIVE_LENGTH: usize = MAX_LENGTH;
 /// Tokens read from the datastore at a time: most samples disagree early.
 const FIRST_READ: usize = 4;
 const NEXT_READ: usize = 16;
@@ -38,11 +45,27 @@ const NO_CLASS: u8 = u8::MAX;
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
     pub index: &'a Index,
+    /// Tokens at the start of the index that are a predicted output.
+    pub predicted: usize,
+    pub aligned: &'a Aligned,
     pub store: Option<&'a dyn Corpus>,
+    pub live: &'a LiveStore,
+    pub soft: &'a SoftTable,
     pub model: &'a Model,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
     pub max_nodes: usize,
+    /// Less probable nodes are not drafted.
+    pub min_prob: f32,
+}
+
+impl Inputs<'_> {
+    fn corpus(&self, source: u8) -> Option<&dyn Corpus> {
+        match usize::from(source) {
+            source::STORE => self.store,
+            _ => Some(self.live),
+        }
+    }
 }
 
 /// An earlier occurrence of a node's context.
@@ -56,8 +79,10 @@ struct Sample {
     /// Matched tokens, at most `MAX_LENGTH`.
     length: u16,
     source: u8,
+    /// Whether nothing follows `end`.
+    ended: bool,
     weight: f32,
-    /// Where the datastore goes on after `end`, if it may.
+    /// Where the corpus goes on after `end`.
     rest: u64,
 }
 
@@ -103,13 +128,12 @@ impl Candidate {
         }
     }
 
-    fn support(&self) -> Support {
+    fn support(&self, evidence: &Evidence) -> Support {
         let class = |source: usize| (self.classes[source] != NO_CLASS).then_some(self.classes[source]);
         Support {
-            request: class(source::REQUEST),
+            classes: std::array::from_fn(class),
+            speaks: std::array::from_fn(|source| evidence.gates[source].is_some()),
             occurrence: self.occurrence,
-            store: class(source::STORE),
-            lower: class(source::LOWER).is_some(),
             successor: class(source::SUCCESSORS).is_some(),
         }
     }
@@ -118,8 +142,10 @@ impl Candidate {
 /// What the prediction after an expanded node was made of, kept for learning.
 #[derive(Clone, Default)]
 struct Evidence {
-    /// The sampled sources' contexts, longest first: class and cell.
-    contexts: [[Option<(u8, EscapeCell)>; CLASSES]; source::SAMPLED],
+    /// The blended sources' contexts, longest first: class and cell.
+    contexts: [[Option<(u8, EscapeCell)>; CLASSES]; source::BLENDED],
+    /// What the target held probable after such contexts, in `Drafting::soft`.
+    soft: (u32, u32),
     gates: [Option<GateCell>; source::COUNT],
     weights: [f32; source::COUNT],
 }
@@ -136,6 +162,8 @@ pub struct Drafting {
     /// Tokens read from the datastore.
     read: Vec<Token>,
     successors: Vec<(Token, f32)>,
+    /// Tokens that the target held probable, with probability and class.
+    soft: Vec<(Token, f32, u8)>,
     /// Sample, candidate and class of each vote in the expansion at hand.
     votes: Vec<(u32, u32, u8)>,
     table: TokenTable,
@@ -151,14 +179,17 @@ impl Drafting {
         self.candidates.clear();
         self.evidence.clear();
         self.read.clear();
+        self.soft.clear();
         self.tree.clear();
         self.followed = None;
-        self.frontier.reset(inputs.max_nodes);
+        self.frontier.reset(inputs.max_nodes, inputs.min_prob);
         match inputs.index.tokens().last() {
             Some(last) if inputs.max_nodes > 0 && !inputs.end_tokens.contains(last) => {
                 self.candidates.push(Candidate::new(*last, NONE, 0));
                 self.gather_request(inputs.index);
-                self.gather_store(inputs);
+                self.gather_aligned(inputs);
+                self.gather_corpus(source::STORE, STORE_LENGTH, STORE_SAMPLES, inputs);
+                self.gather_corpus(source::LIVE, LIVE_LENGTH, LIVE_SAMPLES, inputs);
                 self.followed = Some(0);
                 self.expand(0, inputs);
                 self.grow(inputs);
@@ -173,7 +204,8 @@ impl Drafting {
             let Some(best) = self.frontier.pop() else { return };
             let Candidate { token, parent, path, .. } = self.candidates[best as usize];
             self.candidates[best as usize].node = self.tree.len() as i32;
-            self.tree.push(token, self.candidates[parent as usize].node, path);
+            let source = self.carrier(best);
+            self.tree.push(token, self.candidates[parent as usize].node, path, source);
             if self.tree.len() < inputs.max_nodes && !inputs.end_tokens.contains(&token) {
                 self.gather_lower(best, inputs.index);
                 self.expand(best, inputs);
@@ -246,42 +278,63 @@ impl Drafting {
     ) {
         let (cursor, end) = (position + 1, index.tokens().len() as u32);
         let length = length as u16;
-        let sample = Sample { cursor, end, next: NONE, length, source: source as u8, weight, rest: u64::MAX };
+        let (source, rest) = (source as u8, 0);
+        let sample = Sample { cursor, end, next: NONE, length, source, ended: true, weight, rest };
         self.add_sample(candidate, sample);
     }
 
-    fn gather_store(&mut self, inputs: &Inputs) {
-        let Some(store) = inputs.store else { return };
-        let tokens = inputs.index.tokens();
-        let context = &tokens[tokens.len().saturating_sub(STORE_LENGTH)..];
+    /// Collects where the text goes on that the output follows.
+    fn gather_aligned(&mut self, inputs: &Inputs) {
+        inputs.aligned.continuations(inputs.index, |at| {
+            let sample = Sample {
+                cursor: at.position,
+                end: at.end,
+                next: NONE,
+                length: at.length,
+                source: source::ALIGNED as u8,
+                ended: true,
+                weight: 1.0,
+                rest: 0,
+            };
+            self.add_sample(0, sample);
+        });
+    }
+
+    /// Collects occurrences of the context in the datastore or in the live store.
+    fn gather_corpus(&mut self, source: usize, length: usize, samples: usize, inputs: &Inputs) {
+        let Some(corpus) = inputs.corpus(source as u8) else { return };
+        let tokens = &inputs.index.tokens()[inputs.predicted..];
+        let context = &tokens[tokens.len().saturating_sub(length)..];
         let mut matches = std::mem::take(&mut self.matches);
         matches.clear();
-        store.matches(context, STORE_LENGTH, STORE_SAMPLES, &mut matches);
+        corpus.matches(context, length, samples, &mut matches);
         for found in &matches {
             let mut sample = Sample {
                 cursor: 0,
                 end: 0,
                 next: NONE,
                 length: found.length as u16,
-                source: source::STORE as u8,
+                source: source as u8,
+                ended: false,
                 weight: found.weight,
                 rest: found.position,
             };
-            self.read_on(&mut sample, store, FIRST_READ);
+            self.read_on(&mut sample, corpus, FIRST_READ);
             self.add_sample(0, sample);
         }
         self.matches = matches;
     }
 
-    /// Reads the sample's next tokens from the datastore.
-    fn read_on(&mut self, sample: &mut Sample, store: &dyn Corpus, count: usize) {
+    /// Reads the sample's next tokens from its corpus.
+    fn read_on(&mut self, sample: &mut Sample, corpus: &dyn Corpus, count: usize) {
         let start = self.read.len();
         self.read.resize(start + count, 0);
-        let read = store.continuation(sample.rest, &mut self.read[start..]);
+        let read = corpus.continuation(sample.rest, &mut self.read[start..]);
         self.read.truncate(start + read);
         sample.cursor = start as u32;
         sample.end = (start + read) as u32;
-        sample.rest = if read == count { sample.rest + read as u64 } else { u64::MAX };
+        sample.rest += read as u64;
+        sample.ended = read < count;
     }
 
     fn add_sample(&mut self, candidate: u32, mut sample: Sample) {
@@ -297,11 +350,13 @@ impl Drafting {
         let mut evidence = Evidence::default();
         self.vote(node, inputs);
         let classes = self.blend(start, inputs.model, &mut evidence);
+        self.soften(node, inputs, &mut evidence);
         self.successors.clear();
         if let Some(store) = inputs.store {
             store.successors(self.candidates[node as usize].token, &mut self.successors);
         }
         self.weigh(start, &classes, inputs.model, &mut evidence);
+        self.add_soft(node, &evidence);
         self.add_successors(node, &evidence);
         self.refine(node, start, inputs, &evidence);
         let expanded = &mut self.candidates[node as usize];
@@ -320,8 +375,8 @@ impl Drafting {
             let mut sample = self.samples[current as usize];
             next = sample.next;
             if sample.cursor == sample.end {
-                match inputs.store {
-                    Some(store) if sample.rest != u64::MAX => self.read_on(&mut sample, store, NEXT_READ),
+                match inputs.corpus(sample.source) {
+                    Some(corpus) if !sample.ended => self.read_on(&mut sample, corpus, NEXT_READ),
                     _ => continue,
                 }
                 if sample.cursor == sample.end {
@@ -330,7 +385,7 @@ impl Drafting {
             }
             let source = usize::from(sample.source);
             let token = match source {
-                source::STORE => self.read[sample.cursor as usize],
+                source::STORE | source::LIVE => self.read[sample.cursor as usize],
                 _ => inputs.index.tokens()[sample.cursor as usize],
             };
             let child = self.child(node, token);
@@ -374,7 +429,7 @@ impl Drafting {
         let mut value = counts;
         for source in 0..source::SAMPLED {
             // a longer match in the request is a shorter one too; the datastore samples each length anew
-            let nested = source != source::STORE;
+            let nested = !matches!(source, source::STORE | source::ALIGNED);
             let (mut count, mut seen, mut rest) = (0.0, 0, 1.0);
             let mut contexts = evidence.contexts[source].iter_mut();
             for class in (0..CLASSES).rev().filter(|&class| counts[source][class] > 0.0) {
@@ -419,6 +474,11 @@ impl Drafting {
                 evidence.gates[source] = Some(Model::gate_cell(source, class, peak));
             }
         }
+        if let Some(&(class, _)) = evidence.contexts[source::SOFT][0].as_ref() {
+            let said = &self.soft[evidence.soft.0 as usize..evidence.soft.1 as usize];
+            let peak = said.iter().map(|&(_, prob, _)| prob).fold(0.0, f32::max);
+            evidence.gates[source::SOFT] = Some(Model::gate_cell(source::SOFT, usize::from(class), peak));
+        }
         if let Some(&(_, peak)) = self.successors.first() {
             evidence.gates[source::SUCCESSORS] = Some(Model::gate_cell(source::SUCCESSORS, 0, peak));
         }
@@ -428,6 +488,73 @@ impl Drafting {
             total += *weight;
         }
         evidence.weights.iter_mut().for_each(|weight| *weight /= total.max(f32::MIN_POSITIVE));
+    }
+
+    /// Looks up what the target held probable after the last tokens before, and blends it over their numbers.
+    fn soften(&mut self, node: u32, inputs: &Inputs, evidence: &mut Evidence) {
+        let start = self.soft.len();
+        evidence.soft = (start as u32, start as u32);
+        if inputs.soft.is_empty() {
+            return;
+        }
+        let mut found = [None; SOFT_ORDERS.len()];
+        let mut at = node;
+        let path = std::iter::from_fn(|| {
+            // the root is the sequence's last token
+            let candidate = self.candidates.get(at as usize).filter(|_| at != 0)?;
+            at = candidate.parent;
+            Some(candidate.token)
+        });
+        let before = inputs.index.tokens()[inputs.predicted..].iter().rev().copied();
+        inputs.soft.find(path.chain(before), &mut found);
+        let mut rest = 1.0;
+        let mut contexts = evidence.contexts[source::SOFT].iter_mut();
+        for (class, soft) in found.iter().enumerate().rev() {
+            let Some(soft) = soft else { continue };
+            let cell = Model::soft_cell(class, soft.writes, soft.probs[0]);
+            let escape = inputs.model.escape(cell);
+            let total: f32 = soft.probs.iter().sum();
+            for (&token, &prob) in soft.ids.iter().zip(&soft.probs).take_while(|&(_, &prob)| prob > 0.0) {
+                let value = rest * (1.0 - escape) * prob / total;
+                match self.soft[start..].iter_mut().find(|held| held.0 == token) {
+                    Some(held) => held.1 += value,
+                    None => self.soft.push((token, value, class as u8)),
+                }
+            }
+            rest *= escape;
+            if let Some(context) = contexts.next() {
+                *context = Some((class as u8, cell));
+            }
+        }
+        evidence.soft.1 = self.soft.len() as u32;
+    }
+
+    /// Adds what the target held probable, as far as it may become nodes.
+    fn add_soft(&mut self, node: u32, evidence: &Evidence) {
+        let reach = self.candidates[node as usize].path * evidence.weights[source::SOFT] * MOST_GAIN;
+        for at in evidence.soft.0..evidence.soft.1 {
+            let (token, prob, class) = self.soft[at as usize];
+            let child = if reach * prob >= self.frontier.floor() {
+                Some(self.child(node, token))
+            } else {
+                self.table.find(token, &self.candidates).ok()
+            };
+            if let Some(child) = child {
+                let candidate = &mut self.candidates[child as usize];
+                candidate.classes[source::SOFT] = class;
+                candidate.probs[source::SOFT] = prob;
+            }
+        }
+    }
+
+    /// The source that contributes most to a candidate's probability.
+    fn carrier(&self, candidate: u32) -> u8 {
+        let candidate = &self.candidates[candidate as usize];
+        let evidence = self.candidates[candidate.parent as usize].evidence;
+        let weights = &self.evidence[evidence as usize].weights;
+        let parts = candidate.probs.iter().zip(weights).map(|(prob, weight)| prob * weight);
+        let best = parts.enumerate().fold((0, 0.0), |best, part| if part.1 > best.1 { part } else { best });
+        best.0 as u8
     }
 
     /// Adds the last token's usual successors, as far as they may become nodes.
@@ -463,7 +590,7 @@ impl Drafting {
                 if newest != NONE {
                     candidate.occurrence = Occurrence::ago(inputs.index.tokens().len() - newest as usize);
                 }
-                candidate.path = inputs.model.refine(candidate.support(), candidate.mixed);
+                candidate.path = inputs.model.refine(candidate.support(evidence), candidate.mixed);
             }
             total += candidate.path;
         }
@@ -488,8 +615,21 @@ impl Drafting {
         }
     }
 
+    /// Whether the outcome of the last draft is not known yet.
+    pub fn awaits_outcome(&self) -> bool {
+        self.followed.is_some()
+    }
+
     /// Learns from the tokens that the target has produced after the last draft.
-    pub fn learn(&mut self, model: &mut Model, tokens: &[Token]) {
+    pub fn learn(&mut self, model: &mut Model, tokens: &[Token], stats: &mut Stats, live: &LiveStore) {
+        if !tokens.is_empty() && self.followed == Some(0) {
+            stats.drafts += 1;
+            for (&source, &prob) in self.tree.sources.iter().zip(&self.tree.probs) {
+                let source = &mut stats.sources[usize::from(source)];
+                source.drafted += 1;
+                source.predicted += f64::from(prob);
+            }
+        }
         for &token in tokens {
             let Some(at) = self.followed.take() else { return };
             let expanded = &self.candidates[at as usize];
@@ -497,8 +637,12 @@ impl Drafting {
             let children = expanded.children.0..expanded.children.1;
             self.followed = children.clone().find(|&child| self.candidates[child as usize].token == token);
             let truth = self.followed.map(|child| &self.candidates[child as usize]);
+            let soft = &self.soft[evidence.soft.0 as usize..evidence.soft.1 as usize];
             for (source, contexts) in evidence.contexts.iter().enumerate() {
-                let held = truth.map_or(NO_CLASS, |truth| truth.classes[source]);
+                let held = match source {
+                    source::SOFT => soft.iter().find(|said| said.0 == token).map_or(NO_CLASS, |said| said.2),
+                    _ => truth.map_or(NO_CLASS, |truth| truth.classes[source]),
+                };
                 // only down to the longest context that held the truth: shorter ones were not asked
                 for (class, cell) in contexts.iter().map_while(|&context| context) {
                     let escaped = held == NO_CLASS || held < class;
@@ -518,9 +662,24 @@ impl Drafting {
             }
             for candidate in &self.candidates[children.start as usize..children.end as usize] {
                 if candidate.mixed >= LEAST_REFINED {
-                    model.learn_refinement(candidate.support(), candidate.mixed, candidate.token == token);
+                    let support = candidate.support(evidence);
+                    model.learn_refinement(support, candidate.mixed, candidate.token == token);
                 }
             }
+            if let Some(node) = truth.and_then(|truth| usize::try_from(truth.node).ok()) {
+                stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
+                self.credit(truth.map_or(NONE, |truth| truth.samples), live);
+            }
+        }
+    }
+
+    /// Tells the live store that a document was of use.
+    fn credit(&self, mut sample: u32, live: &LiveStore) {
+        while let Some(at) = self.samples.get(sample as usize) {
+            if usize::from(at.source) == source::LIVE {
+                return live.credit(at.rest - 1);
+            }
+            sample = at.next;
         }
     }
 
@@ -535,6 +694,7 @@ impl Drafting {
             + bytes(&self.matches)
             + bytes(&self.read)
             + bytes(&self.successors)
+            + bytes(&self.soft)
             + bytes(&self.votes)
             + bytes(&self.table.slots)
             + self.tree.memory_bytes()

@@ -1,7 +1,8 @@
-//! What all sequences share: the datastore, the end tokens, and the predictor's first weights.
+//! What sequences share: the datastore, the end tokens, and what requests learn from one another.
 
 use std::sync::Arc;
 
+use crate::knowledge::{Knowledge, Stats};
 use crate::model::Model;
 use crate::sequence::Sequence;
 use crate::{Corpus, Token};
@@ -14,13 +15,13 @@ pub struct Drafter {
 pub(crate) struct Shared {
     pub end_tokens: Vec<Token>,
     pub store: Option<Arc<dyn Corpus>>,
-    pub model: Model,
+    pub knowledge: Knowledge,
 }
 
 impl Drafter {
-    /// A drafter that drafts nothing after an end token and whose sequences start with the weights of `model`.
-    pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, model: Model) -> Self {
-        Self { shared: Arc::new(Shared { end_tokens, store, model }) }
+    /// A drafter that drafts nothing after an end token.
+    pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, knowledge: Knowledge) -> Self {
+        Self { shared: Arc::new(Shared { end_tokens, store, knowledge }) }
     }
 
     /// Tokens after which nothing is drafted.
@@ -28,9 +29,33 @@ impl Drafter {
         &self.shared.end_tokens
     }
 
-    /// Starts a sequence with the tokens of its prompt.
-    pub fn begin(&self, prompt: &[Token]) -> Sequence {
-        let model = self.shared.model.clone();
-        Sequence::new(Arc::clone(&self.shared), model, prompt)
+    /// Starts a sequence with the tokens of its prompt and, if there is one, of its predicted output.
+    pub fn begin(&self, prompt: &[Token], prediction: &[Token]) -> Sequence {
+        Sequence::new(Arc::clone(&self.shared), prompt, prediction)
+    }
+
+    /// The weights that the next sequence starts with.
+    pub fn model(&self) -> Arc<Model> {
+        self.shared.knowledge.model()
+    }
+
+    /// Replaces the weights that sequences start with.
+    pub fn set_model(&self, model: Model) {
+        self.shared.knowledge.set_model(model);
+    }
+
+    /// How drafts fared, by source.
+    pub fn stats(&self) -> Stats {
+        self.shared.knowledge.stats()
+    }
+
+    /// Tokens and documents in the live store.
+    pub fn live_len(&self) -> (usize, usize) {
+        self.shared.knowledge.live.len()
+    }
+
+    /// Bytes of memory that requests share, the datastore not counted.
+    pub fn memory_bytes(&self) -> usize {
+        self.shared.knowledge.memory_bytes()
     }
 }

@@ -12,11 +12,11 @@ pub struct Frontier {
 }
 
 impl Frontier {
-    /// Empties the frontier. At most `room` candidates will leave.
-    pub fn reset(&mut self, room: usize) {
+    /// Empties the frontier. At most `room` candidates will leave, none below `floor`.
+    pub fn reset(&mut self, room: usize, floor: f32) {
         self.heap.clear();
         self.room = room;
-        self.floor = 0.0;
+        self.floor = floor;
     }
 
     /// Candidates below this probability will never leave.
@@ -46,7 +46,7 @@ impl Frontier {
         let mut keys = std::mem::take(&mut self.heap).into_vec();
         if let Some(last) = self.room.checked_sub(1) {
             let (_, &mut key, _) = keys.select_nth_unstable_by(last, |a, b| b.cmp(a));
-            self.floor = f32::from_bits((key >> 32) as u32);
+            self.floor = self.floor.max(f32::from_bits((key >> 32) as u32));
         }
         keys.truncate(self.room);
         self.heap = keys.into();
@@ -66,7 +66,7 @@ mod tests {
         #[test]
         fn leaves_the_best_in_order(values in prop::collection::vec(0u8..50, 0..400), room in 0usize..80) {
             let mut frontier = Frontier::default();
-            frontier.reset(room);
+            frontier.reset(room, 0.0);
             for (candidate, &value) in values.iter().enumerate() {
                 frontier.push(candidate as u32, f32::from(value) / 50.0);
             }

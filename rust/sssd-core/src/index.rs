@@ -85,16 +85,21 @@ impl Index {
 
 /// A hash of tokens, newest first, that can be extended to longer contexts.
 #[derive(Clone, Copy, Default)]
-struct Hash(u64);
+pub struct Hash(u64);
 
 impl Hash {
-    fn add(&mut self, token: Token) {
+    pub fn add(&mut self, token: Token) {
         self.0 = (self.0.rotate_left(23) ^ (u64::from(token) + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    /// 64 bits, well mixed in the upper half.
+    pub fn wide(self) -> u64 {
+        (self.0 ^ (self.0 >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
     }
 
     /// 32 well mixed bits, never 0.
     fn finish(self) -> u32 {
-        ((self.0 ^ (self.0 >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32 | 1
+        (self.wide() >> 32) as u32 | 1
     }
 }
 

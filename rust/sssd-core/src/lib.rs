@@ -4,20 +4,26 @@
 //! tokens -> index -> predictor -> draft tree -> (verified by the caller) -> tokens.
 #![forbid(unsafe_code)]
 
+mod aligned;
 mod corpus;
 mod draft;
 mod drafter;
 mod frontier;
 mod index;
+mod knowledge;
+mod live;
 mod model;
 mod sequence;
+mod soft;
 mod tree;
 
 pub use corpus::{Corpus, Match};
 pub use drafter::Drafter;
-pub use model::Model;
+pub use knowledge::{Knowledge, SourceStats, Stats};
+pub use model::{Model, source::NAMES as SOURCES};
 pub use sequence::Sequence;
-pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError};
+pub use soft::{TOP_K, TopK};
+pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError, UNKNOWN};
 
 /// A token id of the target model's vocabulary. Ids stay below 2^31, so that they fit Python's int32 arrays.
 pub type Token = u32;

@@ -8,7 +8,8 @@
 //! - *refinements*: from the mixed probability of a token and which sources hold it to the share of such tokens
 //!   that came true (adaptive probability maps, as in context-mixing compressors).
 
-/// Where evidence comes from. Sampled sources come first: their votes pass the escapes.
+/// Where evidence comes from. Blended sources come first: they predict after contexts of several lengths, which
+/// pass the escapes.
 pub mod source {
     /// The request's own prompt and output.
     pub const REQUEST: usize = 0;
@@ -16,12 +17,23 @@ pub mod source {
     pub const LOWER: usize = 1;
     /// The static datastore.
     pub const STORE: usize = 2;
+    /// Finished requests.
+    pub const LIVE: usize = 3;
+    /// The text that the output has been following: a predicted output, or what it copied until it went astray.
+    pub const ALIGNED: usize = 4;
     /// Number of sources that give samples.
-    pub const SAMPLED: usize = 3;
+    pub const SAMPLED: usize = 5;
+    /// The target's own most probable tokens after such contexts.
+    pub const SOFT: usize = 5;
+    /// Number of sources that blend contexts of several lengths.
+    pub const BLENDED: usize = 6;
     /// The most frequent successors of the last token in the datastore.
-    pub const SUCCESSORS: usize = 3;
+    pub const SUCCESSORS: usize = 6;
     /// Number of sources.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 7;
+    /// What users call them.
+    pub const NAMES: [&str; COUNT] =
+        ["request", "lower", "datastore", "live", "aligned", "soft", "successors"];
 }
 
 /// Match lengths are told apart up to 32 tokens, in this many classes.
@@ -31,12 +43,13 @@ pub const MAX_LENGTH: usize = 32;
 const COUNTS: usize = 8;
 const DISTINCTS: usize = 5;
 const PEAKS: usize = 8;
-const EVIDENCES: usize = 9 * 5 * 2 * 2;
+const TEXTS: usize = 9 * 5 * 2 * 2;
+const OTHERS: usize = 4 * 4 * 6 * 4;
 const PROBABILITIES: usize = 18;
 
-const ESCAPES: usize = source::SAMPLED * CLASSES * COUNTS * DISTINCTS;
+const ESCAPES: usize = source::BLENDED * CLASSES * COUNTS * DISTINCTS;
 const GATES: usize = source::COUNT * CLASSES * PEAKS;
-const REFINEMENTS: usize = EVIDENCES * PROBABILITIES;
+const REFINEMENTS: usize = (TEXTS + OTHERS) * PROBABILITIES;
 
 /// A cell forgets the past with a rate of at least one over this many outcomes.
 const ESCAPE_MEMORY: u16 = 60;
@@ -56,13 +69,12 @@ pub fn class(length: u16) -> usize {
 /// Which kinds of evidence speak for a token.
 #[derive(Clone, Copy)]
 pub struct Support {
-    /// The class of the longest context in the request that the token followed.
-    pub request: Option<u8>,
+    /// For each blended source, the class of the longest context that the token followed.
+    pub classes: [Option<u8>; source::BLENDED],
+    /// Whether the blended sources have anything to say, about this token or others.
+    pub speaks: [bool; source::BLENDED],
     /// How recently the token itself occurred in the request, if no context speaks for it.
     pub occurrence: Occurrence,
-    /// The class of the longest context in the datastore that the token followed.
-    pub store: Option<u8>,
-    pub lower: bool,
     pub successor: bool,
 }
 
@@ -88,23 +100,43 @@ impl Occurrence {
 }
 
 impl Support {
-    fn index(self) -> usize {
-        let group = |class: Option<u8>| match class {
-            None => 0,
-            Some(class @ 0..=1) => usize::from(class) + 1,
-            Some(2..=3) => 3,
-            Some(4..=6) => 4,
-            Some(_) => 5,
-        };
-        let request = match (self.request, self.occurrence) {
+    /// Its row among the contexts of request and datastore.
+    fn texts(self) -> usize {
+        let request = match (self.classes[source::REQUEST], self.occurrence) {
             (None, Occurrence::Never) => 0,
             (None, Occurrence::Long) => 6,
             (None, Occurrence::Recent) => 7,
             (None, Occurrence::Just) => 8,
             (class, _) => group(class),
         };
-        let store = group(self.store).saturating_sub(1);
-        ((request * 5 + store) * 2 + usize::from(self.lower)) * 2 + usize::from(self.successor)
+        let store = group(self.classes[source::STORE]).saturating_sub(1);
+        let lower = self.classes[source::LOWER].is_some();
+        ((request * 5 + store) * 2 + usize::from(lower)) * 2 + usize::from(self.successor)
+    }
+
+    /// Its row among the contexts of the other sources, if any of them speaks.
+    fn others(self) -> Option<usize> {
+        let [live, aligned, soft] = [source::LIVE, source::ALIGNED, source::SOFT].map(|source| {
+            match (self.speaks[source], self.classes[source]) {
+                (false, _) => 0,
+                (true, None) => 1,
+                (true, Some(class)) if source == source::SOFT => 2 + usize::from(class.min(3)),
+                (true, Some(class)) => 2 + usize::from(class > 2),
+            }
+        });
+        let request = [0, 1, 1, 1, 2, 3][group(self.classes[source::REQUEST])];
+        (live + aligned + soft > 0).then_some(((live * 4 + aligned) * 6 + soft) * 4 + request)
+    }
+}
+
+/// 0 without a class, up to 5.
+fn group(class: Option<u8>) -> usize {
+    match class {
+        None => 0,
+        Some(class @ 0..=1) => usize::from(class) + 1,
+        Some(2..=3) => 3,
+        Some(4..=6) => 4,
+        Some(_) => 5,
     }
 }
 
@@ -225,6 +257,15 @@ impl Model {
         EscapeCell((((source * CLASSES + class) * COUNTS + count) * DISTINCTS + distinct) as u16)
     }
 
+    /// The cell of distributions known for contexts of `class` from `writes` positions, which gave their first
+    /// token probability `peak`.
+    pub fn soft_cell(class: usize, writes: u8, peak: f32) -> EscapeCell {
+        let peak = (peak * (DISTINCTS as f32 - 0.01)) as usize;
+        let count = (u32::from(writes) + 1).ilog2() as usize;
+        let cell = ((source::SOFT * CLASSES + class) * COUNTS + count.min(COUNTS - 1)) * DISTINCTS;
+        EscapeCell((cell + peak.min(DISTINCTS - 1)) as u16)
+    }
+
     /// The probability that the next token is none of the successors seen in such contexts.
     pub fn escape(&self, cell: EscapeCell) -> f32 {
         self.escapes[usize::from(cell.0)].get()
@@ -254,14 +295,40 @@ impl Model {
     /// The probability of a token that the mixture gives `mixed` and that has this support.
     pub fn refine(&self, support: Support, mixed: f32) -> f32 {
         let scale = scale(mixed);
-        let cell = support.index() * PROBABILITIES + scale as usize;
-        let above = scale.fract();
-        self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
+        let (step, above) = (scale as usize, scale.fract());
+        let read = |row: usize| {
+            let cell = row * PROBABILITIES + step;
+            self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
+        };
+        let texts = read(support.texts());
+        support.others().map_or(texts, |row| 0.5 * (texts + read(TEXTS + row)))
     }
 
     pub(crate) fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
-        let cell = support.index() * PROBABILITIES + (scale(mixed) + 0.5) as usize;
-        self.refinements[cell].update(came_true, REFINEMENT_MEMORY);
+        let step = (scale(mixed) + 0.5) as usize;
+        let others = support.others().map(|row| TEXTS + row);
+        for row in std::iter::once(support.texts()).chain(others) {
+            self.refinements[row * PROBABILITIES + step].update(came_true, REFINEMENT_MEMORY);
+        }
+    }
+
+    /// Moves towards what a request has learned since it started from `base`, by a quarter of the way.
+    pub(crate) fn merge(&mut self, base: &Self, learned: &Self) {
+        fn rates(model: &Model) -> impl Iterator<Item = &Rate> {
+            model.escapes.iter().chain(&model.refinements)
+        }
+        let tables = self.escapes.iter_mut().chain(&mut self.refinements);
+        for ((own, before), after) in tables.zip(rates(base)).zip(rates(learned)) {
+            if before != after {
+                own.value =
+                    (i32::from(own.value) + (i32::from(after.value) - i32::from(own.value)) / 4) as u16;
+            }
+        }
+        for (own, (before, after)) in self.gates.iter_mut().zip(base.gates.iter().zip(&learned.gates)) {
+            if before != after {
+                *own += (after - *own) / 4.0;
+            }
+        }
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {

@@ -2,48 +2,131 @@
 
 use std::sync::Arc;
 
+use crate::aligned::Aligned;
 use crate::draft::{Drafting, Inputs};
 use crate::drafter::Shared;
 use crate::index::Index;
+use crate::knowledge::Stats;
 use crate::model::Model;
+use crate::soft::TopK;
+use crate::tree::ROOT;
 use crate::{DraftTree, Token};
 
+/// Drafts after which their counts are handed on.
+const COUNTED: u64 = 64;
+
 /// The state of one request.
-#[derive(Clone)]
 pub struct Sequence {
     shared: Arc<Shared>,
+    /// The predicted output, then the sequence itself.
     index: Index,
-    model: Model,
+    predicted: usize,
+    aligned: Aligned,
+    /// The weights that it started with, and its own.
+    base: Arc<Model>,
+    model: Arc<Model>,
     drafting: Drafting,
+    stats: Stats,
+    /// Tokens that the live store has been given.
+    committed: usize,
 }
 
 impl Sequence {
-    pub(crate) fn new(shared: Arc<Shared>, model: Model, prompt: &[Token]) -> Self {
-        let mut index = Index::with_capacity(prompt.len());
-        prompt.iter().for_each(|&token| index.push(token));
-        Self { shared, index, model, drafting: Drafting::default() }
+    pub(crate) fn new(shared: Arc<Shared>, prompt: &[Token], prediction: &[Token]) -> Self {
+        let mut index = Index::with_capacity(prompt.len() + prediction.len());
+        prediction.iter().chain(prompt).for_each(|&token| index.push(token));
+        let base = shared.knowledge.model();
+        Self {
+            shared,
+            index,
+            predicted: prediction.len(),
+            aligned: Aligned::new(prediction.len() as u32),
+            model: Arc::clone(&base),
+            base,
+            drafting: Drafting::default(),
+            stats: Stats::default(),
+            committed: 0,
+        }
     }
 
     /// All tokens so far.
     pub fn tokens(&self) -> &[Token] {
-        self.index.tokens()
+        &self.index.tokens()[self.predicted..]
     }
 
-    /// Appends tokens that the target has produced, and learns from how the last draft fared.
-    pub fn extend(&mut self, tokens: &[Token]) {
-        self.drafting.learn(&mut self.model, tokens);
-        tokens.iter().for_each(|&token| self.index.push(token));
+    /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `soft`
+    /// is the distribution that token `i` came from.
+    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) {
+        if self.drafting.awaits_outcome() {
+            let live = &self.shared.knowledge.live;
+            self.drafting.learn(Arc::make_mut(&mut self.model), tokens, &mut self.stats, live);
+            if self.stats.drafts >= COUNTED {
+                self.count();
+            }
+        }
+        for (row, &token) in tokens.iter().enumerate() {
+            if let Some(soft) = soft {
+                let (ids, probs) = soft.row(row);
+                self.shared.knowledge.soft.insert(self.newest_first(), ids, probs);
+            }
+            self.index.push(token);
+            self.aligned.follow(&self.index);
+        }
     }
 
-    /// Drafts continuations: at most `max_nodes` nodes.
-    pub fn draft(&mut self, max_nodes: usize) -> &DraftTree {
+    /// Remembers the target's distributions after the root (row 0) and after each node of a tree that continues
+    /// the sequence, whether the node was accepted or not.
+    pub fn feedback(&mut self, tree: &DraftTree, soft: TopK) {
+        for row in 0..soft.rows() {
+            let mut node = row as i32 - 1;
+            let path = std::iter::from_fn(|| {
+                let at = usize::try_from(node).ok()?;
+                node = tree.parents[at];
+                Some(tree.token_ids[at])
+            });
+            let (ids, probs) = soft.row(row);
+            self.shared.knowledge.soft.insert(path.chain(self.newest_first()), ids, probs);
+        }
+        debug_assert_eq!(ROOT, -1);
+    }
+
+    fn newest_first(&self) -> impl Iterator<Item = Token> + '_ {
+        self.tokens().iter().rev().copied()
+    }
+
+    /// Drafts continuations: at most `max_nodes` nodes, none less probable than `min_prob`.
+    pub fn draft(&mut self, max_nodes: usize, min_prob: f32) -> &DraftTree {
+        let knowledge = &self.shared.knowledge;
         self.drafting.draft(&Inputs {
             index: &self.index,
+            predicted: self.predicted,
+            aligned: &self.aligned,
             store: self.shared.store.as_deref(),
+            live: &knowledge.live,
+            soft: &knowledge.soft,
             model: &self.model,
             end_tokens: &self.shared.end_tokens,
             max_nodes,
+            min_prob,
         })
+    }
+
+    /// Gives what is new since the last commit to the live store.
+    pub fn commit(&mut self) {
+        let tokens = &self.index.tokens()[self.predicted..];
+        // enough of the old to find the new by
+        self.shared.knowledge.commit(&tokens[self.committed.saturating_sub(8)..]);
+        self.committed = tokens.len();
+    }
+
+    /// Ends the request: later ones learn from it.
+    pub fn finish(mut self) {
+        self.commit();
+        self.shared.knowledge.learn(&self.base, &self.model);
+    }
+
+    fn count(&mut self) {
+        self.shared.knowledge.count(&std::mem::take(&mut self.stats));
     }
 
     /// What the predictor has learned so far.
@@ -53,6 +136,13 @@ impl Sequence {
 
     /// Bytes of memory that the sequence holds.
     pub fn memory_bytes(&self) -> usize {
-        self.index.memory_bytes() + self.model.memory_bytes() + self.drafting.memory_bytes()
+        let own = if Arc::ptr_eq(&self.model, &self.base) { 0 } else { self.model.memory_bytes() };
+        self.index.memory_bytes() + own + self.drafting.memory_bytes()
+    }
+}
+
+impl Drop for Sequence {
+    fn drop(&mut self) {
+        self.count();
     }
 }

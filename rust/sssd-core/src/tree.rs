@@ -24,7 +24,12 @@ pub struct DraftTree {
     pub depths: Vec<i32>,
     /// The probability that the target produces the whole path from the root to the node.
     pub probs: Vec<f32>,
+    /// The source that contributed most to each node, as an index of [`SOURCES`]; [`UNKNOWN`] in trees of others.
+    pub sources: Vec<u8>,
 }
+
+/// The source of nodes that no drafter made.
+pub const UNKNOWN: u8 = u8::MAX;
 
 /// Breadth-first positions (0 is the root) with links, -1 for none.
 #[derive(Debug, PartialEq)]
@@ -82,18 +87,19 @@ impl DraftTree {
             if let Some(sibling) = tree.child(parent as i32, token) {
                 return Err(TreeError::Duplicate(node, sibling as usize));
             }
-            tree.push(token, parent as i32, prob);
+            tree.push(token, parent as i32, prob, UNKNOWN);
         }
         Ok(tree)
     }
 
     /// Appends a node.
-    pub(crate) fn push(&mut self, token: Token, parent: i32, prob: f32) {
+    pub(crate) fn push(&mut self, token: Token, parent: i32, prob: f32, source: u8) {
         let depth = if parent == ROOT { 0 } else { self.depths[parent as usize] };
         self.token_ids.push(token);
         self.parents.push(parent);
         self.depths.push(depth + 1);
         self.probs.push(prob);
+        self.sources.push(source);
     }
 
     /// Removes all nodes and keeps the memory.
@@ -102,6 +108,7 @@ impl DraftTree {
         self.parents.clear();
         self.depths.clear();
         self.probs.clear();
+        self.sources.clear();
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {
@@ -109,6 +116,7 @@ impl DraftTree {
             + self.parents.capacity()
             + self.depths.capacity()
             + self.probs.capacity())
+            + self.sources.capacity()
     }
 
     /// Number of nodes.

@@ -7,6 +7,7 @@ mod tokens;
 mod tree;
 
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 /// Rust core of sssd.
 #[pymodule(gil_used = false)]
@@ -22,6 +23,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("SOURCES", PyTuple::new(module.py(), sssd_core::SOURCES)?)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("build_profile", if cfg!(debug_assertions) { "debug" } else { "release" })
     }

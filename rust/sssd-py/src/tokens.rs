@@ -3,7 +3,7 @@
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
-use sssd_core::{MAX_TOKEN, Token};
+use sssd_core::{MAX_TOKEN, Token, TopK};
 
 use crate::errors::error;
 
@@ -42,6 +42,83 @@ pub fn integers(values: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<i64>> {
         ),
     })
 }
+
+/// The target's most probable tokens at several positions, checked.
+pub struct Top {
+    k: usize,
+    ids: Vec<Token>,
+    probs: Vec<f32>,
+}
+
+impl Top {
+    pub fn view(&self) -> TopK<'_> {
+        TopK { k: self.k, ids: &self.ids, probs: &self.probs }
+    }
+}
+
+/// Reads `topk_ids` and `topk_probs`, two arrays of `rows` rows; both or neither may be None.
+pub fn top(
+    ids: Option<&Bound<'_, PyAny>>,
+    probs: Option<&Bound<'_, PyAny>>,
+    rows: usize,
+    vocab_size: Option<u32>,
+) -> PyResult<Option<Top>> {
+    let (ids, probs) = match (ids, probs) {
+        (Some(ids), Some(probs)) => (ids, probs),
+        (None, None) => return Ok(None),
+        (Some(given), None) | (None, Some(given)) => {
+            let message = "topk_ids and topk_probs belong together: give both or neither";
+            return Err(error(given.py(), "InvalidArgumentError", message));
+        }
+    };
+    let py = ids.py();
+    let refuse = |message: String| error(py, "InvalidArgumentError", message);
+    let (k, ids) = matrix(ids, "topk_ids", rows, "iu")?;
+    let (k_probs, probs) = matrix(probs, "topk_probs", rows, "f")?;
+    if k != k_probs {
+        return Err(refuse(format!("topk_ids has {k} columns and topk_probs {k_probs}; they must agree")));
+    }
+    let ids = tokens(&ids.call_method1("reshape", (-1,))?, vocab_size)?;
+    let probs = probs.call_method1("astype", ("float32",))?.call_method1("reshape", (-1,))?;
+    let probs: Vec<f32> = probs.cast::<PyArray1<f32>>()?.to_vec()?;
+    for (row, probs) in probs.chunks(k.max(1)).enumerate() {
+        if let Some(prob) = probs.iter().find(|prob| !(0.0..=1.0 + ROUNDING).contains(*prob)) {
+            return Err(refuse(format!("topk_probs must be between 0 and 1, got {prob} in row {row}")));
+        }
+        let total: f32 = probs.iter().sum();
+        if total > 1.0 + ROUNDING {
+            return Err(refuse(format!(
+                "topk_probs of a row must sum to at most 1, got {total} in row {row}"
+            )));
+        }
+    }
+    Ok(Some(Top { k, ids, probs }))
+}
+
+/// An array of `rows` rows whose numpy kind is one of `kinds`, and its number of columns.
+fn matrix<'py>(
+    values: &Bound<'py, PyAny>,
+    name: &str,
+    rows: usize,
+    kinds: &str,
+) -> PyResult<(usize, Bound<'py, PyAny>)> {
+    let py = values.py();
+    let refuse = |got: String| {
+        error(py, "InvalidArgumentError", format!("{name} must be an array of shape [{rows}, k], got {got}"))
+    };
+    let array = py.import("numpy")?.call_method1("asarray", (values,));
+    let array = array.map_err(|problem| refuse(problem.to_string()))?;
+    let shape: Vec<usize> = array.getattr("shape")?.extract()?;
+    let dtype = array.getattr("dtype")?;
+    let kind: String = dtype.getattr("kind")?.extract()?;
+    match shape[..] {
+        [held, k] if held == rows && (kinds.contains(&kind) || held * k == 0) => Ok((k, array)),
+        _ => Err(refuse(format!("{shape:?} of {dtype}"))),
+    }
+}
+
+/// Probabilities in half precision may sum to a little more than 1.
+const ROUNDING: f32 = 0.01;
 
 /// A new int32 array.
 pub fn int32<'py>(py: Python<'py>, values: impl IntoIterator<Item = i32>) -> Bound<'py, PyArray1<i32>> {

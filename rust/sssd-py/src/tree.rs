@@ -67,6 +67,13 @@ impl PyDraftTree {
         PyArray1::from_slice(py, &self.0.probs)
     }
 
+    /// The source that contributed most to each node, int8 [n], as an index of ``sssd.SOURCES``; -1 in trees that
+    /// no drafter made.
+    #[getter]
+    fn sources<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i8>> {
+        PyArray1::from_iter(py, self.0.sources.iter().map(|&source| source as i8))
+    }
+
     /// Expected number of accepted tokens: the sum of ``probs``.
     #[getter]
     fn expected_accepted(&self) -> f64 {

@@ -1,0 +1,255 @@
+//! What the target itself held probable: its most probable next tokens, by the last few tokens before them.
+//!
+//! One table serves all requests of a drafter, without locks: an entry is a cache line of atomic words, written
+//! under a version that readers check, so that a reader sees a whole entry or none.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use crate::Token;
+use crate::index::Hash;
+
+/// Numbers of last tokens by which entries are found, shortest first.
+pub const SOFT_ORDERS: [usize; 4] = [1, 2, 3, 5];
+/// Tokens kept of each distribution.
+pub const TOP_K: usize = 8;
+
+/// Entries that share a bucket: an entry lives in the one of them that was written least recently.
+const WAYS: usize = 4;
+/// State, TOP_K tokens of 32 bits, TOP_K probabilities of 16 bits, and the time of writing.
+const WORDS: usize = 8;
+const TIME: usize = 7;
+const SCALE: f32 = 65535.0;
+
+/// The target's most probable next tokens, for several positions: `k` ids and probabilities each.
+#[derive(Clone, Copy)]
+pub struct TopK<'a> {
+    pub k: usize,
+    pub ids: &'a [Token],
+    pub probs: &'a [f32],
+}
+
+impl<'a> TopK<'a> {
+    /// The ids and probabilities of one position.
+    pub fn row(&self, row: usize) -> (&'a [Token], &'a [f32]) {
+        let range = row * self.k..(row + 1) * self.k;
+        (&self.ids[range.clone()], &self.probs[range])
+    }
+
+    pub fn rows(&self) -> usize {
+        self.ids.len().checked_div(self.k).unwrap_or(0)
+    }
+}
+
+/// A distribution as read from the table, most probable token first.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Soft {
+    pub ids: [Token; TOP_K],
+    /// Zero from the first unused place on.
+    pub probs: [f32; TOP_K],
+    /// How often the entry was written, at most 255.
+    pub writes: u8,
+}
+
+/// A bounded table of distributions. The memory is taken with the first entry.
+pub struct SoftTable {
+    slots: OnceLock<Box<[AtomicU64]>>,
+    buckets: usize,
+    clock: AtomicU64,
+}
+
+impl SoftTable {
+    /// A table of at most `bytes` bytes; 0 keeps nothing.
+    pub fn new(bytes: usize) -> Self {
+        let buckets = bytes / (WAYS * WORDS * size_of::<u64>());
+        Self { slots: OnceLock::new(), buckets, clock: AtomicU64::new(1) }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.slots.get().is_none()
+    }
+
+    pub fn memory_bytes(&self) -> usize {
+        self.slots.get().map_or(0, |slots| slots.len() * size_of::<u64>())
+    }
+
+    /// Remembers the target's distribution after `context`, which is given newest first.
+    pub fn insert(&self, context: impl Iterator<Item = Token>, ids: &[Token], probs: &[f32]) {
+        if self.buckets == 0 {
+            return;
+        }
+        let (mut order, mut words) = ([(0u32, 0.0f32); TOP_K], [0u64; WORDS]);
+        let kept = best(ids, probs, &mut order);
+        for (place, &(id, prob)) in order[..kept].iter().enumerate() {
+            words[1 + place / 2] |= u64::from(id) << (32 * (place % 2));
+            let prob = (prob * SCALE).round().max(1.0) as u64;
+            words[5 + place / 4] |= prob << (16 * (place % 4));
+        }
+        words[TIME] = self.clock.fetch_add(1, Ordering::Relaxed);
+        let slots =
+            self.slots.get_or_init(|| (0..self.buckets * WAYS * WORDS).map(|_| AtomicU64::new(0)).collect());
+        for_each_order(context, |order, key| {
+            write(&slots[self.bucket(key)..][..WAYS * WORDS], tag(order, key), &words);
+        });
+    }
+
+    /// The distributions known for the ends of `context` (newest first), by order.
+    pub fn find(&self, context: impl Iterator<Item = Token>, out: &mut [Option<Soft>; SOFT_ORDERS.len()]) {
+        *out = [None; SOFT_ORDERS.len()];
+        let Some(slots) = self.slots.get() else { return };
+        for_each_order(context, |order, key| {
+            out[order] = read(&slots[self.bucket(key)..][..WAYS * WORDS], tag(order, key));
+        });
+    }
+
+    /// The first word of the bucket of `key`.
+    fn bucket(&self, key: u64) -> usize {
+        ((u128::from(key) * self.buckets as u128) >> 64) as usize * WAYS * WORDS
+    }
+}
+
+/// Calls `act` with the key of each order that the context is long enough for.
+fn for_each_order(context: impl Iterator<Item = Token>, mut act: impl FnMut(usize, u64)) {
+    let mut hash = Hash::default();
+    let (mut known, mut order) = (0, 0);
+    for token in context.take(SOFT_ORDERS[SOFT_ORDERS.len() - 1]) {
+        hash.add(token);
+        known += 1;
+        if SOFT_ORDERS[order] == known {
+            act(order, hash.wide());
+            order += 1;
+        }
+    }
+}
+
+/// What tells a bucket's entries apart; never 0.
+fn tag(order: usize, key: u64) -> u32 {
+    ((key as u32) << 2 | order as u32).max(1)
+}
+
+/// The most probable tokens, in order; returns how many there are.
+fn best(ids: &[Token], probs: &[f32], out: &mut [(Token, f32); TOP_K]) -> usize {
+    let mut kept = 0;
+    for (&id, &prob) in ids.iter().zip(probs).filter(|&(_, &prob)| prob > 0.0) {
+        let place = out[..kept].iter().position(|&(_, held)| held < prob).unwrap_or(kept);
+        if place < TOP_K {
+            kept = (kept + 1).min(TOP_K);
+            out[place..kept].rotate_right(1);
+            out[place] = (id, prob);
+        }
+    }
+    kept
+}
+
+// An entry's first word: tag (32 bits), writes (8), version (24, odd while the entry is being written).
+
+fn write(bucket: &[AtomicU64], tag: u32, words: &[u64; WORDS]) {
+    let entries = || bucket.chunks_exact(WORDS);
+    let held = entries().find(|entry| (entry[0].load(Ordering::Relaxed) >> 32) as u32 == tag);
+    let oldest = || entries().min_by_key(|entry| entry[TIME].load(Ordering::Relaxed));
+    let Some(entry) = held.or_else(oldest) else { return };
+    let state = entry[0].load(Ordering::Relaxed);
+    let version = state & 0xff_ffff;
+    let writes = if held.is_some() { (state >> 24 & 0xff).min(254) + 1 } else { 1 };
+    // another writer has the entry: what it writes is as good
+    if version % 2 == 1
+        || entry[0].compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed).is_err()
+    {
+        return;
+    }
+    fence(Ordering::Release);
+    for (slot, &word) in entry.iter().zip(words).skip(1) {
+        slot.store(word, Ordering::Relaxed);
+    }
+    let state = u64::from(tag) << 32 | writes << 24 | ((version + 2) & 0xff_ffff);
+    entry[0].store(state, Ordering::Release);
+}
+
+fn read(bucket: &[AtomicU64], tag: u32) -> Option<Soft> {
+    for entry in bucket.chunks_exact(WORDS) {
+        let state = entry[0].load(Ordering::Acquire);
+        if (state >> 32) as u32 != tag || state % 2 == 1 {
+            continue;
+        }
+        let mut soft = Soft { writes: (state >> 24) as u8, ..Soft::default() };
+        for place in 0..TOP_K {
+            soft.ids[place] = (entry[1 + place / 2].load(Ordering::Relaxed) >> (32 * (place % 2))) as u32;
+            let prob = (entry[5 + place / 4].load(Ordering::Relaxed) >> (16 * (place % 4))) as u16;
+            soft.probs[place] = f32::from(prob) / SCALE;
+        }
+        fence(Ordering::Acquire);
+        return (entry[0].load(Ordering::Relaxed) == state).then_some(soft);
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn find(table: &SoftTable, context: &[Token]) -> [Option<Soft>; SOFT_ORDERS.len()] {
+        let mut out = [None; SOFT_ORDERS.len()];
+        table.find(context.iter().rev().copied(), &mut out);
+        out
+    }
+
+    fn insert(table: &SoftTable, context: &[Token], ids: &[Token], probs: &[f32]) {
+        table.insert(context.iter().rev().copied(), ids, probs);
+    }
+
+    #[test]
+    fn the_last_distribution_wins_and_is_sorted() {
+        let table = SoftTable::new(1 << 16);
+        insert(&table, &[1, 2, 3], &[7, 8], &[0.5, 0.25]);
+        insert(&table, &[9, 2, 3], &[8, 7, 6], &[0.125, 0.75, 0.0]);
+        let found = find(&table, &[1, 2, 3]);
+        assert_eq!(
+            found.map(|soft| soft.map(|s| (s.ids[0], s.writes))),
+            [Some((7, 2)), Some((7, 2)), Some((7, 1)), None]
+        );
+        let newest = found[0].unwrap();
+        assert_eq!((newest.ids[1], newest.probs[2]), (8, 0.0));
+        assert!((newest.probs[0] - 0.75).abs() < 1e-4);
+    }
+
+    #[test]
+    fn no_memory_keeps_nothing() {
+        let table = SoftTable::new(0);
+        insert(&table, &[1], &[7], &[0.5]);
+        assert_eq!((find(&table, &[1])[0], table.memory_bytes()), (None, 0));
+    }
+
+    #[test]
+    fn readers_never_see_halves_of_two_entries() {
+        let table = SoftTable::new(WAYS * WORDS * 8);
+        std::thread::scope(|scope| {
+            for writer in 1..3u32 {
+                let table = &table;
+                scope.spawn(move || {
+                    (0..20_000).for_each(|_| insert(table, &[5], &[writer; 8], &[writer as f32 / 16.0; 8]));
+                });
+            }
+            for _ in 0..20_000 {
+                if let Some(soft) = find(&table, &[5])[0] {
+                    let writer = soft.ids[0];
+                    assert_eq!(soft.ids, [writer; 8]);
+                    assert!(soft.probs.iter().all(|prob| (prob - writer as f32 / 16.0).abs() < 1e-4));
+                }
+            }
+        });
+    }
+
+    proptest! {
+        #[test]
+        fn a_small_table_stays_bounded_and_finds_the_newest(contexts in prop::collection::vec(0u32..1000, 1..300)) {
+            let table = SoftTable::new(16 * WAYS * WORDS * 8);
+            for &context in &contexts {
+                insert(&table, &[context], &[context + 1], &[1.0]);
+            }
+            prop_assert_eq!(table.memory_bytes(), 16 * WAYS * WORDS * 8);
+            let last = contexts[contexts.len() - 1];
+            prop_assert_eq!(find(&table, &[last])[0].map(|soft| soft.ids[0]), Some(last + 1));
+        }
+    }
+}

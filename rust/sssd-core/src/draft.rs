@@ -8,13 +8,16 @@
 
 use crate::Token;
 use crate::aligned::Aligned;
+use crate::calibration::Calibration;
 use crate::corpus::{Corpus, Match};
 use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
 use crate::knowledge::Stats;
 use crate::live::LiveStore;
-use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
-use crate::soft::{SOFT_ORDERS, SoftTable};
+use crate::model::{
+    CLASSES, EscapeCell, GateCell, KINDS, MAX_LENGTH, Model, Occurrence, Support, class, source,
+};
+use crate::soft::{Recent, SOFT_ORDERS, SoftTable};
 use crate::tree::{DraftTree, ROOT};
 
 /// Occurrences looked at in the request, at the root and at each further node.
@@ -51,7 +54,9 @@ pub struct Inputs<'a> {
     pub store: Option<&'a dyn Corpus>,
     pub live: &'a LiveStore,
     pub soft: &'a SoftTable,
+    pub recent: &'a Recent,
     pub model: &'a Model,
+    pub calibration: &'a Calibration<KINDS>,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
     pub max_nodes: usize,
@@ -96,6 +101,8 @@ struct Candidate {
     depth: u32,
     /// Probability given the parent, before refinement.
     mixed: f32,
+    /// The same after refinement by the model.
+    refined: f32,
     /// Probability of the path from the root.
     path: f32,
     occurrence: Occurrence,
@@ -118,6 +125,7 @@ impl Candidate {
             node: ROOT,
             depth,
             mixed: 0.0,
+            refined: 0.0,
             path: 1.0,
             occurrence: Occurrence::Never,
             classes: [NO_CLASS; source::COUNT],
@@ -509,22 +517,34 @@ impl Drafting {
         inputs.soft.find(path.chain(before), &mut found);
         let mut rest = 1.0;
         let mut contexts = evidence.contexts[source::SOFT].iter_mut();
-        for (class, soft) in found.iter().enumerate().rev() {
-            let Some(soft) = soft else { continue };
-            let cell = Model::soft_cell(class, soft.writes, soft.probs[0]);
-            let escape = inputs.model.escape(cell);
-            let total: f32 = soft.probs.iter().sum();
-            for (&token, &prob) in soft.ids.iter().zip(&soft.probs).take_while(|&(_, &prob)| prob > 0.0) {
-                let value = rest * (1.0 - escape) * prob / total;
-                match self.soft[start..].iter_mut().find(|held| held.0 == token) {
-                    Some(held) => held.1 += value,
-                    None => self.soft.push((token, value, class as u8)),
+        let said = &mut self.soft;
+        let mut blend =
+            |class: u8, cell: EscapeCell, total: f32, tokens: &mut dyn Iterator<Item = (Token, f32)>| {
+                let escape = inputs.model.escape(cell);
+                for (token, prob) in tokens {
+                    let value = rest * (1.0 - escape) * prob / total;
+                    match said[start..].iter_mut().find(|held| held.0 == token) {
+                        Some(held) => held.1 += value,
+                        None => said.push((token, value, class)),
+                    }
                 }
+                rest *= escape;
+                if let Some(context) = contexts.next() {
+                    *context = Some((class, cell));
+                }
+            };
+        for (class, soft) in found.iter().enumerate().rev() {
+            if let Some(soft) = soft {
+                let cell = Model::soft_cell(class + 1, soft.writes, soft.probs[0]);
+                let tokens = soft.ids.into_iter().zip(soft.probs).take_while(|&(_, prob)| prob > 0.0);
+                blend(class as u8 + 1, cell, soft.probs.iter().sum(), &mut tokens.clone());
             }
-            rest *= escape;
-            if let Some(context) = contexts.next() {
-                *context = Some((class as u8, cell));
-            }
+        }
+        let recent = &inputs.recent.tokens;
+        if let Some(&(_, peak)) = recent.first() {
+            let total: f32 = recent.iter().map(|held| held.1).sum();
+            let cell = Model::soft_cell(0, (total * 16.0) as u8, peak / total);
+            blend(0, cell, total, &mut recent.iter().copied());
         }
         evidence.soft.1 = self.soft.len() as u32;
     }
@@ -590,7 +610,9 @@ impl Drafting {
                 if newest != NONE {
                     candidate.occurrence = Occurrence::ago(inputs.index.tokens().len() - newest as usize);
                 }
-                candidate.path = inputs.model.refine(candidate.support(evidence), candidate.mixed);
+                let support = candidate.support(evidence);
+                candidate.refined = inputs.model.refine(support, candidate.mixed);
+                candidate.path = inputs.calibration.correct(support.kind(), candidate.refined);
             }
             total += candidate.path;
         }
@@ -621,7 +643,14 @@ impl Drafting {
     }
 
     /// Learns from the tokens that the target has produced after the last draft.
-    pub fn learn(&mut self, model: &mut Model, tokens: &[Token], stats: &mut Stats, live: &LiveStore) {
+    pub fn learn(
+        &mut self,
+        model: &mut Model,
+        calibration: &mut Calibration<KINDS>,
+        tokens: &[Token],
+        stats: &mut Stats,
+        live: &LiveStore,
+    ) {
         if !tokens.is_empty() && self.followed == Some(0) {
             stats.drafts += 1;
             for (&source, &prob) in self.tree.sources.iter().zip(&self.tree.probs) {
@@ -664,8 +693,10 @@ impl Drafting {
                 if candidate.mixed >= LEAST_REFINED {
                     let support = candidate.support(evidence);
                     model.learn_refinement(support, candidate.mixed, candidate.token == token);
+                    calibration.note(support.kind(), candidate.refined, candidate.token == token);
                 }
             }
+            calibration.learn();
             if let Some(node) = truth.and_then(|truth| usize::try_from(truth.node).ok()) {
                 stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
                 self.credit(truth.map_or(NONE, |truth| truth.samples), live);

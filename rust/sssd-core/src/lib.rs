@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod aligned;
+mod calibration;
 mod corpus;
 mod draft;
 mod drafter;

@@ -43,9 +43,11 @@ pub const MAX_LENGTH: usize = 32;
 const COUNTS: usize = 8;
 const DISTINCTS: usize = 5;
 const PEAKS: usize = 8;
-const TEXTS: usize = 9 * 5 * 2 * 2;
-const OTHERS: usize = 4 * 4 * 6 * 4;
-const PROBABILITIES: usize = 18;
+const TEXTS: usize = 9 * 6 * 2 * 2;
+const OTHERS: usize = 4 * 3 * 7 * 3 * 2;
+pub const PROBABILITIES: usize = 17;
+/// The cell of probability one half.
+const HALF: f32 = 8.5;
 
 const ESCAPES: usize = source::BLENDED * CLASSES * COUNTS * DISTINCTS;
 const GATES: usize = source::COUNT * CLASSES * PEAKS;
@@ -109,23 +111,35 @@ impl Support {
             (None, Occurrence::Just) => 8,
             (class, _) => group(class),
         };
-        let store = group(self.classes[source::STORE]).saturating_sub(1);
+        let store = match self.speaks[source::STORE] {
+            false => 0,
+            true => group(self.classes[source::STORE]).max(1),
+        };
         let lower = self.classes[source::LOWER].is_some();
-        ((request * 5 + store) * 2 + usize::from(lower)) * 2 + usize::from(self.successor)
+        ((request * 6 + store) * 2 + usize::from(lower)) * 2 + usize::from(self.successor)
+    }
+
+    /// The kind of evidence, for the request's own calibration.
+    pub fn kind(self) -> usize {
+        let request = [0, 1, 2, 2, 3, 3][group(self.classes[source::REQUEST])];
+        let other = [source::STORE, source::LIVE, source::SOFT].iter().any(|&s| self.classes[s].is_some());
+        request * 2 + usize::from(other)
     }
 
     /// Its row among the contexts of the other sources, if any of them speaks.
     fn others(self) -> Option<usize> {
-        let [live, aligned, soft] = [source::LIVE, source::ALIGNED, source::SOFT].map(|source| {
-            match (self.speaks[source], self.classes[source]) {
+        let [live, soft] =
+            [source::LIVE, source::SOFT].map(|source| match (self.speaks[source], self.classes[source]) {
                 (false, _) => 0,
                 (true, None) => 1,
-                (true, Some(class)) if source == source::SOFT => 2 + usize::from(class.min(3)),
+                (true, Some(class)) if source == source::SOFT => 2 + usize::from(class.min(4)),
                 (true, Some(class)) => 2 + usize::from(class > 2),
-            }
-        });
-        let request = [0, 1, 1, 1, 2, 3][group(self.classes[source::REQUEST])];
-        (live + aligned + soft > 0).then_some(((live * 4 + aligned) * 6 + soft) * 4 + request)
+            });
+        let aligned = self.classes[source::ALIGNED].map_or(0, |class| 1 + usize::from(class > 2));
+        let request = [0, 1, 1, 1, 2, 2][group(self.classes[source::REQUEST])];
+        let row =
+            (((live * 3 + aligned) * 7 + soft) * 3 + request) * 2 + usize::from(self.speaks[source::STORE]);
+        (live + aligned + soft > 0).then_some(row)
     }
 }
 
@@ -139,6 +153,9 @@ fn group(class: Option<u8>) -> usize {
         Some(_) => 5,
     }
 }
+
+/// Number of kinds of evidence.
+pub const KINDS: usize = 8;
 
 /// A learned probability, in units of 2^-16, and how many outcomes stand behind it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -198,7 +215,11 @@ impl Model {
             Rate::new((d + 0.3) / (n + d + 0.6) / (1.0 + 0.35 * class as f32), 12)
         };
         let gate = |cell: usize| if cell / (PEAKS * CLASSES) == source::SUCCESSORS { -2.0 } else { 0.0 };
-        let refinement = |cell: usize| Rate::new(2f32.powf(-((cell % PROBABILITIES) as f32) / 1.5), 20);
+        let refinement = |cell: usize| {
+            let steps = (cell % PROBABILITIES) as f32 - HALF;
+            let tail = 0.5 * 2f32.powf(-steps.abs());
+            Rate::new(if steps < 0.0 { tail } else { 1.0 - tail }, 20)
+        };
         Self {
             escapes: (0..ESCAPES).map(escape).collect(),
             gates: (0..GATES).map(gate).collect(),
@@ -337,10 +358,12 @@ impl Model {
     }
 }
 
-/// Minus the binary logarithm (linear within octaves), one and a half steps an octave.
-fn scale(probability: f32) -> f32 {
-    let log2 = probability.to_bits() as f32 * (1.0 / (1 << 23) as f32) - 127.0;
-    (-1.5 * log2).clamp(0.0, PROBABILITIES as f32 - 1.001)
+/// One step for each halving of the probability, or above one half of its complement.
+pub fn scale(probability: f32) -> f32 {
+    // the binary logarithm, linear within octaves
+    let log2 = |value: f32| value.to_bits() as f32 * (1.0 / (1 << 23) as f32) - 127.0;
+    let steps = 1.0 + log2(probability.min(1.0 - probability));
+    (if probability < 0.5 { HALF + steps } else { HALF - steps }).clamp(0.0, PROBABILITIES as f32 - 1.001)
 }
 
 #[cfg(test)]

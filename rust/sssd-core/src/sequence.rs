@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use crate::aligned::Aligned;
+use crate::calibration::Calibration;
 use crate::draft::{Drafting, Inputs};
 use crate::drafter::Shared;
 use crate::index::Index;
 use crate::knowledge::Stats;
-use crate::model::Model;
-use crate::soft::TopK;
+use crate::model::{KINDS, Model};
+use crate::soft::{Recent, SOFT_ORDERS, TopK};
 use crate::tree::ROOT;
 use crate::{DraftTree, Token};
 
@@ -22,9 +23,11 @@ pub struct Sequence {
     index: Index,
     predicted: usize,
     aligned: Aligned,
+    recent: Recent,
     /// The weights that it started with, and its own.
     base: Arc<Model>,
     model: Arc<Model>,
+    calibration: Calibration<KINDS>,
     drafting: Drafting,
     stats: Stats,
     /// Tokens that the live store has been given.
@@ -41,8 +44,10 @@ impl Sequence {
             index,
             predicted: prediction.len(),
             aligned: Aligned::new(prediction.len() as u32),
+            recent: Recent::default(),
             model: Arc::clone(&base),
             base,
+            calibration: Calibration::default(),
             drafting: Drafting::default(),
             stats: Stats::default(),
             committed: 0,
@@ -59,15 +64,30 @@ impl Sequence {
     pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) {
         if self.drafting.awaits_outcome() {
             let live = &self.shared.knowledge.live;
-            self.drafting.learn(Arc::make_mut(&mut self.model), tokens, &mut self.stats, live);
+            self.drafting.learn(
+                Arc::make_mut(&mut self.model),
+                &mut self.calibration,
+                tokens,
+                &mut self.stats,
+                live,
+            );
             if self.stats.drafts >= COUNTED {
                 self.count();
             }
         }
         for (row, &token) in tokens.iter().enumerate() {
+            let table = &self.shared.knowledge.soft;
             if let Some(soft) = soft {
                 let (ids, probs) = soft.row(row);
-                self.shared.knowledge.soft.insert(self.newest_first(), ids, probs);
+                table.insert(self.newest_first(), ids, probs);
+                self.recent.update(ids.iter().copied().zip(probs.iter().copied()), token);
+            } else if !table.is_empty() {
+                // what `feedback` has just told
+                let mut found = [None; SOFT_ORDERS.len()];
+                table.find(self.newest_first(), &mut found);
+                if let Some(soft) = found[SOFT_ORDERS.len() - 1] {
+                    self.recent.update(soft.ids.into_iter().zip(soft.probs), token);
+                }
             }
             self.index.push(token);
             self.aligned.follow(&self.index);
@@ -104,7 +124,9 @@ impl Sequence {
             store: self.shared.store.as_deref(),
             live: &knowledge.live,
             soft: &knowledge.soft,
+            recent: &self.recent,
             model: &self.model,
+            calibration: &self.calibration,
             end_tokens: &self.shared.end_tokens,
             max_nodes,
             min_prob,

@@ -51,6 +51,33 @@ pub struct Soft {
     pub writes: u8,
 }
 
+/// Tokens that the target lately held probable and did not choose: it often says them next.
+#[derive(Clone, Default)]
+pub struct Recent {
+    /// Most probable first: token and faded sum of its probabilities.
+    pub tokens: Vec<(Token, f32)>,
+}
+
+/// Tokens kept, and how much of their probability is left after each further position.
+const RECENT: usize = 32;
+const FADING: f32 = 0.8;
+
+impl Recent {
+    /// Takes account of one position: what was probable, and what came.
+    pub fn update(&mut self, probable: impl Iterator<Item = (Token, f32)>, came: Token) {
+        self.tokens.iter_mut().for_each(|held| held.1 *= FADING);
+        for (token, prob) in probable {
+            match self.tokens.iter_mut().find(|held| held.0 == token) {
+                Some(held) => held.1 += prob,
+                None => self.tokens.push((token, prob)),
+            }
+        }
+        self.tokens.retain(|held| held.0 != came);
+        self.tokens.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
+        self.tokens.truncate(RECENT);
+    }
+}
+
 /// A bounded table of distributions. The memory is taken with the first entry.
 pub struct SoftTable {
     slots: OnceLock<Box<[AtomicU64]>>,

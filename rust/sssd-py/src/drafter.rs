@@ -300,7 +300,7 @@ impl PySequence {
     /// Raises:
     ///     InvalidArgumentError: ``max_nodes`` or ``min_prob`` is out of range.
     ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (max_nodes=32, *, min_prob=0.002))]
+    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001))]
     fn draft(&self, py: Python<'_>, max_nodes: i128, min_prob: f32) -> PyResult<PyDraftTree> {
         if !(0.0..=1.0).contains(&min_prob) {
             let message = format!("min_prob must be between 0 and 1, got {min_prob}");

@@ -1,0 +1,76 @@
+//! Corrects a request's probabilities by how they came true so far in this request.
+//!
+//! The learned tables know the average request; this is what is special about one: a few biases on the log-odds,
+//! each moved by Newton steps on the logistic loss from a prior at 0, so that a handful of outcomes already counts.
+
+use crate::model::{PROBABILITIES, scale};
+
+/// Knots along the scale of probabilities; between them the bias is interpolated.
+const KNOTS: usize = 8;
+const STEP: f32 = (KNOTS - 1) as f32 / PROBABILITIES as f32;
+/// Information (in outcomes of variance 1) that the prior weighs.
+const PRIOR: f32 = 4.0;
+/// What is left of the old information after each outcome, and the furthest bias.
+const FADING: f32 = 0.998;
+const LIMIT: f32 = 2.5;
+
+#[derive(Clone, Copy)]
+struct Bias {
+    value: f32,
+    /// exp(value), to correct without logarithms.
+    odds: f32,
+    information: f32,
+    /// Of outcomes not yet accounted for.
+    gradient: f32,
+    pending: f32,
+}
+
+const NEUTRAL: Bias = Bias { value: 0.0, odds: 1.0, information: PRIOR, gradient: 0.0, pending: 0.0 };
+
+/// The biases: one per knot of the probability, and one per kind of evidence.
+#[derive(Clone)]
+pub struct Calibration<const KINDS: usize> {
+    knots: [Bias; KNOTS],
+    kinds: [Bias; KINDS],
+}
+
+impl<const KINDS: usize> Default for Calibration<KINDS> {
+    fn default() -> Self {
+        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS] }
+    }
+}
+
+impl<const KINDS: usize> Calibration<KINDS> {
+    /// The corrected probability of a token with this kind of evidence.
+    pub fn correct(&self, kind: usize, prob: f32) -> f32 {
+        let at = scale(prob) * STEP;
+        let (knot, above) = (at as usize, at.fract());
+        let knots = self.knots[knot].odds * (1.0 - above) + self.knots[knot + 1].odds * above;
+        let odds = prob * knots * self.kinds[kind].odds;
+        odds / (1.0 - prob + odds)
+    }
+
+    /// Notes the outcome of a probability as it was before correction.
+    pub fn note(&mut self, kind: usize, prob: f32, came_true: bool) {
+        let corrected = self.correct(kind, prob);
+        let error = f32::from(u8::from(came_true)) - corrected;
+        let variance = corrected * (1.0 - corrected);
+        let at = scale(prob) * STEP;
+        let (knot, above) = (at as usize, at.fract());
+        let [lower, upper] = &mut self.knots[knot..knot + 2] else { return };
+        for (bias, share) in [(lower, 1.0 - above), (upper, above), (&mut self.kinds[kind], 1.0)] {
+            bias.gradient += share * error;
+            bias.pending += share * variance;
+        }
+    }
+
+    /// Learns from the outcomes noted.
+    pub fn learn(&mut self) {
+        for bias in self.knots.iter_mut().chain(&mut self.kinds).filter(|bias| bias.pending > 0.0) {
+            bias.information = PRIOR + (bias.information - PRIOR) * FADING + bias.pending;
+            bias.value = (bias.value + bias.gradient / bias.information).clamp(-LIMIT, LIMIT);
+            bias.odds = bias.value.exp();
+            (bias.gradient, bias.pending) = (0.0, 0.0);
+        }
+    }
+}

@@ -25,7 +25,7 @@ from sssd.replay import Replay, Request, read_trace
 PERMISSIVE = ("apache-2.0", "cc0-1.0", "mit")
 TOKENS_PER_WORKLOAD = 20_000
 BUDGET = 32
-RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 4 * 3 * 7 * 3 * 2) * 17
+RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 4 * 3 * 7 * 4 * 2) * 17
 """Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
 MOST_COUNT = 30
@@ -101,6 +101,8 @@ def main(traces: str, store: str, out: str) -> None:
         if rng.random() < 0.2:
             predicted = replace(request, prediction_ids=edited(request.response_ids, rng))
             order.append((predicted, lambda e=end: Drafter(end_token_ids=[e], **private)))
+    # what a request has just taught must not help with the same request
+    rng.shuffle(order)
     step = len(order) // (2 * len(generations) * REPEATS)
     for at, (request, end) in enumerate(generations * REPEATS):
         order.insert(2 * at * (step + 1), (request, lambda e=end: Drafter(end_token_ids=[e], **private)))

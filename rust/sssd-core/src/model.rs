@@ -44,7 +44,7 @@ const COUNTS: usize = 8;
 const DISTINCTS: usize = 5;
 const PEAKS: usize = 8;
 const TEXTS: usize = 9 * 6 * 2 * 2;
-const OTHERS: usize = 4 * 3 * 7 * 3 * 2;
+const OTHERS: usize = 4 * 3 * 7 * 4 * 2;
 pub const PROBABILITIES: usize = 17;
 /// The cell of probability one half.
 const HALF: f32 = 8.5;
@@ -119,6 +119,12 @@ impl Support {
         ((request * 6 + store) * 2 + usize::from(lower)) * 2 + usize::from(self.successor)
     }
 
+    /// Its row among all: those of the other sources, if any of them speaks, are apart, since what has them to go
+    /// by as well comes true more often.
+    fn row(self) -> usize {
+        self.others().map_or_else(|| self.texts(), |row| TEXTS + row)
+    }
+
     /// The kind of evidence, for the request's own calibration.
     pub fn kind(self) -> usize {
         let request = [0, 1, 2, 2, 3, 3][group(self.classes[source::REQUEST])];
@@ -136,9 +142,13 @@ impl Support {
                 (true, Some(class)) => 2 + usize::from(class > 2),
             });
         let aligned = self.classes[source::ALIGNED].map_or(0, |class| 1 + usize::from(class > 2));
-        let request = [0, 1, 1, 1, 2, 2][group(self.classes[source::REQUEST])];
+        let request = match (self.classes[source::REQUEST], self.occurrence) {
+            (None, Occurrence::Never) => 0,
+            (None, _) => 1,
+            (class, _) => 2 + usize::from(group(class) > 3),
+        };
         let row =
-            (((live * 3 + aligned) * 7 + soft) * 3 + request) * 2 + usize::from(self.speaks[source::STORE]);
+            (((live * 3 + aligned) * 7 + soft) * 4 + request) * 2 + usize::from(self.speaks[source::STORE]);
         (live + aligned + soft > 0).then_some(row)
     }
 }
@@ -317,20 +327,13 @@ impl Model {
     pub fn refine(&self, support: Support, mixed: f32) -> f32 {
         let scale = scale(mixed);
         let (step, above) = (scale as usize, scale.fract());
-        let read = |row: usize| {
-            let cell = row * PROBABILITIES + step;
-            self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
-        };
-        let texts = read(support.texts());
-        support.others().map_or(texts, |row| 0.5 * (texts + read(TEXTS + row)))
+        let cell = support.row() * PROBABILITIES + step;
+        self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
     }
 
     pub(crate) fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
         let step = (scale(mixed) + 0.5) as usize;
-        let others = support.others().map(|row| TEXTS + row);
-        for row in std::iter::once(support.texts()).chain(others) {
-            self.refinements[row * PROBABILITIES + step].update(came_true, REFINEMENT_MEMORY);
-        }
+        self.refinements[support.row() * PROBABILITIES + step].update(came_true, REFINEMENT_MEMORY);
     }
 
     /// Moves towards what a request has learned since it started from `base`, by a quarter of the way.

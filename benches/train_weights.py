@@ -25,7 +25,7 @@ from sssd.replay import Replay, Request, read_trace
 PERMISSIVE = ("apache-2.0", "cc0-1.0", "mit")
 TOKENS_PER_WORKLOAD = 20_000
 BUDGET = 32
-RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 4 * 3 * 7 * 4 * 2) * 17
+RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 3 * 4 * 7 * 4 * 2) * 17
 """Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
 MOST_COUNT = 30

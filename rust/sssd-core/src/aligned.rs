@@ -19,9 +19,19 @@ const SKIPS: usize = 16;
 pub struct Continuation {
     pub position: u32,
     pub end: u32,
-    /// In place of a match length: 1 if the output replaces tokens, 2 if it adds some, 3 if it leaves some out,
-    /// 4 and more, rising with the tokens that agreed, while it follows.
+    /// In place of a match length: 1 if the output replaces tokens of what it copied, 2 if it adds some, 3 if it
+    /// leaves some out; 5 to 7 likewise for a prediction; 9 and more, rising with the tokens that agreed, while
+    /// it follows the prediction.
     pub length: u16,
+}
+
+/// The length after one more token that agrees: 4 for a copy that was found again.
+pub fn agreed(length: u16) -> u16 {
+    match length {
+        1..=4 => 4,
+        5..=8 => 9,
+        _ => length.saturating_add(1),
+    }
 }
 
 #[derive(Clone, Default)]
@@ -91,7 +101,7 @@ impl Aligned {
         let Some(next) = self.next.filter(|&next| next < end) else { return };
         if self.astray == 0 {
             if self.predicted > 0 {
-                act(Continuation { position: next, end, length: self.run.saturating_add(4) });
+                act(Continuation { position: next, end, length: self.run.saturating_add(9) });
             }
             return;
         }
@@ -101,6 +111,7 @@ impl Aligned {
         let left_out = skipped.map_or(NONE, |skipped| next + skipped as u32 + 1);
         for (length, position) in [(1, replaced), (2, next), (3, left_out)] {
             if position < end {
+                let length = if self.predicted > 0 { length + 4 } else { length };
                 act(Continuation { position, end, length });
             }
         }
@@ -133,11 +144,11 @@ mod tests {
 
     #[test]
     fn a_prediction_is_followed_from_the_start_and_after_edits() {
-        assert_eq!(continuations(&TEXT, &[]), [(10, 4)]);
-        assert_eq!(continuations(&TEXT, &[10, 11]), [(12, 6)]);
-        assert_eq!(continuations(&TEXT, &[10, 99]), [(12, 1), (11, 2)]);
-        assert_eq!(continuations(&TEXT, &[10, 13]), [(12, 1), (11, 2), (14, 3)]);
-        assert_eq!(continuations(&TEXT, &[10, 99, 98, 97, 14, 15, 16]), [(17, 7)]);
+        assert_eq!(continuations(&TEXT, &[]), [(10, 9)]);
+        assert_eq!(continuations(&TEXT, &[10, 11]), [(12, 11)]);
+        assert_eq!(continuations(&TEXT, &[10, 99]), [(12, 5), (11, 6)]);
+        assert_eq!(continuations(&TEXT, &[10, 13]), [(12, 5), (11, 6), (14, 7)]);
+        assert_eq!(continuations(&TEXT, &[10, 99, 98, 97, 14, 15, 16]), [(17, 12)]);
         assert_eq!(continuations(&TEXT, &TEXT), []);
     }
 

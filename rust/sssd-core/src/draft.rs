@@ -7,7 +7,7 @@
 //! the mixed probability is refined by what became of such tokens before ([`Model`] has the learned parts).
 
 use crate::Token;
-use crate::aligned::Aligned;
+use crate::aligned::{Aligned, agreed};
 use crate::calibration::Calibration;
 use crate::corpus::{Corpus, Match};
 use crate::frontier::Frontier;
@@ -404,7 +404,11 @@ impl Drafting {
                 *held = class;
             }
             sample.cursor += 1;
-            sample.length = (sample.length + 1).min(MAX_LENGTH as u16);
+            sample.length = match source {
+                source::ALIGNED => agreed(sample.length),
+                _ => sample.length + 1,
+            }
+            .min(MAX_LENGTH as u16);
             sample.next = std::mem::replace(&mut candidate.samples, current);
             self.samples[current as usize] = sample;
             self.votes.push((current, child, class));

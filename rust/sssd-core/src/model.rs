@@ -44,7 +44,7 @@ const COUNTS: usize = 8;
 const DISTINCTS: usize = 5;
 const PEAKS: usize = 8;
 const TEXTS: usize = 9 * 6 * 2 * 2;
-const OTHERS: usize = 4 * 3 * 7 * 4 * 2;
+const OTHERS: usize = 3 * 4 * 7 * 4 * 2;
 pub const PROBABILITIES: usize = 17;
 /// The cell of probability one half.
 const HALF: f32 = 8.5;
@@ -141,14 +141,16 @@ impl Support {
                 (true, Some(class)) if source == source::SOFT => 2 + usize::from(class.min(4)),
                 (true, Some(class)) => 2 + usize::from(class > 2),
             });
-        let aligned = self.classes[source::ALIGNED].map_or(0, |class| 1 + usize::from(class > 2));
+        let live = live.saturating_sub(1);
+        let aligned = self.classes[source::ALIGNED]
+            .map_or(0, |class| [1, 1, 1, 1, 2, 2, 2, 3][usize::from(class.min(7))]);
         let request = match (self.classes[source::REQUEST], self.occurrence) {
             (None, Occurrence::Never) => 0,
             (None, _) => 1,
             (class, _) => 2 + usize::from(group(class) > 3),
         };
         let row =
-            (((live * 3 + aligned) * 7 + soft) * 4 + request) * 2 + usize::from(self.speaks[source::STORE]);
+            (((live * 4 + aligned) * 7 + soft) * 4 + request) * 2 + usize::from(self.speaks[source::STORE]);
         (live + aligned + soft > 0).then_some(row)
     }
 }

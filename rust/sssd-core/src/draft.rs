@@ -14,9 +14,7 @@ use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
 use crate::knowledge::Stats;
 use crate::live::LiveStore;
-use crate::model::{
-    CLASSES, EscapeCell, GateCell, KINDS, MAX_LENGTH, Model, Occurrence, Support, class, source,
-};
+use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
 use crate::soft::{Recent, SOFT_ORDERS, SoftTable};
 use crate::tree::{DraftTree, ROOT};
 
@@ -56,9 +54,11 @@ pub struct Inputs<'a> {
     pub soft: &'a SoftTable,
     pub recent: &'a Recent,
     pub model: &'a Model,
-    pub calibration: &'a Calibration<KINDS>,
+    pub calibration: &'a Calibration,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
+    /// Tokens of output so far.
+    pub age: usize,
     pub max_nodes: usize,
     /// Less probable nodes are not drafted.
     pub min_prob: f32,
@@ -176,6 +176,8 @@ pub struct Drafting {
     votes: Vec<(u32, u32, u8)>,
     table: TokenTable,
     tree: DraftTree,
+    /// Tokens of output before the draft.
+    age: usize,
     /// The candidate that the target's output has followed so far.
     followed: Option<u32>,
 }
@@ -190,6 +192,7 @@ impl Drafting {
         self.soft.clear();
         self.tree.clear();
         self.followed = None;
+        self.age = inputs.age;
         self.frontier.reset(inputs.max_nodes, inputs.min_prob);
         match inputs.index.tokens().last() {
             Some(last) if inputs.max_nodes > 0 && !inputs.end_tokens.contains(last) => {
@@ -650,7 +653,7 @@ impl Drafting {
     pub fn learn(
         &mut self,
         model: &mut Model,
-        calibration: &mut Calibration<KINDS>,
+        calibration: &mut Calibration,
         tokens: &[Token],
         stats: &mut Stats,
         live: &LiveStore,
@@ -697,7 +700,9 @@ impl Drafting {
                 if candidate.mixed >= LEAST_REFINED {
                     let support = candidate.support(evidence);
                     model.learn_refinement(support, candidate.mixed, candidate.token == token);
-                    calibration.note(support.kind(), candidate.refined, candidate.token == token);
+                    let kind = support.kind();
+                    let error = calibration.note(kind, candidate.refined, candidate.token == token);
+                    model.learn_age(self.age, kind, error);
                 }
             }
             calibration.learn();

@@ -8,7 +8,7 @@ use crate::draft::{Drafting, Inputs};
 use crate::drafter::Shared;
 use crate::index::Index;
 use crate::knowledge::Stats;
-use crate::model::{KINDS, Model};
+use crate::model::Model;
 use crate::soft::{Recent, SOFT_ORDERS, TopK};
 use crate::tree::ROOT;
 use crate::{DraftTree, Token};
@@ -22,12 +22,14 @@ pub struct Sequence {
     /// The predicted output, then the sequence itself.
     index: Index,
     predicted: usize,
+    /// Tokens of the prompt.
+    prompt: usize,
     aligned: Aligned,
     recent: Recent,
     /// The weights that it started with, and its own.
     base: Arc<Model>,
     model: Arc<Model>,
-    calibration: Calibration<KINDS>,
+    calibration: Calibration,
     drafting: Drafting,
     stats: Stats,
     /// Tokens that the live store has been given.
@@ -43,6 +45,7 @@ impl Sequence {
             shared,
             index,
             predicted: prediction.len(),
+            prompt: prompt.len(),
             aligned: Aligned::new(prediction.len() as u32),
             recent: Recent::default(),
             model: Arc::clone(&base),
@@ -117,6 +120,8 @@ impl Sequence {
     /// Drafts continuations: at most `max_nodes` nodes, none less probable than `min_prob`.
     pub fn draft(&mut self, max_nodes: usize, min_prob: f32) -> &DraftTree {
         let knowledge = &self.shared.knowledge;
+        let age = self.tokens().len() - self.prompt;
+        self.calibration.start(self.model.ages(age));
         self.drafting.draft(&Inputs {
             index: &self.index,
             predicted: self.predicted,
@@ -128,6 +133,7 @@ impl Sequence {
             model: &self.model,
             calibration: &self.calibration,
             end_tokens: &self.shared.end_tokens,
+            age,
             max_nodes,
             min_prob,
         })

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "SOURCES",
     "BuildSummary",
     "Datastore",
     "DatastoreBuilder",
@@ -18,7 +19,6 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "FileInfo",
-    "SOURCES",
     "Sequence",
     "__version__",
     "build_profile",

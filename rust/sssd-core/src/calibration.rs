@@ -9,7 +9,7 @@ use crate::model::{KINDS, PROBABILITIES, scale};
 const KNOTS: usize = 8;
 const STEP: f32 = (KNOTS - 1) as f32 / PROBABILITIES as f32;
 /// Information (in outcomes of variance 1) that the prior weighs.
-const PRIOR: f32 = 4.0;
+const PRIOR: f32 = 3.0;
 /// What is left of the old information after each outcome, and the furthest bias.
 const FADING: f32 = 0.998;
 const LIMIT: f32 = 2.5;

@@ -128,8 +128,10 @@ impl Support {
     /// The kind of evidence, for the request's own calibration.
     pub fn kind(self) -> usize {
         let request = [0, 1, 2, 2, 3, 3][group(self.classes[source::REQUEST])];
-        let other = [source::STORE, source::LIVE, source::SOFT].iter().any(|&s| self.classes[s].is_some());
-        request * 2 + usize::from(other)
+        let others = [source::STORE, source::LIVE, source::SOFT];
+        let speaks = others.iter().any(|&source| self.speaks[source]);
+        let holds = others.iter().any(|&source| self.classes[source].is_some());
+        request * 3 + usize::from(speaks) + usize::from(holds)
     }
 
     /// Its row among the contexts of the other sources, if any of them speaks.
@@ -176,7 +178,7 @@ fn age(tokens: usize) -> usize {
 }
 
 /// Number of kinds of evidence.
-pub const KINDS: usize = 8;
+pub const KINDS: usize = 12;
 
 /// A learned probability, in units of 2^-16, and how many outcomes stand behind it.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -90,10 +90,6 @@ impl LiveStore {
         ((ring.end - ring.start) as usize - ring.documents.len(), ring.documents.len())
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len().1 == 0
-    }
-
     pub fn memory_bytes(&self) -> usize {
         let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
         let links = ring.links.iter().map(|links| links.heads.len() + links.previous.len());
@@ -280,7 +276,11 @@ mod tests {
         let mut found = Vec::new();
         store.matches(context, 32, 64, &mut found);
         let mut out = [0; 4];
-        found.iter().map(|m| (m.length, out[..store.continuation(m.position, &mut out)].to_vec())).collect()
+        let mut read = |m: &Match| {
+            let count = store.continuation(m.position, &mut out);
+            (m.length, out[..count].to_vec())
+        };
+        found.iter().map(&mut read).collect()
     }
 
     #[test]

@@ -1,0 +1,260 @@
+"""The rule: how much to draft, and how much of it to verify, at each step. See ``docs/hardware.md``."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import median
+
+from sssd._core import DraftTree, PassCosts
+from sssd.errors import InvalidArgumentError
+from sssd.hardware.curve import CostCurve, check_context
+
+_MOST_NODES = 256
+_LEAST_NODES = 8
+_LONGEST_WAIT = 16
+_RATE_MEMORY = 0.02
+"""Weight of the newest step in the decoding rate: a memory of about fifty steps."""
+_PRICE_MEMORY, _MARGIN, _LEAST_PROB = 0.2, 0.7, 0.0005
+_WINDOW = 9
+"""Newest times of a width that count; their median does, so that a hiccup does not."""
+_TRUST = 2.0
+"""Times of a width at which they count as much as those of all others."""
+_FURTHEST = math.log(16.0)
+"""How far a width's time may move from the curve, relative to all widths."""
+_NEWS = 0.02
+"""Change of a correction that is worth building the tables anew."""
+_PLAIN_EVERY = 2048
+"""Steps after which one without drafts is due, to know its time."""
+_DEBT = 2.0
+"""Tokens per request that drafting may lose against plain decoding before it pauses."""
+
+
+@dataclass
+class RowBudget:
+    """What is remembered of one request. Made anew with each request; changed by :class:`Budget` only.
+
+    Attributes:
+        limit: Nodes worth drafting: twice what was verified lately.
+        wait: Steps until the next draft.
+        pause: Steps to wait after the next draft that is not worth its own time.
+    """
+
+    limit: int = 64
+    wait: int = 0
+    pause: int = 1
+
+
+class Budget:
+    """Sizes the drafts of a batch by a cost curve, and corrects the curve by the times of steps.
+
+    At each step::
+
+        limits = budget.limits(rows, context)           # nodes to draft for each request, with budget.min_prob
+        counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its first ones
+        budget.observe(...)                             # what came of it
+
+    Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is to
+    maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The rate
+    is learned, and at least that of decoding without drafts.
+
+    Three things keep speculation from costing more than it brings: the rate never falls below plain decoding's;
+    measured times count only relative to one another and within bounds, kept monotone in the width; and when
+    tokens that drafts brought, minus those that plain decoding would have made in the extra time, sink below a
+    bound, drafting pauses, longer every time.
+
+    Args:
+        curve: T(batch, width, context).
+        max_nodes: Most nodes to verify of one request.
+
+    Raises:
+        InvalidArgumentError: ``max_nodes`` is not an integer in 0..1023.
+    """
+
+    def __init__(self, curve: CostCurve, *, max_nodes: int | None = None) -> None:
+        if max_nodes is None:
+            max_nodes = min(_MOST_NODES, curve.ready[-1] - 1 if curve.ready else _MOST_NODES)
+        if not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or not 0 <= max_nodes < 1024:
+            raise InvalidArgumentError(f"max_nodes must be an integer in 0..1023, not {max_nodes!r}")
+        self.curve, self.max_nodes = curve, max_nodes
+        self.speedup = 1.0
+        """Tokens per second at large, over those of plain decoding."""
+        self.min_prob = 0.002
+        """Least probability of a node worth drafting: somewhat below the least that was verified lately."""
+        self._clock = _Clock()
+        self._since_plain = _PLAIN_EVERY
+        self._known: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+        self._costs: dict[tuple[int, int], PassCosts] = {}
+        self._account = 0.0
+        self._pause, self._paused = 16, 0
+
+    def row(self) -> RowBudget:
+        """The state of a new request."""
+        return RowBudget(limit=min(64, self.max_nodes))
+
+    def limits(self, rows: Sequence[RowBudget], context: float) -> list[int]:
+        """The number of nodes to draft for each request; 0 where drafting would not pay.
+
+        Args:
+            rows: The requests of the step.
+            context: Their mean length, tokens.
+        """
+        check_context(context)
+        if self._paused > 0:
+            self._paused -= 1
+            return [0] * len(rows)
+        if self._since_plain >= _PLAIN_EVERY:
+            # without the time of a plain step nobody knows what drafts cost
+            return [0] * len(rows)
+        limits = []
+        for row in rows:
+            if row.wait > 0:
+                row.wait -= 1
+                limits.append(0)
+            else:
+                limits.append(min(row.limit, self.max_nodes))
+        return limits
+
+    def allocate(
+        self, trees: Sequence[DraftTree | None], context: float, rows: Sequence[RowBudget] | None = None
+    ) -> list[int]:
+        """The number of nodes to verify of each tree: its first ones, which are its best.
+
+        Args:
+            trees: Draft of each request of the step, None for none.
+            context: Mean length of the requests, tokens.
+            rows: Their states, which learn from it.
+        """
+        check_context(context)
+        batch = len(trees)
+        if not batch:
+            return []
+        costs, rate = self._pass_costs(batch, context), self._rate(batch, context)
+        counts = costs.allocate(trees, rate)
+        self._learn_price(trees, counts)
+        if rows is not None:
+            self._remember(rows, trees, counts, rate, context)
+        return counts
+
+    def _learn_price(self, trees: Sequence[DraftTree | None], counts: list[int]) -> None:
+        pairs = [(tree, count) for tree, count in zip(trees, counts, strict=True) if tree is not None]
+        least = min((float(tree.probs[count - 1]) for tree, count in pairs if count), default=self.min_prob)
+        cut = any(count < len(tree) for tree, count in pairs)
+        target = _MARGIN * (least if cut else min(least, self.min_prob))
+        self.min_prob = min(max(self.min_prob + _PRICE_MEMORY * (target - self.min_prob), _LEAST_PROB), 0.5)
+
+    def _remember(
+        self,
+        rows: Sequence[RowBudget],
+        trees: Sequence[DraftTree | None],
+        counts: list[int],
+        rate: float,
+        context: float,
+    ) -> None:
+        draft = self.curve.draft
+        total = sum(counts)
+        extra = self._extra_seconds(counts, context) if total else 0.0
+        for row, tree, count in zip(rows, trees, counts, strict=True):
+            if tree is None:
+                continue
+            row.limit = max(count + count // 4 + _LEAST_NODES, row.limit * 3 // 4)
+            gain = tree.first(count).expected_accepted - (rate * extra * count / total if total else 0.0)
+            spent = (draft.request + draft.node * len(tree)) / min(draft.threads, len(rows))
+            if gain > rate * spent:
+                row.pause = 1
+            else:
+                row.wait, row.pause = row.pause, min(2 * row.pause, _LONGEST_WAIT)
+
+    def _extra_seconds(self, counts: list[int], context: float) -> float:
+        sizes, seconds = self._known[self._key(len(counts), context)]
+        size = sum(counts) if self.curve.packed else max(counts)
+        at = next((i for i, known in enumerate(sizes) if known >= size), len(sizes) - 1)
+        return seconds[at] - seconds[0]
+
+    def observe(
+        self, *, batch: int, size: int, context: float, seconds: float, tokens: int, draft_seconds: float = 0.0
+    ) -> None:
+        """Learns from a step.
+
+        Args:
+            batch: Requests of the step.
+            size: Nodes that the pass had room for: of each row, or of all where rows are packed.
+            context: Mean length of the requests, tokens.
+            seconds: Time of the verify pass. Values that are no time are ignored.
+            tokens: Tokens that the step produced, at least one per request.
+            draft_seconds: Time of drafting.
+        """
+        check_context(context)
+        if not (math.isfinite(seconds) and seconds > 0) or batch < 1 or tokens < batch:
+            return
+        expected = float(self.curve.times(batch, [size], context)[0])
+        self._since_plain = 0 if size == 0 else self._since_plain + 1
+        if self._clock.tick(size if not self.curve.packed else -(-size // batch), math.log(seconds / expected)):
+            self._costs.clear()
+            self._known.clear()
+        plain = self._seconds(batch, context)[1][0]
+        drafted = draft_seconds if math.isfinite(draft_seconds) and draft_seconds > 0 else 0.0
+        spent = seconds + drafted
+        self.speedup += _RATE_MEMORY * (min(tokens / batch * plain / spent, 1e3) - self.speedup)
+        if size or drafted:
+            gained = (tokens - batch) / batch - (spent - plain) / plain
+            self._account = min(self._account + gained, _DEBT)
+            if self._account < -_DEBT:
+                self._paused, self._pause = self._pause, min(2 * self._pause, 4096)
+                self._account = 0.0
+
+    def _rate(self, batch: int, context: float) -> float:
+        return batch * max(self.speedup, 1.0) / self._seconds(batch, context)[1][0]
+
+    def _key(self, batch: int, context: float) -> tuple[int, int]:
+        return batch, round(8 * math.log2(context + 64))
+
+    def _seconds(self, batch: int, context: float) -> tuple[list[int], list[float]]:
+        """Sizes to choose from and the corrected seconds of each, for contexts within a few percent."""
+        key = self._key(batch, context)
+        if key not in self._known:
+            if len(self._known) > 256:
+                self._known.clear()
+                self._costs.clear()
+            sizes = self.curve.sizes(batch, self.max_nodes + 1)
+            times = self.curve.times(batch, sizes, 2 ** (key[1] / 8) - 64)
+            self._known[key] = sizes, self._clock.correct(sizes if not self.curve.packed else [-(-size // batch) for size in sizes], times.tolist())
+        return self._known[key]
+
+    def _pass_costs(self, batch: int, context: float) -> PassCosts:
+        key = self._key(batch, context)
+        if key not in self._costs:
+            sizes, seconds = self._seconds(batch, context)
+            self._costs[key] = PassCosts(sizes, seconds, packed=self.curve.packed)
+        return self._costs[key]
+
+
+class _Clock:
+    """How much longer passes take than the curve says, by width (in powers of two)."""
+
+    def __init__(self) -> None:
+        self._logs: dict[int, deque[float]] = {}
+        self._factors: dict[int, float] = {}
+        self._overall = 0.0
+
+    def tick(self, width: int, log_ratio: float) -> bool:
+        """Takes a measurement in; returns whether corrections have changed."""
+        self._logs.setdefault(width.bit_length(), deque(maxlen=_WINDOW)).append(log_ratio)
+        medians = {bucket: median(logs) for bucket, logs in self._logs.items()}
+        overall = median(medians.values())
+        factors = {}
+        for bucket, log in medians.items():
+            trust = len(self._logs[bucket]) / (len(self._logs[bucket]) + _TRUST)
+            factors[bucket] = trust * min(max(log - overall, -_FURTHEST), _FURTHEST)
+        changed = abs(overall - self._overall) > _NEWS or any(
+            abs(factor - self._factors.get(bucket, 0.0)) > _NEWS for bucket, factor in factors.items()
+        )
+        if changed:
+            self._overall, self._factors = overall, factors
+        return changed
+
+    def correct(self, widths: Sequence[int], seconds: Sequence[float]) -> list[float]:
+        """The corrected times, not falling with the width."""
+        logs = [self._overall + self._factors.get(width.bit_length(), 0.0) for width in widths]
+        return list(accumulate((t * math.exp(log) for t, log in zip(seconds, logs, strict=True)), max))

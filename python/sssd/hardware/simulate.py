@@ -22,6 +22,8 @@ from sssd.hardware.curve import CostCurve
 from sssd.replay import Request, count_accepted, extend
 
 FIXED_BUDGETS = (4, 8, 16, 32, 64)
+RULES = (*(f"fixed-{budget}" for budget in FIXED_BUDGETS), "paper", "sssd", "perfect")
+"""Names of the rules, in the order of the results. ``sssd`` is :class:`sssd.hardware.Budget`."""
 
 
 class Rule(Protocol):

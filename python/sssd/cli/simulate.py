@@ -1,4 +1,4 @@
-"""``python -m sssd simulate``: what rules for the draft size gain on recorded requests, under a cost curve."""
+"""``python -m sssd simulate``: rules for the draft size, on recorded requests under a cost curve."""
 
 import argparse
 import json
@@ -24,9 +24,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "simulate",
         help="compare rules for the draft size on recorded requests under a cost curve",
-        description="Replays recorded requests with continuous batching under a cost curve, without a model, and "
-        "prints speed-ups over autoregressive decoding: fixed budgets, the rule of the SSSD paper, the rule of "
-        "this package, and the bound with drafts that are always right.",
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+       
+        description="Replays recorded requests with continuous batching under a cost curve, without a model. "
+        "Prints speed-ups over autoregressive decoding: of fixed budgets, of the SSSD paper's rule, of this "
+        "package's rule (sssd), and of drafts that are always right (perfect).",
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
     parser.add_argument(
@@ -35,9 +49,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help=f"cost curve made by `profile`, or one that ships: {', '.join(CostCurve.shipped())}",
     )
-    parser.add_argument("--batch", type=_batches, default=[1, 4, 16, 64], metavar="N,N", help="default: 1,4,16,64")
+    parser.add_argument(
+        "--batch", type=_batches, default=[1, 4, 16, 64], metavar="N,N", help="default: 1,4,16,64"
+    )
     parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
-    parser.add_argument("--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this")
+    parser.add_argument(
+        "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
+    )
     parser.add_argument("--datastore", type=Path, action="append", metavar="FILE", help="repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser

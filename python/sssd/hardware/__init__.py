@@ -1,6 +1,7 @@
 """What a verify pass costs on the hardware at hand, and how large draft trees should be there.
 
-Needs numpy only, but for :func:`profile`, which measures a model and needs ``sssd[hf]``. See ``docs/hardware.md``.
+Needs numpy only, but for :func:`profile`, which measures a model and needs ``sssd[hf]``. See
+``docs/hardware.md``.
 """
 
 from typing import Any

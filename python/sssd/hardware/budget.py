@@ -4,8 +4,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from statistics import median
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sssd._core import DraftTree, PassCosts
 from sssd.errors import InvalidArgumentError
@@ -21,6 +24,10 @@ _WINDOW = 9
 """Newest times of a width that count; their median does, so that a hiccup does not."""
 _TRUST = 2.0
 """Times of a width at which they count as much as those of all others."""
+_FORGET_EVERY = 256
+"""Steps after which the oldest measurement of every width is forgotten."""
+_STRANGEST = math.log(1e6)
+"""How far a time may be from the curve at all."""
 _FURTHEST = math.log(16.0)
 """How far a width's time may move from the curve, relative to all widths."""
 _NEWS = 0.02
@@ -51,18 +58,20 @@ class Budget:
 
     At each step::
 
-        limits = budget.limits(rows, context)           # nodes to draft for each request, with budget.min_prob
-        counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its first ones
-        budget.observe(...)                             # what came of it
+        limits = budget.limits(rows, context)           # nodes to draft for each request, with
+        budget.min_prob counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its
+        first ones budget.observe(...)                             # what came of it
 
-    Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is to
-    maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The rate
-    is learned, and at least that of decoding without drafts.
+    Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is
+    to maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The
+    rate is learned, and at least that of decoding without drafts.
 
-    Three things keep speculation from costing more than it brings: the rate never falls below plain decoding's;
-    measured times count only relative to one another and within bounds, kept monotone in the width; and when
-    tokens that drafts brought, minus those that plain decoding would have made in the extra time, sink below a
-    bound, drafting pauses, longer every time.
+    Three things keep speculation from costing more than it brings: the rate never falls below plain
+    decoding's; measured times count only relative to one another and within bounds, kept monotone in the
+    width; and when tokens that drafts brought, minus those that plain decoding would have made in the extra
+    time, sink below a bound, drafting pauses, longer every time.
+
+    One budget serves any number of requests, batches and threads.
 
     Args:
         curve: T(batch, width, context).
@@ -88,6 +97,7 @@ class Budget:
         self._costs: dict[tuple[int, int], PassCosts] = {}
         self._account = 0.0
         self._pause, self._paused = 16, 0
+        self._lock = Lock()
 
     def row(self) -> RowBudget:
         """The state of a new request."""
@@ -101,6 +111,10 @@ class Budget:
             context: Their mean length, tokens.
         """
         check_context(context)
+        with self._lock:
+            return self._limits(rows)
+
+    def _limits(self, rows: Sequence[RowBudget]) -> list[int]:
         if self._paused > 0:
             self._paused -= 1
             return [0] * len(rows)
@@ -130,11 +144,12 @@ class Budget:
         batch = len(trees)
         if not batch:
             return []
-        costs, rate = self._pass_costs(batch, context), self._rate(batch, context)
-        counts = costs.allocate(trees, rate)
-        self._learn_price(trees, counts)
-        if rows is not None:
-            self._remember(rows, trees, counts, rate, context)
+        with self._lock:
+            costs, rate = self._pass_costs(batch, context), self._rate(batch, context)
+            counts = costs.allocate(trees, rate)
+            self._learn_price(trees, counts)
+            if rows is not None:
+                self._remember(rows, trees, counts, rate, context)
         return counts
 
     def _learn_price(self, trees: Sequence[DraftTree | None], counts: list[int]) -> None:
@@ -173,7 +188,14 @@ class Budget:
         return seconds[at] - seconds[0]
 
     def observe(
-        self, *, batch: int, size: int, context: float, seconds: float, tokens: int, draft_seconds: float = 0.0
+        self,
+        *,
+        batch: int,
+        size: int,
+        context: float,
+        seconds: float,
+        tokens: int,
+        draft_seconds: float = 0.0,
     ) -> None:
         """Learns from a step.
 
@@ -188,9 +210,18 @@ class Budget:
         check_context(context)
         if not (math.isfinite(seconds) and seconds > 0) or batch < 1 or tokens < batch:
             return
+        with self._lock:
+            self._observe(batch, size, context, seconds, tokens, draft_seconds)
+
+    def _observe(
+        self, batch: int, size: int, context: float, seconds: float, tokens: int, draft_seconds: float
+    ) -> None:
         expected = float(self.curve.times(batch, [size], context)[0])
         self._since_plain = 0 if size == 0 else self._since_plain + 1
-        if self._clock.tick(size if not self.curve.packed else -(-size // batch), math.log(seconds / expected)):
+        if self._clock.tick(
+            -(-size // batch) if self.curve.packed else size,
+            min(max(math.log(seconds) - math.log(expected), -_STRANGEST), _STRANGEST),
+        ):
             self._costs.clear()
             self._known.clear()
         plain = self._seconds(batch, context)[1][0]
@@ -198,7 +229,8 @@ class Budget:
         spent = seconds + drafted
         self.speedup += _RATE_MEMORY * (min(tokens / batch * plain / spent, 1e3) - self.speedup)
         if size or drafted:
-            gained = (tokens - batch) / batch - (spent - plain) / plain
+            # of a step without nodes only the drafting was in vain
+            gained = (tokens - batch) / batch - ((spent - plain) if size else drafted) / plain
             self._account = min(self._account + gained, _DEBT)
             if self._account < -_DEBT:
                 self._paused, self._pause = self._pause, min(2 * self._pause, 4096)
@@ -219,7 +251,8 @@ class Budget:
                 self._costs.clear()
             sizes = self.curve.sizes(batch, self.max_nodes + 1)
             times = self.curve.times(batch, sizes, 2 ** (key[1] / 8) - 64)
-            self._known[key] = sizes, self._clock.correct(sizes if not self.curve.packed else [-(-size // batch) for size in sizes], times.tolist())
+            widths = [-(-size // batch) for size in sizes] if self.curve.packed else sizes
+            self._known[key] = sizes, self._clock.correct(widths, times).tolist()
         return self._known[key]
 
     def _pass_costs(self, batch: int, context: float) -> PassCosts:
@@ -235,26 +268,47 @@ class _Clock:
 
     def __init__(self) -> None:
         self._logs: dict[int, deque[float]] = {}
-        self._factors: dict[int, float] = {}
-        self._overall = 0.0
+        self._corrections = np.zeros(1)
+        self._ticks = 0
 
     def tick(self, width: int, log_ratio: float) -> bool:
         """Takes a measurement in; returns whether corrections have changed."""
         self._logs.setdefault(width.bit_length(), deque(maxlen=_WINDOW)).append(log_ratio)
-        medians = {bucket: median(logs) for bucket, logs in self._logs.items()}
-        overall = median(medians.values())
-        factors = {}
-        for bucket, log in medians.items():
-            trust = len(self._logs[bucket]) / (len(self._logs[bucket]) + _TRUST)
-            factors[bucket] = trust * min(max(log - overall, -_FURTHEST), _FURTHEST)
-        changed = abs(overall - self._overall) > _NEWS or any(
-            abs(factor - self._factors.get(bucket, 0.0)) > _NEWS for bucket, factor in factors.items()
-        )
-        if changed:
-            self._overall, self._factors = overall, factors
-        return changed
+        self._ticks += 1
+        if self._ticks % _FORGET_EVERY == 0:
+            # a width that once was slow gets another chance
+            for bucket, logs in list(self._logs.items()):
+                logs.popleft()
+                if not logs:
+                    del self._logs[bucket]
+        corrections = self._measured()
+        if (
+            len(corrections) == len(self._corrections)
+            and np.abs(corrections - self._corrections).max() < _NEWS
+        ):
+            return False
+        self._corrections = corrections
+        return True
 
-    def correct(self, widths: Sequence[int], seconds: Sequence[float]) -> list[float]:
+    def _measured(self) -> NDArray[np.float64]:
+        """Log corrections of widths 0, 1, 2 to 3, 4 to 7, ...: medians, drawn towards the plain step's."""
+        if not self._logs:
+            return np.zeros(1)
+        medians = {bucket: median(logs) for bucket, logs in sorted(self._logs.items())}
+        plain = medians.get(0, median(medians.values()))
+        known = {}
+        for bucket, log in medians.items():
+            count = len(self._logs[bucket])
+            own = (count * log + _TRUST * plain) / (count + _TRUST) if bucket else log
+            known[bucket] = min(max(own, plain - _FURTHEST), plain + _FURTHEST)
+        known.setdefault(0, plain)
+        buckets = sorted(known)
+        return np.interp(np.arange(buckets[-1] + 1), buckets, [known[bucket] for bucket in buckets])
+
+    def correct(self, widths: Sequence[int], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
         """The corrected times, not falling with the width."""
-        logs = [self._overall + self._factors.get(width.bit_length(), 0.0) for width in widths]
-        return list(accumulate((t * math.exp(log) for t, log in zip(seconds, logs, strict=True)), max))
+        last = len(self._corrections) - 1
+        logs = self._corrections[[min(width.bit_length(), last) for width in widths]]
+        times = seconds * np.exp(logs)
+        above, below = np.maximum.accumulate(times), np.minimum.accumulate(times[::-1])[::-1]
+        return np.asarray((above + below) / 2)

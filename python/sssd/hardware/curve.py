@@ -54,14 +54,14 @@ class DraftCost:
 class CostCurve:
     """T(batch, width, context): seconds of a verify pass.
 
-    A pass verifies ``width`` tokens of each of ``batch`` requests (the last token of the text and ``width - 1``
-    nodes) whose texts are ``context`` tokens long on average. Width 1 is a step of autoregressive decoding. The
-    curve is a grid, monotone along every axis, linear between its points.
+    A pass verifies ``width`` tokens of each of ``batch`` requests (the last token of the text and ``width -
+    1`` nodes) whose texts are ``context`` tokens long on average. Width 1 is a step of autoregressive
+    decoding. The curve is a grid, monotone along every axis, linear between its points.
 
     Attributes:
         batches: Float64 [B], rising, at least 1.
-        tokens: Float64 [W], rising from 1. Tokens of each row where rows are padded to one width, tokens of the
-            whole pass where they are packed.
+        tokens: Float64 [W], rising from 1. Tokens of each row where rows are padded to one width, tokens of
+            the whole pass where they are packed.
         contexts: Float64 [C], rising, at least 0.
         seconds: Float64 [B, W, C].
         packed: Whether rows of different widths lie end to end, as in serving engines, or are padded.
@@ -99,7 +99,9 @@ class CostCurve:
         if not ((seconds > 0) & (seconds < _MAX_SECONDS)).all():
             raise CostCurveError("seconds must be positive and less than a day")
         if any((np.diff(seconds, axis=axis) < 0).any() for axis in range(3)):
-            raise CostCurveError("seconds must not fall with batch, width or context; fit() makes them monotone")
+            raise CostCurveError(
+                "seconds must not fall with batch, width or context; fit() makes them monotone"
+            )
         object.__setattr__(self, "seconds", seconds)
         if self.tokens[0] != 1:
             raise CostCurveError("tokens must begin with 1, the step without drafts")
@@ -115,7 +117,9 @@ class CostCurve:
             raise CostCurveError("intensity must be a positive number of FLOP/byte")
 
     @classmethod
-    def fit(cls, batches: ArrayLike, tokens: ArrayLike, contexts: ArrayLike, seconds: ArrayLike, **about: Any) -> Self:
+    def fit(
+        cls, batches: ArrayLike, tokens: ArrayLike, contexts: ArrayLike, seconds: ArrayLike, **about: Any
+    ) -> Self:
         """The monotone curve nearest to measured times.
 
         Noise makes some larger passes measure faster than smaller ones. The fit is the mean of the least
@@ -139,7 +143,8 @@ class CostCurve:
         return cls(batches, tokens, contexts, (above + below) / 2, **about)  # type: ignore[arg-type]
 
     def time(self, batch: float, width: float, context: float) -> float:
-        """Seconds of a pass over ``width`` tokens (the mean, where rows differ) of each of ``batch`` requests.
+        """Seconds of a pass over ``width`` tokens (the mean, where rows differ) of each of ``batch``
+        requests.
 
         Beyond the grid the last slope goes on; before it the first value stands.
         """
@@ -154,7 +159,7 @@ class CostCurve:
         return np.asarray(over_batch[index] * (1 - share) + over_batch[after] * share)
 
     def widths(self, max_width: int) -> list[int]:
-        """The widths to choose from, up to ``max_width`` tokens per row: those ready, or a selection of all."""
+        """The widths to choose from, up to ``max_width``: those ready, or a selection of all."""
         if self.ready:
             return [width for width in self.ready if width <= max_width] or [1]
         if max_width <= 64:
@@ -163,7 +168,7 @@ class CostCurve:
         return [*range(1, 64), *coarse]
 
     def sizes(self, batch: int, max_width: int) -> list[int]:
-        """Numbers of nodes to choose from for a pass: of each row, or of the whole pass where it is packed."""
+        """Numbers of nodes to choose from: of each row, or of the whole pass where it is packed."""
         if not self.packed:
             return [width - 1 for width in self.widths(max_width)]
         most = batch * (max_width - 1)
@@ -213,7 +218,9 @@ class CostCurve:
             "batches": self.batches.tolist(),
             "tokens": self.tokens.tolist(),
             "contexts": self.contexts.tolist(),
-            "seconds": [[[float(f"{t:.6g}") for t in row] for row in plane] for plane in self.seconds.tolist()],
+            "seconds": [
+                [[float(f"{t:.6g}") for t in row] for row in plane] for plane in self.seconds.tolist()
+            ],
         }
 
     @classmethod
@@ -226,7 +233,9 @@ class CostCurve:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise CostCurveError(f'not a cost curve: no JSON object with "format": "{FORMAT}"')
         if value.get("version") != VERSION:
-            raise CostCurveError(f"version {value.get('version')!r} of cost curves is not known, only {VERSION}")
+            raise CostCurveError(
+                f"version {value.get('version')!r} of cost curves is not known, only {VERSION}"
+            )
         missing = sorted({"batches", "tokens", "contexts", "seconds"} - value.keys())
         if missing:
             raise CostCurveError(f"members are missing: {', '.join(missing)}")
@@ -289,7 +298,9 @@ class CostCurve:
     @staticmethod
     def shipped() -> list[str]:
         """Names of the curves that ship with sssd."""
-        return sorted(file.name.removesuffix(".json") for file in _SHIPPED.iterdir() if file.name.endswith(".json"))
+        return sorted(
+            file.name.removesuffix(".json") for file in _SHIPPED.iterdir() if file.name.endswith(".json")
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -325,7 +336,7 @@ def _locate(axis: Floats, values: Any) -> tuple[Any, Any]:
 
 def _interpolate(axis_values: Floats, values: Floats, at: float, axis: int) -> Floats:
     index, share = _locate(axis_values, at)
-    low = np.take(values, index, axis)
+    low: Floats = np.take(values, index, axis)
     if share == 0:
         return low
     return np.asarray(low + share * (np.take(values, index + 1, axis) - low))

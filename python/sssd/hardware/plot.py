@@ -19,7 +19,8 @@ from sssd.hardware.curve import CostCurve
 
 
 def draw_curve(curve: CostCurve, path: Path | str, *, contexts: Sequence[float] = (), most: int = 64) -> None:
-    """Draws the time of a pass by its width, in times of a step without drafts; a line for each batch and context.
+    """Draws the time of a pass by its width, in times of a step without drafts; a line for each batch and
+    context.
 
     Args:
         curve: The curve.
@@ -68,7 +69,9 @@ def draw_live(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "")
     names = [row["workload"] for row in rows]
     places = np.arange(len(names))
     axes.barh(places - 0.2, [row["speedup"] for row in rows], 0.4, label="sssd.hf.generate / model.generate")
-    axes.barh(places + 0.2, [row["drafting"] for row in rows], 0.4, label="with drafts / without, same passes")
+    axes.barh(
+        places + 0.2, [row["drafting"] for row in rows], 0.4, label="with drafts / without, same passes"
+    )
     axes.axvline(1.0, color="grey", linewidth=0.8)
     axes.set_yticks(places, names, fontsize="small")
     axes.invert_yaxis()

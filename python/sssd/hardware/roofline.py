@@ -1,7 +1,8 @@
 """Cost curves from device figures and the shape of a model, where nothing was measured.
 
-The roofline model (Williams, Waterman, Patterson, 2009): a kernel takes as long as its arithmetic or its memory
-traffic, whichever is longer. Reality lies above: nothing here knows of launches, tile sizes or communication.
+The roofline model (Williams, Waterman, Patterson, 2009): a kernel takes as long as its arithmetic or its
+memory traffic, whichever is longer. Reality lies above: nothing here knows of launches, tile sizes or
+communication.
 """
 
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ class ModelShape:
 
 
 _COMPUTE_SHARE, _MEMORY_SHARE = 0.80, 0.90
-"""Of the data sheet, what one H200 was seen to reach: 788 of 989 TFLOP/s in a bfloat16 product of 8192 rows, 4.3 of
-4.8 TB/s in a copy."""
+"""Of the data sheet, what one H200 was seen to reach: 788 of 989 TFLOP/s in a bfloat16 product of 8192 rows,
+4.3 of 4.8 TB/s in a copy."""
 
 
 def _gpu(name: str, teraflops: float, terabytes: float) -> Device:
@@ -100,7 +101,9 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CONTEXTS = (0, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 
 
-def roofline(device: Device, model: ModelShape, *, packed: bool = True, draft: DraftCost | None = None) -> CostCurve:
+def roofline(
+    device: Device, model: ModelShape, *, packed: bool = True, draft: DraftCost | None = None
+) -> CostCurve:
     """The curve of a model on a device that nobody has measured.
 
     Args:
@@ -110,7 +113,9 @@ def roofline(device: Device, model: ModelShape, *, packed: bool = True, draft: D
         draft: What drafting costs; by default as measured with a datastore of 30.9 M tokens, for 8 threads.
     """
     tokens = np.array(
-        [1, 2, 4, 8, 16, 32, 64, *range(96, 1025, 32), 2048, 4096, 16384] if packed else [1, 2, 4, 8, *range(16, 257, 16)],
+        [1, 2, 4, 8, 16, 32, 64, *range(96, 1025, 32), 2048, 4096, 16384]
+        if packed
+        else [1, 2, 4, 8, *range(16, 257, 16)],
         dtype=np.float64,
     )
     batches, contexts = np.array(_BATCHES, np.float64), np.array(_CONTEXTS, np.float64)

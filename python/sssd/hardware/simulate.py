@@ -1,11 +1,12 @@
-"""Replays recorded requests under a cost curve, with continuous batching and different rules for the draft size.
+"""Replays recorded requests under a cost curve, with continuous batching and different rules for the draft
+size.
 
 The replay rule is that of :mod:`sssd.replay`: every request on its own, the longest path that equals the
-recording is accepted. The batch is always full: where a request ends the next one takes its place, and after the
-last one the first comes again, until as many tokens are out as the trace has, and as many per place as a request
-has on average. Prefill takes no time, under any rule. A step takes T(batch, width, context) for the tokens that it
-verifies, plus the time of drafting; every rule is charged for the nodes that its trees have, not for an unused
-budget.
+recording is accepted. The batch is always full: where a request ends the next one takes its place, and after
+the last one the first comes again, until as many tokens are out as the trace has, and as many per place as a
+request has on average. Prefill takes no time, under any rule. A step takes T(batch, width, context) for the
+tokens that it verifies, plus the time of drafting; every rule is charged for the nodes that its trees have,
+not for an unused budget.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,9 @@ class Rule(Protocol):
     def draft(self, rows: Sequence["_Row"], context: float) -> tuple[list[int], list[int], int, int]:
         """Verified and accepted nodes of each row, and how many rows and nodes were drafted for that."""
 
-    def observe(self, batch: int, size: int, context: float, seconds: float, tokens: int, drafting: float) -> None:
+    def observe(
+        self, batch: int, size: int, context: float, seconds: float, tokens: int, drafting: float
+    ) -> None:
         """Is told how the step went."""
 
 
@@ -123,7 +126,7 @@ class Autoregressive:
 
     name = "autoregressive"
 
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request) -> Any:
         """Nothing to remember."""
 
     def draft(self, rows: Sequence[_Row], context: float) -> tuple[list[int], list[int], int, int]:
@@ -193,10 +196,10 @@ class _Live(Autoregressive):
 
 
 class Paper(_Live):
-    """The rule of SSSD (arXiv 2411.05894): one budget for all requests, from the batch size and the roofline ratio.
+    """The rule of SSSD (arXiv 2411.05894): one budget for all, from batch size and roofline ratio.
 
-    As in the authors' serving code: the ratio and the budget are rounded down to numbers from a list, and small
-    batches have caps. The budget counts the root.
+    As in the authors' serving code: the ratio and the budget are rounded down to numbers from a list, and
+    small batches have caps. The budget counts the root.
     """
 
     name = "paper"
@@ -252,7 +255,9 @@ class Adaptive(_Live):
         made = [len(tree) for tree in trees if tree is not None]
         return counts, accepted, len(made), sum(made)
 
-    def observe(self, batch: int, size: int, context: float, seconds: float, tokens: int, drafting: float) -> None:
+    def observe(
+        self, batch: int, size: int, context: float, seconds: float, tokens: int, drafting: float
+    ) -> None:
         """The rule corrects itself as it would in practice."""
         self.budget.observe(
             batch=batch, size=size, context=context, seconds=seconds, tokens=tokens, draft_seconds=drafting
@@ -274,7 +279,9 @@ class Perfect(Autoregressive):
         if key not in self._best:
             widths = np.array(self._curve.widths(self._most + 1))
             sizes = (widths - 1) * (len(rows) if self._curve.packed else 1)
-            self._best[key] = int(widths[np.argmax(widths / self._curve.times(len(rows), sizes, context))]) - 1
+            self._best[key] = (
+                int(widths[np.argmax(widths / self._curve.times(len(rows), sizes, context))]) - 1
+            )
         counts = [min(self._best[key], row.left - 1) for row in rows]
         return counts, counts, 0, 0
 
@@ -324,7 +331,7 @@ def simulate_rules(
 
 
 def sequences(**options: Any) -> Callable[[Request], DraftSequence]:
-    """Opens every request, first token included, with a drafter of its own: nothing is shared between requests.
+    """Opens every request, first token included, with a drafter of its own: nothing is shared.
 
     Args:
         **options: As for ``sssd.Drafter``.

@@ -2,13 +2,15 @@
 
 What it gains, all without changing what is computed but for the rounding of sums:
 
-- On a CPU, weights reordered once for oneDNN's kernels. A product with one row then reads every weight once, and
-  one with sixteen rows takes hardly longer; the kernels behind ``torch.nn.functional.linear`` take twice as long
-  for two rows as for one in float32.
-- Grouped-query attention without copies of keys and values: the query heads of a group lie along the query axis.
+- On a CPU, weights reordered once for oneDNN's kernels. A product with one row then reads every weight once,
+  and one with sixteen rows takes hardly longer; the kernels behind ``torch.nn.functional.linear`` take twice
+  as long for two rows as for one in float32.
+- Grouped-query attention without copies of keys and values: the query heads of a group lie along the query
+  axis.
 - One product for queries, keys and values, one for gate and up; one additive mask for all layers.
 
-A model that is not known, or is changed by hooks, adapters or quantization, is decoded by its own ``forward``.
+A model that is not known, or is changed by hooks, adapters or quantization, is decoded by its own
+``forward``.
 """
 
 import logging
@@ -35,7 +37,7 @@ class NotKnown(Exception):
 
 
 def fast_pass(model: Any) -> "FastPass | None":
-    """The fast path of a model, made and checked against the model's own at first use; None where there is none.
+    """The fast path of a model, made and checked at first use; None where there is none.
 
     The reason is logged once per model, at level INFO.
     """
@@ -61,7 +63,9 @@ class _Linear:
         self.packed: Any = None
         self.bias: Any = None
         if packed:
-            weight = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight
+            weight = (
+                torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight
+            )
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_ROWS)
             if any(module.bias is not None for module in modules):
                 parts = [
@@ -139,7 +143,10 @@ class FastPass:
         if getattr(model, "hf_device_map", None) or getattr(model, "_tp_plan_applied", False):
             raise NotKnown("it is spread over devices")
         weights = list(model.parameters())
-        if len({(weight.dtype, weight.device) for weight in weights}) != 1 or not weights[0].is_floating_point():
+        if (
+            len({(weight.dtype, weight.device) for weight in weights}) != 1
+            or not weights[0].is_floating_point()
+        ):
             raise NotKnown("its weights differ in type or device")
         if weights[0].device.type not in ("cpu", "cuda"):
             raise NotKnown(f"its device is {weights[0].device.type}")
@@ -178,22 +185,26 @@ class FastPass:
             mask[0, i, i] = True
         positions = torch.tensor([depths], device=self.device)
         masks = AttentionMasks(self.model)
+        own, mine = TreeCache(1), TreeCache(1)
+        pairs = []
         with torch.inference_mode():
-            own, mine = TreeCache(1), TreeCache(1)
             for cache in (own, mine):
-                self.model(
-                    input_ids=tokens, past_key_values=cache, use_cache=True, position_ids=torch.arange(11, device=self.device)[None]
-                )
+                text = torch.arange(11, device=self.device)[None]
+                self.model(input_ids=tokens, past_key_values=cache, use_cache=True, position_ids=text)
                 cache.lengths = [11]
-            theirs = self.model(
-                input_ids=tokens,
-                attention_mask=masks.build(own, mask, positions),
-                position_ids=positions + 11,
-                past_key_values=own,
-                use_cache=True,
-            ).logits.float()
-            ours = self(tokens, positions + 11, mine, masks.build(mine, mask, positions)).float()
-        error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-9))
+            for count in (1, 11):
+                block = tokens[:, :count], positions[:, :count] + 11
+                shape = mask[:, :count, :count], positions[:, :count]
+                theirs = self.model(
+                    input_ids=block[0],
+                    attention_mask=masks.build(own, *shape),
+                    position_ids=block[1],
+                    past_key_values=own,
+                    use_cache=True,
+                ).logits
+                ours = self(*block, mine, masks.build(mine, *shape, windows=False))
+                pairs.append((ours.float(), theirs.float()))
+        error = max(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-9)) for ours, theirs in pairs)
         if not error < (1e-4 if self.dtype == torch.float32 else 5e-2):
             raise NotKnown(f"its logits differ from the model's own by {error:.1e}")
 
@@ -220,9 +231,10 @@ class FastPass:
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(layer.norm, hidden)).view(batch, count, -1, self.head_dim)
             queries_keys = qkv[:, :, : self.heads + self.kv_heads]
-            if layer.q_norm is not None:
+            if layer.q_norm is not None and layer.k_norm is not None:
                 queries_keys = torch.cat(
-                    [layer.q_norm(qkv[:, :, : self.heads]), layer.k_norm(queries_keys[:, :, self.heads :])], dim=2
+                    [layer.q_norm(qkv[:, :, : self.heads]), layer.k_norm(queries_keys[:, :, self.heads :])],
+                    dim=2,
                 )
             queries_keys = queries_keys * cos + queries_keys.roll(half, -1) * sin
             keys, values = cache.update(
@@ -232,8 +244,12 @@ class FastPass:
             )
             # a group's heads one after the other along the query axis
             queries = queries_keys[:, :, : self.heads].view(batch, count, self.kv_heads, group, self.head_dim)
-            queries = queries.permute(0, 2, 3, 1, 4).reshape(batch, self.kv_heads, group * count, self.head_dim)
-            mixed = scaled_dot_product_attention(queries, keys, values, attn_mask=additive, scale=layer.scaling)
+            queries = queries.permute(0, 2, 3, 1, 4).reshape(
+                batch, self.kv_heads, group * count, self.head_dim
+            )
+            mixed = scaled_dot_product_attention(
+                queries, keys, values, attn_mask=additive, scale=layer.scaling
+            )
             mixed = mixed.view(batch, self.kv_heads, group, count, self.head_dim).permute(0, 3, 1, 2, 4)
             hidden = hidden + layer.out(mixed.reshape(batch, count, -1))
             gate, up = layer.gate_up(self._norm(layer.mlp_norm, hidden)).chunk(2, dim=-1)

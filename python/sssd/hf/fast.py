@@ -15,6 +15,7 @@ A model that is not known, or is changed by hooks, adapters or quantization, is 
 
 import logging
 import os
+import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -110,7 +111,9 @@ class FastPass:
     def __init__(self, model: Any) -> None:
         self._refuse(model)
         config, decoder = model.config, model.model
-        self.model, self.rotary, self.final_norm = model, decoder.rotary_emb, decoder.norm
+        # the model is the key by which this is found, and must not be kept alive by it
+        self._model = weakref.ref(model)
+        self.rotary, self.final_norm = decoder.rotary_emb, decoder.norm
         self.embedding = decoder.embed_tokens
         first = decoder.layers[0].self_attn
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -126,7 +129,13 @@ class FastPass:
         except (AttributeError, RuntimeError, NotImplementedError) as error:
             raise NotKnown(f"its weights cannot be prepared ({error})") from None
         # in lower precisions the models round between the two factors, and the tokens should be theirs
+        self.stores: list[Any] = []
         self._plain_norm = self.dtype == torch.float32 and hasattr(self.final_norm, "variance_epsilon")
+
+    @property
+    def model(self) -> Any:
+        """The model, while it is in use."""
+        return self._model()
 
     @staticmethod
     def _refuse(model: Any) -> None:
@@ -208,13 +217,14 @@ class FastPass:
         if not error < (1e-4 if self.dtype == torch.float32 else 5e-2):
             raise NotKnown(f"its logits differ from the model's own by {error:.1e}")
 
-    def __call__(self, ids: Any, positions: Any, cache: TreeCache, mask: Any) -> Any:
+    def __call__(self, ids: Any, positions: Any, cache: Any, mask: Any) -> Any:
         """Logits [B, T, vocabulary] of T tokens of each row, whose keys and values are written to the cache.
 
         Args:
             ids: Int64 [B, T].
             positions: Int64 [B, T].
-            cache: The rows' states. Its lengths stay as they are.
+            cache: The rows' states, a :class:`TreeCache` or what updates like one. Its lengths stay as they
+                are.
             mask: Bool [B, 1, T, S + T], True = attend, or None for one token that attends to everything.
         """
         batch, count = ids.shape

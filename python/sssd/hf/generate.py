@@ -29,7 +29,8 @@ from sssd.hardware.budget import Budget, RowBudget
 from sssd.hardware.curve import CostCurve
 from sssd.hf.passes import Passes
 from sssd.hf.profile import budget_of
-from sssd.hf.verify import TreeCache, cannot_roll_back, check_model
+from sssd.hf.static import TOP_K, Answer
+from sssd.hf.verify import cannot_roll_back, check_model
 
 _ROWWISE = {
     processors.MinLengthLogitsProcessor,
@@ -52,7 +53,6 @@ _STATEFUL = (
 
 _warned: set[type] = set()
 
-_TOP_K = 8
 _EXPECTED_TOKENS, _TREE_ROOM = 4096, 64
 _EMPTY = DraftTree([], [])
 
@@ -251,6 +251,7 @@ def _decode(
             model_kwargs,
             fast_path,
         )
+        stack.callback(decoder.passes.close)
         budget = None
         if max_nodes is None:
             budget = Budget(cost) if cost is not None else budget_of(model, decoder.passes)
@@ -341,6 +342,7 @@ class _Decoder:
         self.needs_batch = self.batch > 1 and not rowwise
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.streamed = 0
+        self.answer: Answer | None = None
         self._prepare(inputs, fast_path)
 
     def _refuse_options(self, inputs: dict[str, Any]) -> None:
@@ -395,10 +397,10 @@ class _Decoder:
         self.logits_to_keep = {"logits_to_keep": 1} if inputs.get("logits_to_keep") is not None else {}
         # room for the whole text and a tree, unless the length is a mere bound
         room = total + min((self.max_length or total) - ids.shape[1], _EXPECTED_TOKENS) + _TREE_ROOM
-        self.cache = TreeCache(self.batch, None if mask is None else mask.bool(), room)
+        self.passes = Passes(self.model, self.batch, None if mask is None else mask.bool(), room, fast_path)
+        self.cache = self.passes.cache
         if self.user_cache is not None:
             self.cache.load(self.user_cache)
-        self.passes = Passes(self.model, self.cache, fast_path)
         prompts = ids.tolist()
         if mask is not None:
             kept = mask[:, -ids.shape[1] :].bool().tolist()
@@ -440,7 +442,7 @@ class _Decoder:
             self._advance(trees, self._verify(trees))
             budget.observe(
                 batch=batch,
-                size=max(0 if tree is None else len(tree) for tree in trees),
+                size=self.passes.width(max(0 if tree is None else len(tree) for tree in trees)) - 1,
                 context=context,
                 seconds=perf_counter() - drafted,
                 tokens=sum(len(row.tokens) for row in rows) - before,
@@ -491,9 +493,11 @@ class _Decoder:
 
     def _verify(self, trees: list[DraftTree | None]) -> Any:
         """Returns the logits [B, 1 + nodes, vocabulary] after the last token and every node."""
-        batch, count = len(trees), 1 + max(0 if tree is None else len(tree) for tree in trees)
+        batch = len(trees)
+        count = self.passes.width(max(0 if tree is None else len(tree) for tree in trees))
         ids = np.empty((batch, count), dtype=np.int64)
         depths = np.zeros((batch, count), dtype=np.int64)
+        parents = np.full((batch, count), -1, dtype=np.int64)
         tree_mask = np.zeros((batch, count, count), dtype=np.bool_)
         for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
             ids[i] = row.tokens[-1]
@@ -505,14 +509,27 @@ class _Decoder:
                 row.drafted += n
                 ids[i, 1 : n + 1] = tree.token_ids
                 depths[i, 1 : n + 1] = tree.depths
+                parents[i, 1 : n + 1] = tree.parents + 1
                 tree_mask[i, : n + 1, : n + 1] = tree.attention_mask()
         starts = np.array([row.position for row in self.active], dtype=np.int64)[:, None]
-        return self.passes.run(ids, depths, starts + depths, tree_mask)
+        greedy = not self.picks_alone
+        logits, self.answer = self.passes.run(ids, depths, starts + depths, tree_mask, parents, accept=greedy)
+        return logits
 
     def _advance(self, trees: list[DraftTree | None], logits: Any) -> None:
         """Appends what the target chose, commits it to cache and drafter, and drops finished rows."""
-        targets = None if self.picks_alone else logits.argmax(-1).cpu().numpy()
-        topk = _topk(logits[..., : self.draft_vocab_size]) if self.feeds_back else None
+        answer, self.answer = self.answer, None
+        targets = topk = None
+        if answer is not None:
+            targets = answer.targets
+        elif not self.picks_alone:
+            targets = logits.argmax(-1).cpu().numpy()
+        if self.feeds_back:
+            # padding of the vocabulary is no token to the drafter
+            if answer is not None and self.draft_vocab_size >= self.vocab_size:
+                topk = answer.topk_ids, answer.topk_probs
+            else:
+                topk = _topk(logits[..., : self.draft_vocab_size])
         kept = []
         for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
             before = len(row.tokens)
@@ -649,7 +666,7 @@ class _Decoder:
 
 def _topk(logits: Any) -> tuple[Any, Any]:
     """The target's most probable tokens, int64 [B, T, k], and their probabilities, float32 [B, T, k]."""
-    values, ids = logits.topk(min(_TOP_K, logits.shape[-1]), dim=-1)
+    values, ids = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
     # the sum over the vocabulary needs no other precision than its largest terms
     probs = (values.float() - logits.logsumexp(-1, keepdim=True).float()).exp_().clamp_(max=1.0)
     # rounding may lift a sum above 1

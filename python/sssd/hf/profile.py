@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,10 +21,10 @@ from sssd.errors import InvalidArgumentError
 from sssd.hardware.budget import Budget
 from sssd.hardware.curve import CostCurve, CostCurveError, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
-from sssd.hf.passes import Passes
-from sssd.hf.verify import TreeCache, check_model
+from sssd.hf.passes import STATIC_DEVICES, Passes
+from sssd.hf.static import WIDTHS
+from sssd.hf.verify import check_model
 
-WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 512, 2048)
 
 _logger = logging.getLogger(__name__)
@@ -91,15 +92,19 @@ def profile(
         for i, batch in enumerate(batches):
             for k, context in enumerate(contexts):
                 passes = _filled(model, batch, context, fast_path)
-                for j, width in enumerate(widths):
-                    seconds[i, j, k] = _measure(passes, width, repeats)
-                    done += 1
-                    progress(done, total)
+                try:
+                    for j, width in enumerate(widths):
+                        seconds[i, j, k] = _measure(passes, width, repeats)
+                        done += 1
+                        progress(done, total)
+                finally:
+                    passes.close()
     curve = CostCurve.fit(
         batches,
         widths,
         contexts,
         seconds,
+        ready=_ready(model, widths),
         draft=_DRAFT,
         device=_device_name(model),
         model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
@@ -118,9 +123,15 @@ _DRAFT = DraftCost(step=20e-6, request=10e-6, node=0.6e-6)
 """On one thread, with a datastore."""
 
 
+def _ready(model: Any, widths: Sequence[int]) -> tuple[int, ...]:
+    """The widths that passes are rounded up to; none where every width is as good."""
+    return tuple(widths) if model.device.type in STATIC_DEVICES else ()
+
+
 def _filled(model: Any, batch: int, context: int, fast_path: bool) -> Passes:
     """Passes over a cache of random states of the given length."""
-    cache = TreeCache(batch)
+    passes = Passes(model, batch, None, context + 2 * WIDTHS[-1], fast_path)
+    cache = passes.cache
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     model(input_ids=token, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
@@ -128,7 +139,7 @@ def _filled(model: Any, batch: int, context: int, fast_path: bool) -> Passes:
         for buffer in layer.buffers:
             buffer.normal_()
     cache.lengths = [context] * batch
-    return Passes(model, cache, fast_path)
+    return passes
 
 
 def _measure(passes: Passes, width: int, repeats: int) -> float:
@@ -137,12 +148,15 @@ def _measure(passes: Passes, width: int, repeats: int) -> float:
     rng = np.random.default_rng(0)
     depths = np.broadcast_to(np.arange(width, dtype=np.int64), (batch, width)).copy()
     mask = np.broadcast_to(np.tril(np.ones((width, width), np.bool_)), (batch, width, width)).copy()
+    parents = depths - 1
     vocab = passes.model.config.get_text_config(decoder=True).vocab_size
     times = []
     for _ in range(repeats + 1):
         ids = rng.integers(vocab, size=(batch, width))
         started = perf_counter()
-        passes.run(ids, depths, start + depths, mask).argmax(-1).cpu()
+        logits, answer = passes.run(ids, depths, start + depths, mask, parents, accept=True)
+        if answer is None:
+            logits.argmax(-1).cpu()
         times.append(perf_counter() - started)
     return median(times[1:])
 
@@ -205,13 +219,13 @@ def estimate(model: Any, passes: Passes) -> CostCurve:
     if device is None:
         device = DEVICES["cpu"] if model.device.type == "cpu" else Device(name, 100e12, 1e12, 100.0)
     curve = roofline(device, ModelShape.of(model), packed=False, draft=_DRAFT)
+    if _ready(model, WIDTHS):
+        return replace(curve, ready=WIDTHS)
     if model.device.type == "cpu" and not (passes.fast is not None and passes.fast.packed):
         # without reordered weights a product with two rows takes twice as long as one with one
         seconds = curve.seconds.copy()
         seconds[:, 1:] *= 2.0
-        curve = CostCurve(
-            curve.batches, curve.tokens, curve.contexts, seconds, draft=_DRAFT, source="roofline"
-        )
+        curve = replace(curve, seconds=seconds)
     return curve
 
 

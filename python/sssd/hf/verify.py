@@ -30,10 +30,7 @@ class _TreeLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.buffers:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.buffers = [
-                states.new_empty(*states.shape[:2], 0, states.shape[3])
-                for states in (key_states, value_states)
-            ]
+            self.buffers = self.cache.make_buffers(self, key_states, value_states)
             self.is_initialized = True
         end = max(self.cache.lengths) + key_states.shape[2]
         self.reserve(end)
@@ -73,6 +70,10 @@ class TreeCache(Cache):  # type: ignore[misc]
         self.lengths = [0] * batch_size
         self.capacity = capacity
         self.padding = padding
+
+    def make_buffers(self, layer: Any, *states: Any) -> list[Any]:
+        """Buffers for a layer's keys and values, [B, heads, slots, dim] each; they grow when needed."""
+        return [part.new_empty(*part.shape[:2], 0, part.shape[3]) for part in states]
 
     def write(self, buffer: Any, states: Any) -> None:
         """Copies ``states`` [B, heads, T, dim] to the first T free slots of every row."""
@@ -188,13 +189,32 @@ class AttentionMasks:
         if count == 1 and cache.padding is None and len(set(lengths)) == 1 and (windows or not self._windows):
             return None
         end = max(lengths) + count
-        slots = torch.arange(-(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT, device=depths.device)
-        starts = torch.tensor(lengths, device=depths.device)[:, None]
+        # rows of a mask are allocated in multiples, and only then cut
+        aligned = -(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT
+        starts = torch.tensor(lengths, device=depths.device)
+        return self.assemble(aligned, starts, tree_mask, depths, cache.padding, end)
+
+    def assemble(
+        self, span: int, starts: Any, tree_mask: Any, depths: Any, padding: Any = None, end: int | None = None
+    ) -> Any:
+        """The mask over the first ``span`` slots, cut to ``end``, from tensors only: fit for a CUDA graph.
+
+        Args:
+            span: Slots to look at, a multiple of 16.
+            starts: Int64 [B], tokens of each row in the cache.
+            tree_mask: As in :meth:`build`, like the following.
+            depths: See above.
+            padding: Bool [B, prompt length], False at padding, or None.
+            end: Slots of the result; all of ``span`` if left out.
+        """
+        count = depths.shape[1]
+        slots = torch.arange(span, device=depths.device)
+        starts = starts[:, None]
         offsets = slots - starts
         in_prefix = offsets < 0
-        if cache.padding is not None:
-            width = cache.padding.shape[1]
-            in_prefix[:, :width] &= cache.padding
+        if padding is not None:
+            width = padding.shape[1]
+            in_prefix[:, :width] &= padding
         in_block = (offsets >= 0) & (offsets < count)
         offsets = offsets.clamp(0, count - 1)
         allowed = tree_mask.gather(2, offsets[:, None].expand(-1, count, -1))

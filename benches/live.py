@@ -17,7 +17,9 @@ import json
 import lzma
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -129,6 +131,21 @@ def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> di
     }
 
 
+def write(path: Path, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The rows so far, with what they were measured on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads",
+        "model": f"SmolLM2-135M-Instruct {arguments.dtype}",
+        "new_tokens": arguments.new_tokens,
+    }
+    path.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
@@ -138,11 +155,14 @@ def main() -> None:
     )
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--share", action="store_true", help="one drafter for all prompts of a trace")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: its own choice)")
     parser.add_argument("--dtype", default="float32", help="default: float32")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     model, tokenizer = smollm2.load(dtype=getattr(torch, arguments.dtype))
     new = lambda: Drafter(vocab_size=len(tokenizer))  # noqa: E731
     # the reordering of weights and the first times of steps belong to no prompt
@@ -162,18 +182,8 @@ def main() -> None:
             "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
             flush=True,
         )
-    if arguments.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        )
-        about = {
-            "command": "python benches/live.py shared/traces/dev/*.jsonl.xz",
-            "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
-            "model": f"SmolLM2-135M-Instruct {arguments.dtype}",
-            "new_tokens": arguments.new_tokens,
-        }
-        arguments.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+        if arguments.json:
+            write(arguments.json, arguments, rows)
     if arguments.plot:
         from sssd.hardware.plot import draw_live
 

@@ -24,20 +24,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "simulate",
         help="compare rules for the draft size on recorded requests under a cost curve",
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
-       
         description="Replays recorded requests with continuous batching under a cost curve, without a model. "
         "Prints speed-ups over autoregressive decoding: of fixed budgets, of the SSSD paper's rule, of this "
         "package's rule (sssd), and of drafts that are always right (perfect).",

@@ -1,6 +1,7 @@
 """The rule: how much to draft, and how much of it to verify, at each step. See ``docs/hardware.md``."""
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _NEWS = 0.02
 """Change of a correction that is worth building the tables anew."""
 _PLAIN_EVERY = 2048
 """Steps after which one without drafts is due, to know its time."""
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 512
 _DEBT = 2.0
 """Tokens per request that drafting may lose against plain decoding before it pauses."""
 
@@ -96,7 +98,7 @@ class Budget:
         self._known: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
         self._costs: dict[tuple[int, int], PassCosts] = {}
         self._account = 0.0
-        self._pause, self._paused = 16, 0
+        self._pause, self._paused = _SHORTEST_PAUSE, 0
         self._lock = Lock()
 
     def row(self) -> RowBudget:
@@ -169,7 +171,8 @@ class Budget:
     ) -> None:
         draft = self.curve.draft
         total = sum(counts)
-        extra = self._extra_seconds(counts, context) if total else 0.0
+        size = total if self.curve.packed else max(counts)
+        extra = self._extra(len(counts), size, context) if total else 0.0
         for row, tree, count in zip(rows, trees, counts, strict=True):
             if tree is None:
                 continue
@@ -181,11 +184,10 @@ class Budget:
             else:
                 row.wait, row.pause = row.pause, min(2 * row.pause, _LONGEST_WAIT)
 
-    def _extra_seconds(self, counts: list[int], context: float) -> float:
-        sizes, seconds = self._known[self._key(len(counts), context)]
-        size = sum(counts) if self.curve.packed else max(counts)
-        at = next((i for i, known in enumerate(sizes) if known >= size), len(sizes) - 1)
-        return seconds[at] - seconds[0]
+    def _extra(self, batch: int, size: int, context: float) -> float:
+        """Seconds of a pass of this size beyond one without drafts."""
+        sizes, seconds = self._seconds(batch, context)
+        return seconds[min(bisect_left(sizes, size), len(sizes) - 1)] - seconds[0]
 
     def observe(
         self,
@@ -224,16 +226,19 @@ class Budget:
         ):
             self._costs.clear()
             self._known.clear()
+        # the medians speak for the pass, not its own time: a busy machine is not the draft's fault
         plain = self._seconds(batch, context)[1][0]
-        drafted = draft_seconds if math.isfinite(draft_seconds) and draft_seconds > 0 else 0.0
-        spent = seconds + drafted
+        drafted = min(draft_seconds, plain) if draft_seconds > 0 else 0.0
+        spent = plain + self._extra(batch, size, context) + drafted
         self.speedup += _RATE_MEMORY * (min(tokens / batch * plain / spent, 1e3) - self.speedup)
         if size or drafted:
             # of a step without nodes only the drafting was in vain
             gained = (tokens - batch) / batch - ((spent - plain) if size else drafted) / plain
             self._account = min(self._account + gained, _DEBT)
-            if self._account < -_DEBT:
-                self._paused, self._pause = self._pause, min(2 * self._pause, 4096)
+            if self._account == _DEBT:
+                self._pause = _SHORTEST_PAUSE
+            elif self._account < -_DEBT:
+                self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
                 self._account = 0.0
 
     def _rate(self, batch: int, context: float) -> float:

@@ -150,8 +150,8 @@ impl Candidate {
 /// What the prediction after an expanded node was made of, kept for learning.
 #[derive(Clone, Default)]
 struct Evidence {
-    /// The blended sources' contexts, longest first: class and cell.
-    contexts: [[Option<(u8, EscapeCell)>; CLASSES]; source::BLENDED],
+    /// Where the contexts of each blended source begin in `Drafting::contexts`, and where the last ones end.
+    contexts: [u32; source::BLENDED + 1],
     /// What the target held probable after such contexts, in `Drafting::soft`.
     soft: (u32, u32),
     gates: [Option<GateCell>; source::COUNT],
@@ -170,6 +170,8 @@ pub struct Drafting {
     /// Tokens read from the datastore.
     read: Vec<Token>,
     successors: Vec<(Token, f32)>,
+    /// The blended sources' contexts at each expanded node, longest first: class and cell.
+    contexts: Vec<(u8, EscapeCell)>,
     /// Tokens that the target held probable, with probability and class.
     soft: Vec<(Token, f32, u8)>,
     /// Sample, candidate and class of each vote in the expansion at hand.
@@ -190,6 +192,7 @@ impl Drafting {
         self.evidence.clear();
         self.read.clear();
         self.soft.clear();
+        self.contexts.clear();
         self.tree.clear();
         self.followed = None;
         self.age = inputs.age;
@@ -429,14 +432,17 @@ impl Drafting {
         let mut counts = [[0.0f32; CLASSES]; source::SAMPLED];
         let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
         let mut longest = [None; source::SAMPLED];
+        // of each source, a bit for every class that it has votes of
+        let mut classes = [0u32; source::SAMPLED];
         for &(sample, _, class) in &self.votes {
             let sample = &self.samples[sample as usize];
             counts[usize::from(sample.source)][usize::from(class)] += sample.weight;
+            classes[usize::from(sample.source)] |= 1 << class;
         }
         for candidate in &self.candidates[start..] {
-            for source in 0..source::SAMPLED {
-                if candidate.classes[source] != NO_CLASS {
-                    distinct[source][usize::from(candidate.classes[source])] += 1;
+            for (source, &class) in candidate.classes[..source::SAMPLED].iter().enumerate() {
+                if class != NO_CLASS {
+                    distinct[source][usize::from(class)] += 1;
                 }
             }
         }
@@ -446,18 +452,18 @@ impl Drafting {
             // a longer match in the request is a shorter one too; the datastore samples each length anew
             let nested = !matches!(source, source::STORE | source::ALIGNED);
             let (mut count, mut seen, mut rest) = (0.0, 0, 1.0);
-            let mut contexts = evidence.contexts[source].iter_mut();
-            for class in (0..CLASSES).rev().filter(|&class| counts[source][class] > 0.0) {
+            evidence.contexts[source] = self.contexts.len() as u32;
+            longest[source] = classes[source].checked_ilog2().map(|class| class as usize);
+            while let Some(class) = classes[source].checked_ilog2() {
+                classes[source] ^= 1 << class;
+                let class = class as usize;
                 count = if nested { count + counts[source][class] } else { counts[source][class] };
                 seen += distinct[source][class];
                 let cell = Model::escape_cell(source, class, count, seen);
                 let escape = model.escape(cell);
                 value[source][class] = rest * (1.0 - escape) / count;
                 rest *= escape;
-                longest[source] = longest[source].or(Some(class));
-                if let Some(context) = contexts.next() {
-                    *context = Some((class as u8, cell));
-                }
+                self.contexts.push((class as u8, cell));
             }
             if nested && longest[source].is_some() {
                 for class in 1..CLASSES {
@@ -489,7 +495,7 @@ impl Drafting {
                 evidence.gates[source] = Some(Model::gate_cell(source, class, peak));
             }
         }
-        if let Some(&(class, _)) = evidence.contexts[source::SOFT][0].as_ref() {
+        if let Some(&(class, _)) = self.contexts.get(evidence.contexts[source::SOFT] as usize) {
             let said = &self.soft[evidence.soft.0 as usize..evidence.soft.1 as usize];
             let peak = said.iter().map(|&(_, prob, _)| prob).fold(0.0, f32::max);
             evidence.gates[source::SOFT] = Some(Model::gate_cell(source::SOFT, usize::from(class), peak));
@@ -509,6 +515,7 @@ impl Drafting {
     fn soften(&mut self, node: u32, inputs: &Inputs, evidence: &mut Evidence) {
         let start = self.soft.len();
         evidence.soft = (start as u32, start as u32);
+        evidence.contexts[source::SOFT..].fill(self.contexts.len() as u32);
         if inputs.soft.is_empty() {
             return;
         }
@@ -523,8 +530,7 @@ impl Drafting {
         let before = inputs.index.tokens()[inputs.predicted..].iter().rev().copied();
         inputs.soft.find(path.chain(before), &mut found);
         let mut rest = 1.0;
-        let mut contexts = evidence.contexts[source::SOFT].iter_mut();
-        let said = &mut self.soft;
+        let (said, contexts) = (&mut self.soft, &mut self.contexts);
         let mut blend =
             |class: u8, cell: EscapeCell, total: f32, tokens: &mut dyn Iterator<Item = (Token, f32)>| {
                 let escape = inputs.model.escape(cell);
@@ -536,9 +542,7 @@ impl Drafting {
                     }
                 }
                 rest *= escape;
-                if let Some(context) = contexts.next() {
-                    *context = Some((class, cell));
-                }
+                contexts.push((class, cell));
             };
         for (class, soft) in found.iter().enumerate().rev() {
             if let Some(soft) = soft {
@@ -554,6 +558,7 @@ impl Drafting {
             blend(0, cell, total, &mut recent.iter().copied());
         }
         evidence.soft.1 = self.soft.len() as u32;
+        evidence.contexts[source::SOFT + 1] = self.contexts.len() as u32;
     }
 
     /// Adds what the target held probable, as far as it may become nodes.
@@ -674,13 +679,14 @@ impl Drafting {
             self.followed = children.clone().find(|&child| self.candidates[child as usize].token == token);
             let truth = self.followed.map(|child| &self.candidates[child as usize]);
             let soft = &self.soft[evidence.soft.0 as usize..evidence.soft.1 as usize];
-            for (source, contexts) in evidence.contexts.iter().enumerate() {
+            for (source, bounds) in evidence.contexts.windows(2).enumerate() {
+                let contexts = &self.contexts[bounds[0] as usize..bounds[1] as usize];
                 let held = match source {
                     source::SOFT => soft.iter().find(|said| said.0 == token).map_or(NO_CLASS, |said| said.2),
                     _ => truth.map_or(NO_CLASS, |truth| truth.classes[source]),
                 };
                 // only down to the longest context that held the truth: shorter ones were not asked
-                for (class, cell) in contexts.iter().map_while(|&context| context) {
+                for &(class, cell) in contexts {
                     let escaped = held == NO_CLASS || held < class;
                     model.learn_escape(cell, escaped);
                     if !escaped {
@@ -735,6 +741,7 @@ impl Drafting {
             + bytes(&self.read)
             + bytes(&self.successors)
             + bytes(&self.soft)
+            + bytes(&self.contexts)
             + bytes(&self.votes)
             + bytes(&self.table.slots)
             + self.tree.memory_bytes()

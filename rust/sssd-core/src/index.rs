@@ -4,6 +4,11 @@
 //! Appending costs one hash-table look-up per length, whatever the context; removing the newest token is the
 //! exact inverse. Longer matches than the longest length are found by comparing backwards from the positions
 //! on its chain.
+//!
+//! Forks share what they have in common: an immutable *base*, and on top of it each one's own positions and the
+//! heads that differ from the base's.
+
+use std::sync::Arc;
 
 use crate::Token;
 
@@ -12,24 +17,32 @@ pub const ORDERS: [usize; 6] = [1, 2, 3, 4, 6, 10];
 /// Marks the end of a chain.
 pub const NONE: u32 = u32::MAX;
 
+/// Fewer own positions than this are copied by a fork, whatever the share of the whole.
+const FEW: usize = 64;
+
 #[derive(Clone, Default)]
 pub struct Index {
     tokens: Vec<Token>,
-    chains: [Chain; ORDERS.len()],
+    /// Shared with forks of this index.
+    base: Option<Arc<Layer>>,
+    /// Positions below this one are the base's.
+    kept: usize,
+    own: Layer,
 }
 
-/// Links the positions that end the same `k` tokens, newest first.
+/// Positions with their chains, and the newest position of each context.
 #[derive(Clone, Default)]
-struct Chain {
-    heads: Heads,
-    /// For each position, the previous one on its chain or `NONE`.
-    previous: Vec<u32>,
+struct Layer {
+    /// For each position and length, the previous position on the chain or `NONE`.
+    links: Vec<[u32; ORDERS.len()]>,
+    /// Above a base, only what differs from the base's; `NONE` then hides a context.
+    heads: [Heads; ORDERS.len()],
 }
 
 impl Index {
     pub fn with_capacity(tokens: usize) -> Self {
-        let chain = |_| Chain { heads: Heads::default(), previous: Vec::with_capacity(tokens) };
-        Self { tokens: Vec::with_capacity(tokens), chains: std::array::from_fn(chain) }
+        let own = Layer { links: Vec::with_capacity(tokens), ..Layer::default() };
+        Self { tokens: Vec::with_capacity(tokens), own, ..Self::default() }
     }
 
     pub fn tokens(&self) -> &[Token] {
@@ -40,25 +53,79 @@ impl Index {
     pub fn push(&mut self, token: Token) {
         let position = self.tokens.len() as u32;
         self.tokens.push(token);
-        let mut hash = Hash::default();
-        let mut hashed = 0;
-        for (chain, order) in self.chains.iter_mut().zip(ORDERS) {
-            if order > self.tokens.len() {
-                chain.previous.push(NONE);
-                continue;
+        let mut links = [NONE; ORDERS.len()];
+        let (hashes, known) = hashes(&self.tokens);
+        for order in 0..known {
+            links[order] = match self.own.heads[order].insert(hashes[order], position) {
+                Some(previous) => previous,
+                None => self.base.as_ref().map_or(NONE, |base| base.heads[order].find(hashes[order])),
+            };
+        }
+        self.own.links.push(links);
+    }
+
+    /// Forgets the newest tokens, down to `len` of them.
+    pub fn truncate(&mut self, len: usize) {
+        while self.tokens.len() > len {
+            self.pop();
+        }
+    }
+
+    fn pop(&mut self) {
+        let (hashes, known) = hashes(&self.tokens);
+        self.tokens.pop();
+        let base = self.base.as_deref();
+        let links = match (self.own.links.pop(), base) {
+            (Some(links), _) => links,
+            (None, Some(base)) => {
+                self.kept -= 1;
+                base.links[self.kept]
             }
-            for &token in self.tokens.iter().rev().take(order).skip(hashed) {
-                hash.add(token);
+            (None, None) => return,
+        };
+        for order in 0..known {
+            let (hash, previous) = (hashes[order], links[order]);
+            if previous == base.map_or(NONE, |base| base.heads[order].find(hash)) {
+                self.own.heads[order].remove(hash);
+            } else {
+                self.own.heads[order].insert(hash, previous);
             }
-            hashed = order;
-            let previous = chain.heads.replace(hash, position);
-            chain.previous.push(previous);
+        }
+    }
+
+    /// Another index with the same tokens, in time proportional to what was appended or forgotten since the
+    /// last fork (amortized), and four bytes per token.
+    pub fn fork(&mut self) -> Self {
+        if self.own.len() > FEW.max(self.tokens.len() / 4) {
+            let own = std::mem::take(&mut self.own);
+            let base = match self.base.take() {
+                None => own,
+                Some(base) => Arc::unwrap_or_clone(base).overlaid(self.kept, own),
+            };
+            self.kept = base.links.len();
+            self.base = Some(Arc::new(base));
+        }
+        self.clone()
+    }
+
+    /// Takes the base back once no fork shares it any more.
+    pub fn settle(&mut self) {
+        if self.base.as_mut().is_some_and(|base| Arc::get_mut(base).is_some())
+            && let Some(base) = self.base.take().and_then(Arc::into_inner)
+        {
+            self.own = base.overlaid(self.kept, std::mem::take(&mut self.own));
+            self.kept = 0;
         }
     }
 
     /// The previous position that ends the same `ORDERS[order]` tokens as `position`, or `NONE`.
     pub fn previous(&self, order: usize, position: u32) -> u32 {
-        self.chains[order].previous[position as usize]
+        let position = position as usize;
+        match (position.checked_sub(self.kept), &self.base) {
+            (Some(own), _) => self.own.links[own][order],
+            (None, Some(base)) => base.links[position][order],
+            (None, None) => NONE,
+        }
     }
 
     /// The newest position that ends the first `ORDERS[order]` tokens of `context`, which is given newest first;
@@ -67,7 +134,12 @@ impl Index {
         let mut hash = Hash::default();
         let Some(context) = context.get(..ORDERS[order]) else { return NONE };
         context.iter().for_each(|&token| hash.add(token));
-        self.chains[order].heads.find(hash)
+        let hash = hash.finish();
+        match (self.own.heads[order].get(hash), &self.base) {
+            (Some(position), _) => position,
+            (None, Some(base)) => base.heads[order].find(hash),
+            (None, None) => NONE,
+        }
     }
 
     /// How many tokens that end at `position` agree with `context`, which is given newest first.
@@ -76,11 +148,81 @@ impl Index {
         ending.zip(context).take_while(|(token, expected)| token == expected).count()
     }
 
-    pub fn memory_bytes(&self) -> usize {
-        let chains: usize =
-            self.chains.iter().map(|c| c.previous.capacity() * 4 + c.heads.memory_bytes()).sum();
-        self.tokens.capacity() * 4 + chains
+    /// Compares everything with an index made anew.
+    pub fn check(&self) -> Result<(), String> {
+        let mut fresh = Self::with_capacity(self.tokens.len());
+        self.tokens.iter().for_each(|&token| fresh.push(token));
+        if self.kept + self.own.links.len() != self.tokens.len() {
+            return Err(format!("{} + {} links", self.kept, self.own.links.len()));
+        }
+        for position in 0..self.tokens.len() {
+            for order in 0..ORDERS.len() {
+                if self.previous(order, position as u32) != fresh.previous(order, position as u32) {
+                    return Err(format!("the link of order {order} at {position} is wrong"));
+                }
+            }
+            for order in 0..hashes(&self.tokens[..=position]).1 {
+                let context: Vec<_> =
+                    self.tokens[..=position].iter().rev().take(ORDERS[order]).copied().collect();
+                if self.newest(order, &context) != fresh.newest(order, &context) {
+                    return Err(format!("the head of order {order} at {position} is wrong"));
+                }
+            }
+        }
+        for (own, fresh) in self.own.heads.iter().zip(&fresh.own.heads) {
+            if own.slots.iter().filter(|slot| slot.hash != 0).count() != own.used
+                || (self.base.is_none() && own.used != fresh.used)
+            {
+                return Err(format!("{} heads instead of {}", own.used, fresh.used));
+            }
+        }
+        Ok(())
     }
+
+    /// Bytes held for this index alone, and bytes of the base that it may share with forks.
+    pub fn memory_bytes(&self) -> (usize, usize) {
+        let base = self.base.as_ref().map_or(0, |base| base.memory_bytes());
+        (self.tokens.capacity() * size_of::<Token>() + self.own.memory_bytes(), base)
+    }
+}
+
+impl Layer {
+    /// How much there is to copy.
+    fn len(&self) -> usize {
+        self.heads.iter().map(|heads| heads.used).fold(self.links.len(), usize::max)
+    }
+
+    /// This layer cut to `kept` positions, with `above` on top of it.
+    fn overlaid(mut self, kept: usize, above: Self) -> Self {
+        self.links.truncate(kept);
+        self.links.extend(above.links);
+        for (heads, above) in self.heads.iter_mut().zip(above.heads) {
+            for Slot { hash, position } in above.slots.into_iter().filter(|slot| slot.hash != 0) {
+                if position == NONE {
+                    heads.remove(hash);
+                } else {
+                    heads.insert(hash, position);
+                }
+            }
+        }
+        self
+    }
+
+    fn memory_bytes(&self) -> usize {
+        let heads: usize = self.heads.iter().map(Heads::memory_bytes).sum();
+        self.links.capacity() * size_of::<[u32; ORDERS.len()]>() + heads
+    }
+}
+
+/// The hashes of the contexts that end `tokens`, and how many of them there are.
+fn hashes(tokens: &[Token]) -> ([u32; ORDERS.len()], usize) {
+    let mut hashes = [0; ORDERS.len()];
+    let (mut hash, mut hashed, mut known) = (Hash::default(), 0, 0);
+    for (order, length) in ORDERS.into_iter().enumerate().take_while(|&(_, length)| length <= tokens.len()) {
+        tokens.iter().rev().take(length).skip(hashed).for_each(|&token| hash.add(token));
+        (hashes[order], hashed, known) = (hash.finish(), length, order + 1);
+    }
+    (hashes, known)
 }
 
 /// A hash of tokens, newest first, that can be extended to longer contexts.
@@ -119,34 +261,62 @@ struct Slot {
 }
 
 impl Heads {
-    fn find(&self, hash: Hash) -> u32 {
-        let hash = hash.finish();
-        match self.slots.get(self.locate(hash)) {
-            Some(slot) if slot.hash == hash => slot.position,
-            _ => NONE,
-        }
+    fn get(&self, hash: u32) -> Option<u32> {
+        self.slots.get(self.locate(hash)).filter(|slot| slot.hash == hash).map(|slot| slot.position)
+    }
+
+    /// The newest position, or `NONE`.
+    fn find(&self, hash: u32) -> u32 {
+        self.get(hash).unwrap_or(NONE)
     }
 
     /// Makes `position` the newest one of `hash` and returns the one before.
-    fn replace(&mut self, hash: Hash, position: u32) -> u32 {
+    fn insert(&mut self, hash: u32, position: u32) -> Option<u32> {
         if self.used * 4 >= self.slots.len() * 3 {
             self.grow();
         }
-        let hash = hash.finish();
         let index = self.locate(hash);
         let slot = &mut self.slots[index];
         if slot.hash == hash {
-            return std::mem::replace(&mut slot.position, position);
+            return Some(std::mem::replace(&mut slot.position, position));
         }
         self.used += 1;
         *slot = Slot { hash, position };
-        NONE
+        None
+    }
+
+    fn remove(&mut self, hash: u32) {
+        let mask = self.slots.len().wrapping_sub(1);
+        let mut vacant = self.locate(hash);
+        if self.slots.get(vacant).is_none_or(|slot| slot.hash != hash) {
+            return;
+        }
+        self.used -= 1;
+        // what stands behind moves up, unless it would leave the way from its own place
+        let mut index = vacant;
+        loop {
+            index = (index + 1) & mask;
+            let slot = self.slots[index];
+            if slot.hash == 0 {
+                break;
+            }
+            let home = Self::home(slot.hash) & mask;
+            if index.wrapping_sub(home) & mask >= index.wrapping_sub(vacant) & mask {
+                self.slots[vacant] = slot;
+                vacant = index;
+            }
+        }
+        self.slots[vacant] = Slot::default();
+    }
+
+    fn home(hash: u32) -> usize {
+        (hash >> 1) as usize
     }
 
     /// The slot of `hash`, or the vacant one where it belongs; 0 in an empty table.
     fn locate(&self, hash: u32) -> usize {
         let mask = self.slots.len().wrapping_sub(1);
-        let mut index = (hash >> 1) as usize & mask;
+        let mut index = Self::home(hash) & mask;
         while let Some(slot) = self.slots.get(index) {
             if slot.hash == hash || slot.hash == 0 {
                 return index;
@@ -205,5 +375,53 @@ mod tests {
                 prop_assert_eq!(index.match_length(position as u32, &context), expected);
             }
         }
+
+        /// A family of forks under random operations: each member equals an index made anew.
+        #[test]
+        fn forks_and_truncations_leave_what_a_new_index_holds(
+            operations in prop::collection::vec((0usize..6, 0usize..5, prop::collection::vec(0u32..3, 0..90)), 0..24),
+        ) {
+            let mut family = vec![(Index::default(), Vec::new())];
+            for (member, kind, tokens) in operations {
+                let at = member % family.len();
+                let (index, history) = &mut family[at];
+                match kind {
+                    0 | 1 => {
+                        index.settle();
+                        tokens.iter().for_each(|&token| index.push(token));
+                        history.extend(tokens);
+                    }
+                    2 => {
+                        history.truncate(history.len().saturating_sub(tokens.len() * 2));
+                        index.truncate(history.len());
+                    }
+                    3 => {
+                        let fork = (index.fork(), history.clone());
+                        family.push(fork);
+                    }
+                    _ if family.len() > 1 => drop(family.swap_remove(at)),
+                    _ => {}
+                }
+                for (index, history) in &family {
+                    prop_assert_eq!(index.tokens(), &history[..]);
+                    prop_assert_eq!(index.check(), Ok(()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn forks_share_their_positions_and_give_them_back() {
+        let mut index = Index::default();
+        (0..1000).for_each(|token| index.push(token % 7));
+        let (alone, _) = index.memory_bytes();
+        let mut forks: Vec<_> = (0..8).map(|_| index.fork()).collect();
+        forks.iter_mut().for_each(|fork| fork.push(1));
+        let (own, base) = forks[0].memory_bytes();
+        assert!(own < 10_000 && own + base <= alone + 10_000);
+        drop(forks);
+        index.settle();
+        assert_eq!(index.memory_bytes().1, 0);
+        assert_eq!(index.check(), Ok(()));
     }
 }

@@ -159,7 +159,8 @@ impl Sequence {
     /// Bytes of memory that the sequence holds.
     pub fn memory_bytes(&self) -> usize {
         let own = if Arc::ptr_eq(&self.model, &self.base) { 0 } else { self.model.memory_bytes() };
-        self.index.memory_bytes() + own + self.drafting.memory_bytes()
+        let (tokens, shared) = self.index.memory_bytes();
+        tokens + shared + own + self.drafting.memory_bytes()
     }
 }
 

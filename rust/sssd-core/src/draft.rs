@@ -394,7 +394,7 @@ impl Drafting {
             let source = usize::from(sample.source);
             let token = match source {
                 source::STORE | source::LIVE => self.read[sample.cursor as usize],
-                _ => inputs.index.tokens()[sample.cursor as usize],
+                _ => inputs.index.token(sample.cursor),
             };
             let child = self.child(node, token);
             let class = class(sample.length) as u8;

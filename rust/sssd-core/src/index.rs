@@ -17,6 +17,9 @@ pub const ORDERS: [usize; 6] = [1, 2, 3, 4, 6, 10];
 /// Marks the end of a chain.
 pub const NONE: u32 = u32::MAX;
 
+/// The lengths whose links stand beside the token.
+const NEAR: usize = 3;
+
 /// Fewer own positions than this are copied by a fork, whatever the share of the whole.
 const FEW: usize = 64;
 
@@ -30,18 +33,28 @@ pub struct Index {
     own: Layer,
 }
 
+/// A position's token and, for the lengths that are looked up most, the previous position on the chain or `NONE`:
+/// a sample is found and read in one or two lines of the cache.
+#[derive(Clone, Copy)]
+struct Links {
+    token: Token,
+    previous: [u32; NEAR],
+}
+
 /// Positions with their chains, and the newest position of each context.
 #[derive(Clone, Default)]
 struct Layer {
-    /// For each position and length, the previous position on the chain or `NONE`.
-    links: Vec<[u32; ORDERS.len()]>,
+    links: Vec<Links>,
+    /// For each position and further length, the previous position on the chain or `NONE`.
+    far: Vec<[u32; ORDERS.len() - NEAR]>,
     /// Above a base, only what differs from the base's; `NONE` then hides a context.
     heads: [Heads; ORDERS.len()],
 }
 
 impl Index {
     pub fn with_capacity(tokens: usize) -> Self {
-        let own = Layer { links: Vec::with_capacity(tokens), ..Layer::default() };
+        let (links, far) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        let own = Layer { links, far, ..Layer::default() };
         Self { tokens: Vec::with_capacity(tokens), own, ..Self::default() }
     }
 
@@ -61,7 +74,7 @@ impl Index {
                 None => self.base.as_ref().map_or(NONE, |base| base.heads[order].find(hashes[order])),
             };
         }
-        self.own.links.push(links);
+        self.own.push(token, links);
     }
 
     /// Forgets the newest tokens, down to `len` of them.
@@ -75,11 +88,11 @@ impl Index {
         let (hashes, known) = hashes(&self.tokens);
         self.tokens.pop();
         let base = self.base.as_deref();
-        let links = match (self.own.links.pop(), base) {
+        let links = match (self.own.pop(), base) {
             (Some(links), _) => links,
             (None, Some(base)) => {
                 self.kept -= 1;
-                base.links[self.kept]
+                base.links_of(self.kept)
             }
             (None, None) => return,
         };
@@ -118,13 +131,27 @@ impl Index {
         }
     }
 
+    /// The token at `position`, read from beside its links.
+    pub fn token(&self, position: u32) -> Token {
+        let (layer, at) = self.layer(position);
+        layer.links[at].token
+    }
+
     /// The previous position that ends the same `ORDERS[order]` tokens as `position`, or `NONE`.
     pub fn previous(&self, order: usize, position: u32) -> u32 {
+        let (layer, at) = self.layer(position);
+        match order.checked_sub(NEAR) {
+            None => layer.links[at].previous[order],
+            Some(far) => layer.far[at][far],
+        }
+    }
+
+    /// The layer that has `position`, and where.
+    fn layer(&self, position: u32) -> (&Layer, usize) {
         let position = position as usize;
-        match (position.checked_sub(self.kept), &self.base) {
-            (Some(own), _) => self.own.links[own][order],
-            (None, Some(base)) => base.links[position][order],
-            (None, None) => NONE,
+        match &self.base {
+            Some(base) if position < self.kept => (base, position),
+            _ => (&self.own, position - self.kept),
         }
     }
 
@@ -144,6 +171,13 @@ impl Index {
 
     /// How many tokens that end at `position` agree with `context`, which is given newest first.
     pub fn match_length(&self, position: u32, context: &[Token]) -> usize {
+        let (layer, at) = self.layer(position);
+        // four tokens beside the links, then the tokens themselves
+        let near = layer.links[at.saturating_sub(3)..=at].iter().rev();
+        let length = near.zip(context).take_while(|(links, expected)| links.token == **expected).count();
+        if length < 4 && length <= at {
+            return length;
+        }
         let ending = self.tokens[..=position as usize].iter().rev();
         ending.zip(context).take_while(|(token, expected)| token == expected).count()
     }
@@ -187,6 +221,24 @@ impl Index {
 }
 
 impl Layer {
+    fn push(&mut self, token: Token, links: [u32; ORDERS.len()]) {
+        let (previous, far) = (std::array::from_fn(|i| links[i]), std::array::from_fn(|i| links[NEAR + i]));
+        self.links.push(Links { token, previous });
+        self.far.push(far);
+    }
+
+    fn pop(&mut self) -> Option<[u32; ORDERS.len()]> {
+        let links = self.links.len().checked_sub(1).map(|at| self.links_of(at))?;
+        self.links.pop();
+        self.far.pop();
+        Some(links)
+    }
+
+    fn links_of(&self, at: usize) -> [u32; ORDERS.len()] {
+        let (near, far) = (&self.links[at].previous, &self.far[at]);
+        std::array::from_fn(|i| if i < NEAR { near[i] } else { far[i - NEAR] })
+    }
+
     /// How much there is to copy.
     fn len(&self) -> usize {
         self.heads.iter().map(|heads| heads.used).fold(self.links.len(), usize::max)
@@ -196,6 +248,8 @@ impl Layer {
     fn overlaid(mut self, kept: usize, above: Self) -> Self {
         self.links.truncate(kept);
         self.links.extend(above.links);
+        self.far.truncate(kept);
+        self.far.extend(above.far);
         for (heads, above) in self.heads.iter_mut().zip(above.heads) {
             for Slot { hash, position } in above.slots.into_iter().filter(|slot| slot.hash != 0) {
                 if position == NONE {
@@ -210,7 +264,8 @@ impl Layer {
 
     fn memory_bytes(&self) -> usize {
         let heads: usize = self.heads.iter().map(Heads::memory_bytes).sum();
-        self.links.capacity() * size_of::<[u32; ORDERS.len()]>() + heads
+        let links = self.links.capacity() * size_of::<Links>();
+        links + self.far.capacity() * size_of::<[u32; ORDERS.len() - NEAR]>() + heads
     }
 }
 

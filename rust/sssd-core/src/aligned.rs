@@ -116,11 +116,6 @@ impl Aligned {
             }
         }
     }
-
-    /// Loses the thread: the newest tokens were taken back.
-    pub fn reset(&mut self) {
-        *self = Self::new(self.predicted);
-    }
 }
 
 #[cfg(test)]

@@ -59,9 +59,25 @@ pub struct Inputs<'a> {
     pub calibration: &'a Calibration<KINDS>,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
+    pub limits: Limits,
+}
+
+/// What one draft may come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The node budget.
     pub max_nodes: usize,
+    /// No node is deeper.
+    pub max_depth: usize,
     /// Less probable nodes are not drafted.
     pub min_prob: f32,
+}
+
+impl Limits {
+    /// A node budget alone.
+    pub fn nodes(max_nodes: usize) -> Self {
+        Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }
+    }
 }
 
 impl Inputs<'_> {
@@ -176,23 +192,30 @@ pub struct Drafting {
     votes: Vec<(u32, u32, u8)>,
     table: TokenTable,
     tree: DraftTree,
+    /// The newest node, until it is expanded: there may be no room for its children.
+    newest: Option<u32>,
+    /// What the tree and its learning are to come to: those of a draft of so many nodes.
+    budget: usize,
     /// The candidate that the target's output has followed so far.
     followed: Option<u32>,
 }
 
 impl Drafting {
-    /// Drafts a tree; it stays valid until the next draft.
-    pub fn draft(&mut self, inputs: &Inputs) -> &DraftTree {
+    /// Starts a draft; `grow` gives it nodes, in one go or in several.
+    pub fn start(&mut self, inputs: &Inputs) {
         self.samples.clear();
         self.candidates.clear();
         self.evidence.clear();
         self.read.clear();
         self.soft.clear();
         self.tree.clear();
+        self.newest = None;
+        self.budget = inputs.limits.max_nodes;
         self.followed = None;
-        self.frontier.reset(inputs.max_nodes, inputs.min_prob);
+        let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
+        self.frontier.reset(max_nodes, min_prob);
         match inputs.index.tokens().last() {
-            Some(last) if inputs.max_nodes > 0 && !inputs.end_tokens.contains(last) => {
+            Some(last) if max_nodes > 0 && max_depth > 0 && !inputs.end_tokens.contains(last) => {
                 self.candidates.push(Candidate::new(*last, NONE, 0));
                 self.gather_request(inputs.index);
                 self.gather_aligned(inputs);
@@ -200,25 +223,54 @@ impl Drafting {
                 self.gather_corpus(source::LIVE, LIVE_LENGTH, LIVE_SAMPLES, inputs);
                 self.followed = Some(0);
                 self.expand(0, inputs);
-                self.grow(inputs);
             }
             _ => {}
         }
-        &self.tree
     }
 
-    fn grow(&mut self, inputs: &Inputs) {
-        while self.tree.len() < inputs.max_nodes {
+    /// Grows the tree to at most `nodes` nodes.
+    pub fn grow(&mut self, nodes: usize, inputs: &Inputs) {
+        while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
+            if let Some(node) = self.newest.take() {
+                let Candidate { token, depth, .. } = self.candidates[node as usize];
+                if (depth as usize) < inputs.limits.max_depth && !inputs.end_tokens.contains(&token) {
+                    self.gather_lower(node, inputs.index);
+                    self.expand(node, inputs);
+                }
+            }
             let Some(best) = self.frontier.pop() else { return };
             let Candidate { token, parent, path, .. } = self.candidates[best as usize];
             self.candidates[best as usize].node = self.tree.len() as i32;
             let source = self.carrier(best);
             self.tree.push(token, self.candidates[parent as usize].node, path, source);
-            if self.tree.len() < inputs.max_nodes && !inputs.end_tokens.contains(&token) {
-                self.gather_lower(best, inputs.index);
-                self.expand(best, inputs);
-            }
+            self.newest = Some(best);
         }
+    }
+
+    /// Goes back to what a draft of at most `nodes` nodes is, and what is learned from it.
+    pub fn cut(&mut self, nodes: usize) {
+        self.budget = self.budget.min(nodes);
+        self.tree.truncate(nodes);
+        if nodes == 0 {
+            self.followed = None;
+        }
+    }
+
+    /// The tree, until the next draft.
+    pub fn tree(&self) -> &DraftTree {
+        &self.tree
+    }
+
+    /// Forgets the last draft.
+    pub fn forget(&mut self) {
+        self.followed = None;
+    }
+
+    /// Frees everything but the tree.
+    pub fn shrink(&mut self) {
+        let mut tree = std::mem::take(&mut self.tree);
+        tree.shrink();
+        *self = Self { tree, ..Self::default() };
     }
 
     /// Collects earlier occurrences of the context in the request, longest contexts first, newest first.
@@ -666,6 +718,10 @@ impl Drafting {
         for &token in tokens {
             let Some(at) = self.followed.take() else { return };
             let expanded = &self.candidates[at as usize];
+            // the last node of a budget is not expanded, nor is what was cut off
+            if expanded.node >= self.budget as i32 - 1 {
+                return;
+            }
             let Some(evidence) = self.evidence.get(expanded.evidence as usize) else { return };
             let children = expanded.children.0..expanded.children.1;
             self.followed = children.clone().find(|&child| self.candidates[child as usize].token == token);
@@ -701,7 +757,9 @@ impl Drafting {
                 }
             }
             calibration.learn();
-            if let Some(node) = truth.and_then(|truth| usize::try_from(truth.node).ok()) {
+            if let Some(node) = truth.and_then(|truth| usize::try_from(truth.node).ok())
+                && node < self.tree.len()
+            {
                 stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
                 self.credit(truth.map_or(NONE, |truth| truth.samples), live);
             }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::knowledge::{Knowledge, Stats};
+use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
 use crate::sequence::Sequence;
 use crate::{Corpus, Token};
@@ -30,8 +31,15 @@ impl Drafter {
     }
 
     /// Starts a sequence with the tokens of its prompt and, if there is one, of its predicted output.
-    pub fn begin(&self, prompt: &[Token], prediction: &[Token]) -> Sequence {
-        Sequence::new(Arc::clone(&self.shared), prompt, prediction)
+    pub fn begin(
+        &self,
+        prompt: &[Token],
+        prediction: &[Token],
+        charge: Charge,
+    ) -> Result<Sequence, MemoryFull> {
+        let mut sequence = Sequence::new(Arc::clone(&self.shared), prediction, charge)?;
+        sequence.prefill(prompt)?;
+        Ok(sequence)
     }
 
     /// The weights that the next sequence starts with.

@@ -11,6 +11,7 @@
 use std::sync::Arc;
 
 use crate::Token;
+use crate::memory::{Charge, MemoryFull};
 
 /// The context lengths that have a chain of their own.
 pub const ORDERS: [usize; 6] = [1, 2, 3, 4, 6, 10];
@@ -23,14 +24,20 @@ const NEAR: usize = 3;
 /// Fewer own positions than this are copied by a fork, whatever the share of the whole.
 const FEW: usize = 64;
 
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Index {
     tokens: Vec<Token>,
     /// Shared with forks of this index.
-    base: Option<Arc<Layer>>,
+    base: Option<Arc<Base>>,
     /// Positions below this one are the base's.
     kept: usize,
     own: Layer,
+}
+
+/// A layer that forks share, with the bytes charged for it.
+struct Base {
+    layer: Layer,
+    charge: Charge,
 }
 
 /// A position's token and, for the lengths that are looked up most, the previous position on the chain or `NONE`:
@@ -71,13 +78,13 @@ impl Index {
         for order in 0..known {
             links[order] = match self.own.heads[order].insert(hashes[order], position) {
                 Some(previous) => previous,
-                None => self.base.as_ref().map_or(NONE, |base| base.heads[order].find(hashes[order])),
+                None => self.base.as_ref().map_or(NONE, |base| base.layer.heads[order].find(hashes[order])),
             };
         }
         self.own.push(token, links);
     }
 
-    /// Forgets the newest tokens, down to `len` of them.
+    /// Forgets the newest tokens, down to `len` of them. Above a base it takes memory: see `reserve`.
     pub fn truncate(&mut self, len: usize) {
         while self.tokens.len() > len {
             self.pop();
@@ -87,7 +94,7 @@ impl Index {
     fn pop(&mut self) {
         let (hashes, known) = hashes(&self.tokens);
         self.tokens.pop();
-        let base = self.base.as_deref();
+        let base = self.base.as_deref().map(|base| &base.layer);
         let links = match (self.own.pop(), base) {
             (Some(links), _) => links,
             (None, Some(base)) => {
@@ -107,28 +114,103 @@ impl Index {
     }
 
     /// Another index with the same tokens, in time proportional to what was appended or forgotten since the
-    /// last fork (amortized), and four bytes per token.
-    pub fn fork(&mut self) -> Self {
-        if self.own.len() > FEW.max(self.tokens.len() / 4) {
-            let own = std::mem::take(&mut self.own);
-            let base = match self.base.take() {
-                None => own,
-                Some(base) => Arc::unwrap_or_clone(base).overlaid(self.kept, own),
-            };
-            self.kept = base.links.len();
-            self.base = Some(Arc::new(base));
+    /// last fork (amortized), and four bytes per token. What comes to be shared is charged once, and `charge` pays
+    /// for this index alone.
+    pub fn fork(&mut self, charge: &mut Charge) -> Result<Self, MemoryFull> {
+        if !self.is_light() {
+            self.share(charge)?;
         }
-        self.clone()
+        Ok(Self {
+            tokens: self.tokens.clone(),
+            base: self.base.clone(),
+            kept: self.kept,
+            own: self.own.clone(),
+        })
+    }
+
+    /// Moves everything into a base.
+    fn share(&mut self, charge: &mut Charge) -> Result<(), MemoryFull> {
+        self.settle(charge);
+        let mut paid = charge.sibling();
+        let layer = match &self.base {
+            None => std::mem::take(&mut self.own),
+            Some(base) => {
+                // both are there for a moment
+                paid.resize(base.layer.memory_bytes() + 2 * self.own.memory_bytes())?;
+                base.layer.clone().overlaid(self.kept, std::mem::take(&mut self.own))
+            }
+        };
+        if self.base.is_none() {
+            paid = charge.split(layer.memory_bytes());
+        }
+        paid.resize(layer.memory_bytes())?;
+        self.kept = layer.links.len();
+        self.base = Some(Arc::new(Base { layer, charge: paid }));
+        Ok(())
     }
 
     /// Takes the base back once no fork shares it any more.
-    pub fn settle(&mut self) {
+    pub fn settle(&mut self, charge: &mut Charge) {
         if self.base.as_mut().is_some_and(|base| Arc::get_mut(base).is_some())
             && let Some(base) = self.base.take().and_then(Arc::into_inner)
         {
-            self.own = base.overlaid(self.kept, std::mem::take(&mut self.own));
+            let Base { layer, charge: paid } = base;
+            self.own = layer.overlaid(self.kept, std::mem::take(&mut self.own));
             self.kept = 0;
+            charge.merge(paid);
         }
+    }
+
+    /// Bytes that a fork will hold alone.
+    pub fn fork_bytes(&self) -> usize {
+        let own = if self.is_light() { self.own.memory_bytes() } else { 0 };
+        self.tokens.len() * size_of::<Token>() + own
+    }
+
+    /// Whether a fork copies what stands above the base.
+    fn is_light(&self) -> bool {
+        self.own.len() <= FEW.max(self.tokens.len() / 4)
+    }
+
+    /// Bytes held for this index alone after `count` tokens have been forgotten, at most. What is forgotten below
+    /// a base takes memory.
+    pub fn bytes_after_pops(&self, count: usize) -> usize {
+        let more = if self.base.is_some() { count } else { 0 };
+        self.bytes_with(0) + self.heads_bytes(more) - self.heads_bytes(0)
+    }
+
+    fn heads_bytes(&self, more: usize) -> usize {
+        let bytes = |heads: &Heads| {
+            let mut slots = heads.slots.len();
+            while !heads.fits(slots, more) {
+                slots = Heads::more(slots);
+            }
+            slots * size_of::<Slot>()
+        };
+        self.own.heads.iter().map(bytes).sum()
+    }
+
+    /// Takes the memory for `tokens` more tokens, whatever they are.
+    pub fn reserve(&mut self, tokens: usize) {
+        let room = |capacity, len| grown(capacity, len, tokens) - len;
+        let (held, links) = (self.tokens.len(), self.own.links.len());
+        self.tokens.reserve_exact(room(self.tokens.capacity(), held));
+        self.own.links.reserve_exact(room(self.own.links.capacity(), links));
+        self.own.far.reserve_exact(room(self.own.far.capacity(), links));
+        for heads in &mut self.own.heads {
+            while !heads.fits(heads.slots.len(), tokens) {
+                heads.grow();
+            }
+        }
+    }
+
+    /// Bytes held for this index alone after `reserve(tokens)`.
+    pub fn bytes_with(&self, tokens: usize) -> usize {
+        let own = &self.own;
+        let links = grown(own.links.capacity(), own.links.len(), tokens) * size_of::<Links>();
+        let far = grown(own.far.capacity(), own.far.len(), tokens) * size_of::<[u32; ORDERS.len() - NEAR]>();
+        let tokens_bytes = grown(self.tokens.capacity(), self.tokens.len(), tokens) * size_of::<Token>();
+        tokens_bytes + links + far + self.heads_bytes(tokens)
     }
 
     /// The token at `position`, read from beside its links.
@@ -150,7 +232,7 @@ impl Index {
     fn layer(&self, position: u32) -> (&Layer, usize) {
         let position = position as usize;
         match &self.base {
-            Some(base) if position < self.kept => (base, position),
+            Some(base) if position < self.kept => (&base.layer, position),
             _ => (&self.own, position - self.kept),
         }
     }
@@ -164,7 +246,7 @@ impl Index {
         let hash = hash.finish();
         match (self.own.heads[order].get(hash), &self.base) {
             (Some(position), _) => position,
-            (None, Some(base)) => base.heads[order].find(hash),
+            (None, Some(base)) => base.layer.heads[order].find(hash),
             (None, None) => NONE,
         }
     }
@@ -215,7 +297,7 @@ impl Index {
 
     /// Bytes held for this index alone, and bytes of the base that it may share with forks.
     pub fn memory_bytes(&self) -> (usize, usize) {
-        let base = self.base.as_ref().map_or(0, |base| base.memory_bytes());
+        let base = self.base.as_ref().map_or(0, |base| base.layer.memory_bytes());
         (self.tokens.capacity() * size_of::<Token>() + self.own.memory_bytes(), base)
     }
 }
@@ -267,6 +349,11 @@ impl Layer {
         let links = self.links.capacity() * size_of::<Links>();
         links + self.far.capacity() * size_of::<[u32; ORDERS.len() - NEAR]>() + heads
     }
+}
+
+/// The capacity for `more` items: a quarter of it may be spare.
+pub fn grown(capacity: usize, len: usize, more: usize) -> usize {
+    if len + more <= capacity { capacity } else { (len + more).max(capacity + capacity / 4 + 16) }
 }
 
 /// The hashes of the contexts that end `tokens`, and how many of them there are.
@@ -327,7 +414,7 @@ impl Heads {
 
     /// Makes `position` the newest one of `hash` and returns the one before.
     fn insert(&mut self, hash: u32, position: u32) -> Option<u32> {
-        if self.used * 4 >= self.slots.len() * 3 {
+        if !self.fits(self.slots.len(), 1) {
             self.grow();
         }
         let index = self.locate(hash);
@@ -364,6 +451,16 @@ impl Heads {
         self.slots[vacant] = Slot::default();
     }
 
+    /// Whether `slots` slots hold `more` entries and leave a quarter vacant.
+    fn fits(&self, slots: usize, more: usize) -> bool {
+        (self.used + more) * 4 <= slots * 3
+    }
+
+    /// The next size.
+    fn more(slots: usize) -> usize {
+        (slots * 2).max(16)
+    }
+
     fn home(hash: u32) -> usize {
         (hash >> 1) as usize
     }
@@ -382,7 +479,7 @@ impl Heads {
     }
 
     fn grow(&mut self) {
-        let slots = vec![Slot::default(); (self.slots.len() * 2).max(16)];
+        let slots = vec![Slot::default(); Self::more(self.slots.len())];
         for slot in std::mem::replace(&mut self.slots, slots) {
             if slot.hash != 0 {
                 let index = self.locate(slot.hash);
@@ -399,6 +496,7 @@ impl Heads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Ledger;
     use proptest::prelude::*;
 
     proptest! {
@@ -436,14 +534,20 @@ mod tests {
         fn forks_and_truncations_leave_what_a_new_index_holds(
             operations in prop::collection::vec((0usize..6, 0usize..5, prop::collection::vec(0u32..3, 0..90)), 0..24),
         ) {
-            let mut family = vec![(Index::default(), Vec::new())];
+            let ledger = Arc::new(Ledger::new(usize::MAX));
+            let charge = || Charge::new(&ledger, usize::MAX);
+            let mut family = vec![(Index::default(), charge(), Vec::new())];
             for (member, kind, tokens) in operations {
                 let at = member % family.len();
-                let (index, history) = &mut family[at];
+                let (index, charge, history) = &mut family[at];
                 match kind {
                     0 | 1 => {
-                        index.settle();
+                        index.settle(charge);
+                        let expected = index.bytes_with(tokens.len());
+                        index.reserve(tokens.len());
+                        prop_assert_eq!(index.memory_bytes().0, expected);
                         tokens.iter().for_each(|&token| index.push(token));
+                        prop_assert_eq!(index.memory_bytes().0, expected);
                         history.extend(tokens);
                     }
                     2 => {
@@ -451,16 +555,26 @@ mod tests {
                         index.truncate(history.len());
                     }
                     3 => {
-                        let fork = (index.fork(), history.clone());
+                        charge.resize(index.memory_bytes().0).unwrap();
+                        let fork = index.fork(charge).unwrap();
+                        let fork = (fork, charge.sibling(), history.clone());
                         family.push(fork);
                     }
                     _ if family.len() > 1 => drop(family.swap_remove(at)),
                     _ => {}
                 }
-                for (index, history) in &family {
+                for (index, charge, history) in &mut family {
+                    charge.resize(index.memory_bytes().0).unwrap();
                     prop_assert_eq!(index.tokens(), &history[..]);
                     prop_assert_eq!(index.check(), Ok(()));
                 }
+                // every byte is charged once
+                let own: usize = family.iter().map(|member| member.0.memory_bytes().0).sum();
+                let mut bases: Vec<_> = family.iter().filter_map(|member| member.0.base.clone()).collect();
+                bases.sort_by_key(Arc::as_ptr);
+                bases.dedup_by_key(|base| Arc::as_ptr(base));
+                let shared: usize = bases.iter().map(|base| base.layer.memory_bytes()).sum();
+                prop_assert_eq!(ledger.used(), own + shared);
             }
         }
     }
@@ -470,13 +584,15 @@ mod tests {
         let mut index = Index::default();
         (0..1000).for_each(|token| index.push(token % 7));
         let (alone, _) = index.memory_bytes();
-        let mut forks: Vec<_> = (0..8).map(|_| index.fork()).collect();
+        let mut charge = Charge::new(&Arc::new(Ledger::new(usize::MAX)), usize::MAX);
+        charge.resize(alone).unwrap();
+        let mut forks: Vec<_> = (0..8).map(|_| index.fork(&mut charge).unwrap()).collect();
         forks.iter_mut().for_each(|fork| fork.push(1));
         let (own, base) = forks[0].memory_bytes();
         assert!(own < 10_000 && own + base <= alone + 10_000);
         drop(forks);
-        index.settle();
-        assert_eq!(index.memory_bytes().1, 0);
+        index.settle(&mut charge);
+        assert_eq!((index.memory_bytes().1, charge.bytes()), (0, alone));
         assert_eq!(index.check(), Ok(()));
     }
 }

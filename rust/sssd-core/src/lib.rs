@@ -13,14 +13,17 @@ mod frontier;
 mod index;
 mod knowledge;
 mod live;
+mod memory;
 mod model;
 mod sequence;
 mod soft;
 mod tree;
 
 pub use corpus::{Corpus, Match};
+pub use draft::Limits;
 pub use drafter::Drafter;
 pub use knowledge::{Knowledge, SourceStats, Stats};
+pub use memory::{Charge, Ledger, MemoryFull};
 pub use model::{Model, source::NAMES as SOURCES};
 pub use sequence::Sequence;
 pub use soft::{TOP_K, TopK};

@@ -279,8 +279,13 @@ mod tests {
     fn matches(store: &LiveStore, context: &[Token]) -> Vec<(u32, Vec<Token>)> {
         let mut found = Vec::new();
         store.matches(context, 32, 64, &mut found);
-        let mut out = [0; 4];
-        found.iter().map(|m| (m.length, out[..store.continuation(m.position, &mut out)].to_vec())).collect()
+        let text = |found: &Match| {
+            let mut text = vec![0; 4];
+            text.truncate(store.continuation(found.position, &mut text.clone()));
+            store.continuation(found.position, &mut text);
+            (found.length, text)
+        };
+        found.iter().map(text).collect()
     }
 
     #[test]

@@ -111,6 +111,24 @@ impl DraftTree {
         self.sources.clear();
     }
 
+    /// Keeps the first `nodes` nodes.
+    pub(crate) fn truncate(&mut self, nodes: usize) {
+        self.token_ids.truncate(nodes);
+        self.parents.truncate(nodes);
+        self.depths.truncate(nodes);
+        self.probs.truncate(nodes);
+        self.sources.truncate(nodes);
+    }
+
+    /// Gives back the memory that is not in use.
+    pub(crate) fn shrink(&mut self) {
+        self.token_ids.shrink_to_fit();
+        self.parents.shrink_to_fit();
+        self.depths.shrink_to_fit();
+        self.probs.shrink_to_fit();
+        self.sources.shrink_to_fit();
+    }
+
     pub(crate) fn memory_bytes(&self) -> usize {
         4 * (self.token_ids.capacity()
             + self.parents.capacity()

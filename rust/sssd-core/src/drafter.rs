@@ -17,12 +17,30 @@ pub(crate) struct Shared {
     pub end_tokens: Vec<Token>,
     pub store: Option<Arc<dyn Corpus>>,
     pub knowledge: Knowledge,
+    /// Pays for the knowledge.
+    _charge: Charge,
 }
 
 impl Drafter {
-    /// A drafter that drafts nothing after an end token.
-    pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, knowledge: Knowledge) -> Self {
-        Self { shared: Arc::new(Shared { end_tokens, store, knowledge }) }
+    /// A drafter that drafts nothing after an end token. `charge` pays for the knowledge.
+    pub fn new(
+        end_tokens: Vec<Token>,
+        store: Option<Arc<dyn Corpus>>,
+        knowledge: Knowledge,
+        mut charge: Charge,
+    ) -> Result<Self, MemoryFull> {
+        charge.resize(knowledge.most_bytes())?;
+        Ok(Self { shared: Arc::new(Shared { end_tokens, store, knowledge, _charge: charge }) })
+    }
+
+    /// What its sequences share.
+    pub fn knowledge(&self) -> &Knowledge {
+        &self.shared.knowledge
+    }
+
+    /// How many sequences there are.
+    pub fn sequences(&self) -> usize {
+        Arc::strong_count(&self.shared) - 1
     }
 
     /// Tokens after which nothing is drafted.

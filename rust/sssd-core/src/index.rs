@@ -277,9 +277,10 @@ impl Index {
                     return Err(format!("the link of order {order} at {position} is wrong"));
                 }
             }
-            for order in 0..hashes(&self.tokens[..=position]).1 {
-                let context: Vec<_> =
-                    self.tokens[..=position].iter().rev().take(ORDERS[order]).copied().collect();
+            for (order, length) in
+                ORDERS.into_iter().enumerate().filter(|&(_, length)| length <= position + 1)
+            {
+                let context: Vec<_> = self.tokens[..=position].iter().rev().take(length).copied().collect();
                 if self.newest(order, &context) != fresh.newest(order, &context) {
                     return Err(format!("the head of order {order} at {position} is wrong"));
                 }

@@ -84,6 +84,12 @@ impl Knowledge {
         self.live.commit(tokens);
     }
 
+    /// Bytes of memory that it may come to hold.
+    pub fn most_bytes(&self) -> usize {
+        self.live.most_bytes() + self.soft.most_bytes() + lock(&self.model).memory_bytes()
+    }
+
+    /// Bytes of memory held.
     pub fn memory_bytes(&self) -> usize {
         self.live.memory_bytes() + self.soft.memory_bytes() + lock(&self.model).memory_bytes()
     }

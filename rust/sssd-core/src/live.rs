@@ -94,6 +94,11 @@ impl LiveStore {
         self.len().1 == 0
     }
 
+    /// Bytes that it may come to hold.
+    pub fn most_bytes(&self) -> usize {
+        self.capacity * BYTES
+    }
+
     pub fn memory_bytes(&self) -> usize {
         let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
         let links = ring.links.iter().map(|links| links.heads.len() + links.previous.len());

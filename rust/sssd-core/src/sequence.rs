@@ -41,6 +41,7 @@ pub struct Sequence {
     /// The sequence will not become longer than this.
     max_length: usize,
     charge: Charge,
+    drafts: u64,
 }
 
 impl Sequence {
@@ -61,6 +62,7 @@ impl Sequence {
             committed: 0,
             max_length: usize::MAX,
             charge,
+            drafts: 0,
         };
         sequence.prefill(prediction)?;
         sequence.predicted = prediction.len();
@@ -145,7 +147,7 @@ impl Sequence {
     pub fn fork(&mut self) -> Result<Self, MemoryFull> {
         let mut charge = self.charge.sibling();
         let past = self.past.len() * size_of::<Aligned>();
-        charge.resize(self.index.fork_bytes() + past + size_of::<Self>() + self.model.memory_bytes())?;
+        charge.resize(self.index.fork_bytes() + past + self.other_bytes())?;
         let mut fork = Self {
             shared: Arc::clone(&self.shared),
             index: self.index.fork(&mut self.charge)?,
@@ -162,6 +164,7 @@ impl Sequence {
             committed: self.committed,
             max_length: self.max_length,
             charge,
+            drafts: 0,
         };
         fork.settle()?;
         self.settle()?;
@@ -234,9 +237,26 @@ impl Sequence {
         self.end_draft(limits.max_nodes)
     }
 
-    /// Starts a draft that comes in several pieces.
-    pub fn start_draft(&mut self, limits: Limits) {
+    /// Starts a draft that comes in several pieces, and returns its number.
+    pub fn start_draft(&mut self, limits: Limits) -> u64 {
+        self.drafts += 1;
         self.with_inputs(limits, |drafting, inputs| drafting.start(inputs));
+        self.drafts
+    }
+
+    /// How many drafts were started.
+    pub fn drafts(&self) -> u64 {
+        self.drafts
+    }
+
+    /// The last draft.
+    pub fn tree(&self) -> &DraftTree {
+        self.drafting.tree()
+    }
+
+    /// Whether the outcome of the last draft is not known yet.
+    pub fn awaits_outcome(&self) -> bool {
+        self.drafting.awaits_outcome()
     }
 
     /// Grows the draft to at most `nodes` nodes. `limits` are those it was started with.
@@ -310,7 +330,7 @@ impl Sequence {
 
     /// Bytes of the weights and of the last draft. The weights may become its own at any time.
     fn other_bytes(&self) -> usize {
-        size_of::<Self>() + self.model.memory_bytes() + self.drafting.memory_bytes()
+        size_of::<Self>() + Recent::MOST_BYTES + self.model.memory_bytes() + self.drafting.memory_bytes()
     }
 
     /// Charges what is held alone.
@@ -354,7 +374,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn drafter() -> Drafter {
-        Drafter::new(vec![7], None, Knowledge::new(Model::default(), 0, 0))
+        let ledger = Arc::new(Ledger::new(usize::MAX));
+        let knowledge = Knowledge::new(Model::default(), 0, 0);
+        Drafter::new(vec![7], None, knowledge, Charge::new(&ledger, usize::MAX)).unwrap()
     }
 
     fn begin(drafter: &Drafter, ledger: &Arc<Ledger>, prompt: &[Token]) -> Sequence {

@@ -63,6 +63,9 @@ const RECENT: usize = 32;
 const FADING: f32 = 0.8;
 
 impl Recent {
+    /// Bytes that it may come to hold on the heap.
+    pub const MOST_BYTES: usize = (RECENT + TOP_K).next_power_of_two() * size_of::<(Token, f32)>();
+
     /// Takes account of one position: what was probable, and what came.
     pub fn update(&mut self, probable: impl Iterator<Item = (Token, f32)>, came: Token) {
         self.tokens.iter_mut().for_each(|held| held.1 *= FADING);
@@ -94,6 +97,11 @@ impl SoftTable {
 
     pub fn is_empty(&self) -> bool {
         self.slots.get().is_none()
+    }
+
+    /// Bytes that it may come to hold.
+    pub fn most_bytes(&self) -> usize {
+        self.buckets * WAYS * WORDS * size_of::<u64>()
     }
 
     pub fn memory_bytes(&self) -> usize {

@@ -103,7 +103,7 @@ impl DraftTree {
     }
 
     /// Removes all nodes and keeps the memory.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.token_ids.clear();
         self.parents.clear();
         self.depths.clear();
@@ -111,8 +111,18 @@ impl DraftTree {
         self.sources.clear();
     }
 
+    /// Becomes a copy of another tree and keeps the memory.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.clear();
+        self.token_ids.extend_from_slice(&other.token_ids);
+        self.parents.extend_from_slice(&other.parents);
+        self.depths.extend_from_slice(&other.depths);
+        self.probs.extend_from_slice(&other.probs);
+        self.sources.extend_from_slice(&other.sources);
+    }
+
     /// Keeps the first `nodes` nodes.
-    pub(crate) fn truncate(&mut self, nodes: usize) {
+    pub fn truncate(&mut self, nodes: usize) {
         self.token_ids.truncate(nodes);
         self.parents.truncate(nodes);
         self.depths.truncate(nodes);

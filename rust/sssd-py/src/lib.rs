@@ -1,5 +1,6 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
+mod batch;
 mod datastore;
 mod drafter;
 mod errors;
@@ -14,6 +15,8 @@ use pyo3::types::PyTuple;
 mod _core {
     use super::*;
 
+    #[pymodule_export]
+    use batch::PyDraftBatch;
     #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]

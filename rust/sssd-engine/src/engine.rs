@@ -11,6 +11,7 @@ use crate::batch::Step;
 use crate::crew::Crew;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
+use crate::state::NamespaceState;
 
 /// Steps kept for reuse: as many as run at the same time.
 const IDLE_STEPS: usize = 16;
@@ -129,6 +130,33 @@ impl Engine {
         let mut namespaces = lock(&self.namespaces);
         self.expire(&mut namespaces);
         namespaces.get(name).map(|namespace| Arc::clone(&namespace.drafter))
+    }
+
+    /// What all namespaces have learned.
+    pub fn state(&self) -> Vec<NamespaceState> {
+        let namespaces = lock(&self.namespaces);
+        let drafters: Vec<_> =
+            namespaces.iter().map(|(name, held)| (name.clone(), Arc::clone(&held.drafter))).collect();
+        drop(namespaces);
+        let state = |(name, drafter): (String, Arc<Drafter>)| NamespaceState {
+            name,
+            weights: drafter.model().to_bytes(),
+            documents: drafter.knowledge().live.documents(),
+            soft: drafter.knowledge().soft.entries(),
+        };
+        drafters.into_iter().map(state).collect()
+    }
+
+    /// Makes a namespace with what one has learned, in place of what it knew; ids are below `limit`. False if the
+    /// weights are not those of this release.
+    pub fn restore(&self, state: &NamespaceState, limit: Token) -> Result<bool, MemoryFull> {
+        let Some(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
+        self.remove_namespace(&state.name);
+        let drafter = self.namespace(&state.name)?;
+        drafter.set_model(model);
+        drafter.knowledge().live.restore(&state.documents);
+        drafter.knowledge().soft.restore(&state.soft, limit);
+        Ok(true)
     }
 
     /// Forgets the namespaces whose time is up.

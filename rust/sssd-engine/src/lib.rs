@@ -10,8 +10,10 @@ mod engine;
 pub mod gate;
 mod metrics;
 mod request;
+mod state;
 
 pub use batch::{Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
 pub use request::{Request, RequestError};
+pub use state::{FILE as STATE_FILE, NamespaceState, State, StateError};

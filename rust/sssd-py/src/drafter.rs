@@ -63,7 +63,7 @@ impl PyDrafter {
                         live_bytes=64 << 20, soft_bytes=16 << 20, max_bytes=None, max_sequence_bytes=None,
                         threads=None, namespace_ttl=None))]
     #[allow(clippy::too_many_arguments)]
-    fn new(
+    pub fn new(
         py: Python<'_>,
         vocab_size: Option<i128>,
         end_token_ids: Option<&Bound<'_, PyAny>>,
@@ -592,7 +592,7 @@ pub fn request_error(py: Python<'_>, failure: &RequestError) -> PyErr {
     }
 }
 
-fn memory_full(py: Python<'_>, full: &MemoryFull) -> PyErr {
+pub fn memory_full(py: Python<'_>, full: &MemoryFull) -> PyErr {
     error(py, "MemoryLimitError", full.to_string())
 }
 

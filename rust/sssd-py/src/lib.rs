@@ -4,6 +4,7 @@ mod batch;
 mod datastore;
 mod drafter;
 mod errors;
+mod state;
 mod tokens;
 mod tree;
 

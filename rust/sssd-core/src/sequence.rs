@@ -64,6 +64,7 @@ impl Sequence {
             charge,
             drafts: 0,
         };
+        sequence.settle()?;
         sequence.prefill(prediction)?;
         sequence.predicted = prediction.len();
         Ok(sequence)

@@ -29,8 +29,8 @@ RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 3 * 4 * 7 * 4 * 2) * 17
 """Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
 MOST_COUNT = 30
+# there are few recorded generations with probabilities
 REPEATS = 4
-"""Times that each recorded generation with probabilities is replayed, in either setting: there are few of them."""
 
 
 def requests(traces: Path):
@@ -64,8 +64,16 @@ def unpack(state: dict[str, bytes]):
     return rates[:, 0], rates[:, 1], np.frombuffer(weights, "<f4", offset=4 * RATES).astype(float)
 
 
+def as_shipped(state: dict[str, bytes]) -> dict[str, bytes]:
+    """The state with counts as low as in the shipped weights, so that requests learn as fast as later."""
+    ((name, weights),) = state.items()
+    rates = np.frombuffer(weights, "<u2", 2 * RATES).reshape(-1, 2).copy()
+    rates[:, 1] = np.minimum(rates[:, 1], MOST_COUNT)
+    return {name: rates.tobytes() + weights[4 * RATES :]}
+
+
 def edited(response: np.ndarray, rng: random.Random) -> np.ndarray:
-    """A predicted output: the response with a few passages replaced, left out or added; now and then all wrong."""
+    """A predicted output: the response with passages replaced, left out or added; now and then all wrong."""
     out, at = [], 0
     every = rng.choice([8, 20, 50, 200])
     while at < len(response):
@@ -85,7 +93,7 @@ def main(traces: str, store: str, out: str) -> None:
     rng.shuffle(texts)
     with tempfile.TemporaryDirectory() as folder:
         soft = Path(folder) / "soft.jsonl"
-        soft.write_bytes(lzma.open(Path(traces) / "smollm2-topk.jsonl.xz").read())
+        soft.write_bytes(lzma.decompress((Path(traces) / "smollm2-topk.jsonl.xz").read_bytes()))
         generations = [(request, 2) for request in read_trace(soft)]
     # each setting with its own drafter where requests share, else with a new one for each request
     private = {"live_bytes": 0, "soft_bytes": 1 << 20}
@@ -97,7 +105,8 @@ def main(traces: str, store: str, out: str) -> None:
             order.append(
                 (request, lambda s=source, e=end: Drafter(end_token_ids=[e], datastore=s, **private))
             )
-        order.append((request, lambda s=rng.choice([datastore, None]): shared[s]))
+        some = shared[rng.choice([datastore, None])]
+        order.append((request, lambda drafter=some: drafter))
         if rng.random() < 0.2:
             predicted = replace(request, prediction_ids=edited(request.response_ids, rng))
             order.append((predicted, lambda e=end: Drafter(end_token_ids=[e], **private)))
@@ -114,7 +123,7 @@ def main(traces: str, store: str, out: str) -> None:
             drafter.load_state_dict(state)
         with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
             Replay(BUDGET).follow(sequence, request)
-            state = sequence.state_dict()
+            state = as_shipped(sequence.state_dict())
         if index >= len(order) // 2:
             value, count, gate = unpack(state)
             values, gates, snapshots = values + value, gates + gate, snapshots + 1

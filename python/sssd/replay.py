@@ -171,8 +171,9 @@ def read_trace(path: Path, tokenize: Tokenize | None = None) -> Iterator[Request
     """Requests of a JSON Lines file, plain, .gz or .xz.
 
     Args:
-        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and ``response``; with
-            ids also ``topk_ids`` and ``topk_probs`` (per response token) and ``prediction_ids``, if there are any.
+        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and ``response``;
+            with ids also ``topk_ids`` and ``topk_probs`` (per response token) and ``prediction_ids``, if there
+            are any.
         tokenize: turns a text into token ids; needed for texts.
 
     Raises:

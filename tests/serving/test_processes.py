@@ -250,19 +250,19 @@ time.sleep(0.5)
 
 
 def test_a_full_memory_never_hangs_threads():
-    drafter = Drafter(live_bytes=0, soft_bytes=0, max_bytes=3_000_000, threads=2)
-    problems = []
+    drafter = Drafter(live_bytes=0, soft_bytes=0, max_bytes=1_500_000, threads=2)
+    held, problems = drafter.begin(np.random.default_rng(9).integers(0, 5000, 4000)), []
 
     def work(seed):
         rng = np.random.default_rng(seed)
         for _ in range(40):
             try:
                 with drafter.begin(rng.integers(0, 50, 2000)) as sequence:
-                    sequence.extend(rng.integers(0, 50, 3000))
+                    sequence.extend(rng.integers(0, 5000, 6000))
                     sequence.draft(32)
             except SssdError as problem:
                 problems.append(type(problem).__name__)
-            if drafter.memory["used"] > 3_000_000:
+            if drafter.memory["used"] > 1_500_000:
                 problems.append("limit")
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
@@ -271,5 +271,6 @@ def test_a_full_memory_never_hangs_threads():
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+    held.close()
     assert set(problems) == {"MemoryLimitError"}
     assert drafter.memory["used"] == drafter.memory["shared"]

@@ -14,6 +14,8 @@ from sssd import SOURCES, Datastore, Drafter
 from sssd.cli.arguments import budgets, tokenizer
 from sssd.replay import Replay, read_trace, trace_name
 
+LIVE_BYTES = 64 << 20
+SOFT_BYTES = 16 << 20
 PRIVATE_SOFT_BYTES = 1 << 20
 """Room for one request's distributions, where every request has a drafter of its own."""
 
@@ -23,9 +25,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "replay",
         help="measure accepted tokens and draft times on recorded requests",
-        description="Replays recorded requests without a model. Every request is fresh and nothing is shared, "
-        "unless --share says so. Recorded top-k probabilities (topk_ids, topk_probs) and predicted outputs "
-        "(prediction_ids) are handed to the drafter.",
+        description="Replays recorded requests without a model. Every request is fresh and nothing is "
+        "shared, unless --share says so. Recorded top-k probabilities (topk_ids, topk_probs) and predicted "
+        "outputs (prediction_ids) are handed to the drafter.",
     )
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
     parser.add_argument("--budgets", type=budgets, default=[4, 8, 16, 32, 64], help="node budgets, e.g. 4,16")
@@ -61,12 +63,14 @@ def run(arguments: argparse.Namespace) -> None:
             for budget in arguments.budgets:
                 replay = Replay(budget)
                 live = arguments.share == "live"
-                options = {} if live else {"live_bytes": 0, "soft_bytes": PRIVATE_SOFT_BYTES}
                 drafter = None
                 for request in requests:
                     if drafter is None or not live:
                         drafter = Drafter(
-                            end_token_ids=arguments.end_token_id, datastore=datastore, **options
+                            end_token_ids=arguments.end_token_id,
+                            datastore=datastore,
+                            live_bytes=LIVE_BYTES if live else 0,
+                            soft_bytes=SOFT_BYTES if live else PRIVATE_SOFT_BYTES,
                         )
                     replay.run(drafter, request)
                     progress.advance(task)

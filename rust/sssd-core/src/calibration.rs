@@ -3,13 +3,13 @@
 //! The learned tables know the average request; this is what is special about one: a few biases on the log-odds,
 //! each moved by Newton steps on the logistic loss from a prior at 0, so that a handful of outcomes already counts.
 
-use crate::model::{PROBABILITIES, scale};
+use crate::model::{KINDS, PROBABILITIES, scale};
 
 /// Knots along the scale of probabilities; between them the bias is interpolated.
 const KNOTS: usize = 8;
 const STEP: f32 = (KNOTS - 1) as f32 / PROBABILITIES as f32;
 /// Information (in outcomes of variance 1) that the prior weighs.
-const PRIOR: f32 = 4.0;
+const PRIOR: f32 = 3.0;
 /// What is left of the old information after each outcome, and the furthest bias.
 const FADING: f32 = 0.998;
 const LIMIT: f32 = 2.5;
@@ -29,39 +29,49 @@ const NEUTRAL: Bias = Bias { value: 0.0, odds: 1.0, information: PRIOR, gradient
 
 /// The biases: one per knot of the probability, and one per kind of evidence.
 #[derive(Clone)]
-pub struct Calibration<const KINDS: usize> {
+pub struct Calibration {
     knots: [Bias; KNOTS],
     kinds: [Bias; KINDS],
+    /// exp of what the model and this request say of each kind.
+    odds: [f32; KINDS],
 }
 
-impl<const KINDS: usize> Default for Calibration<KINDS> {
+impl Default for Calibration {
     fn default() -> Self {
-        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS] }
+        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS] }
     }
 }
 
-impl<const KINDS: usize> Calibration<KINDS> {
+impl Calibration {
+    /// Sets what the model says of each kind, before a draft.
+    pub fn start(&mut self, biases: &[f32]) {
+        for ((odds, kind), bias) in self.odds.iter_mut().zip(&self.kinds).zip(biases) {
+            *odds = (kind.value + bias).exp();
+        }
+    }
+
     /// The corrected probability of a token with this kind of evidence.
     pub fn correct(&self, kind: usize, prob: f32) -> f32 {
         let at = scale(prob) * STEP;
         let (knot, above) = (at as usize, at.fract());
         let knots = self.knots[knot].odds * (1.0 - above) + self.knots[knot + 1].odds * above;
-        let odds = prob * knots * self.kinds[kind].odds;
+        let odds = prob * knots * self.odds[kind];
         odds / (1.0 - prob + odds)
     }
 
-    /// Notes the outcome of a probability as it was before correction.
-    pub fn note(&mut self, kind: usize, prob: f32, came_true: bool) {
+    /// Notes the outcome of a probability as it was before correction. Returns the error of the corrected one.
+    pub fn note(&mut self, kind: usize, prob: f32, came_true: bool) -> f32 {
         let corrected = self.correct(kind, prob);
         let error = f32::from(u8::from(came_true)) - corrected;
         let variance = corrected * (1.0 - corrected);
         let at = scale(prob) * STEP;
         let (knot, above) = (at as usize, at.fract());
-        let [lower, upper] = &mut self.knots[knot..knot + 2] else { return };
+        let [lower, upper] = &mut self.knots[knot..knot + 2] else { return error };
         for (bias, share) in [(lower, 1.0 - above), (upper, above), (&mut self.kinds[kind], 1.0)] {
             bias.gradient += share * error;
             bias.pending += share * variance;
         }
+        error
     }
 
     /// Learns from the outcomes noted.

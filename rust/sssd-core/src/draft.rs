@@ -14,9 +14,7 @@ use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
 use crate::knowledge::Stats;
 use crate::live::LiveStore;
-use crate::model::{
-    CLASSES, EscapeCell, GateCell, KINDS, MAX_LENGTH, Model, Occurrence, Support, class, source,
-};
+use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
 use crate::soft::{Recent, SOFT_ORDERS, SoftTable};
 use crate::tree::{DraftTree, ROOT};
 
@@ -56,9 +54,11 @@ pub struct Inputs<'a> {
     pub soft: &'a SoftTable,
     pub recent: &'a Recent,
     pub model: &'a Model,
-    pub calibration: &'a Calibration<KINDS>,
+    pub calibration: &'a Calibration,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
+    /// Tokens of output so far.
+    pub age: usize,
     pub limits: Limits,
 }
 
@@ -196,6 +196,8 @@ pub struct Drafting {
     newest: Option<u32>,
     /// What the tree and its learning are to come to: those of a draft of so many nodes.
     budget: usize,
+    /// Tokens of output before the draft.
+    age: usize,
     /// The candidate that the target's output has followed so far.
     followed: Option<u32>,
 }
@@ -212,6 +214,7 @@ impl Drafting {
         self.newest = None;
         self.budget = inputs.limits.max_nodes;
         self.followed = None;
+        self.age = inputs.age;
         let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
         self.frontier.reset(max_nodes, min_prob);
         match inputs.index.tokens().last() {
@@ -702,7 +705,7 @@ impl Drafting {
     pub fn learn(
         &mut self,
         model: &mut Model,
-        calibration: &mut Calibration<KINDS>,
+        calibration: &mut Calibration,
         tokens: &[Token],
         stats: &mut Stats,
         live: &LiveStore,
@@ -753,7 +756,9 @@ impl Drafting {
                 if candidate.mixed >= LEAST_REFINED {
                     let support = candidate.support(evidence);
                     model.learn_refinement(support, candidate.mixed, candidate.token == token);
-                    calibration.note(support.kind(), candidate.refined, candidate.token == token);
+                    let kind = support.kind();
+                    let error = calibration.note(kind, candidate.refined, candidate.token == token);
+                    model.learn_age(self.age, kind, error);
                 }
             }
             calibration.learn();

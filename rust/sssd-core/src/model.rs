@@ -128,8 +128,10 @@ impl Support {
     /// The kind of evidence, for the request's own calibration.
     pub fn kind(self) -> usize {
         let request = [0, 1, 2, 2, 3, 3][group(self.classes[source::REQUEST])];
-        let other = [source::STORE, source::LIVE, source::SOFT].iter().any(|&s| self.classes[s].is_some());
-        request * 2 + usize::from(other)
+        let others = [source::STORE, source::LIVE, source::SOFT];
+        let speaks = others.iter().any(|&source| self.speaks[source]);
+        let holds = others.iter().any(|&source| self.classes[source].is_some());
+        request * 3 + usize::from(speaks) + usize::from(holds)
     }
 
     /// Its row among the contexts of the other sources, if any of them speaks.
@@ -166,8 +168,17 @@ fn group(class: Option<u8>) -> usize {
     }
 }
 
+/// Ages of an output: powers of two of tokens.
+const AGES: usize = 9;
+const AGE_RATE: f32 = 0.01;
+const AGE_LIMIT: f32 = 2.0;
+
+fn age(tokens: usize) -> usize {
+    (tokens.max(1).ilog2() as usize).min(AGES - 1)
+}
+
 /// Number of kinds of evidence.
-pub const KINDS: usize = 8;
+pub const KINDS: usize = 12;
 
 /// A learned probability, in units of 2^-16, and how many outcomes stand behind it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -197,8 +208,10 @@ impl Rate {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     escapes: Box<[Rate]>,
-    gates: Box<[f32]>,
     refinements: Box<[Rate]>,
+    gates: Box<[f32]>,
+    /// On the log-odds, by age of the output and kind of evidence: outputs begin less freely than they go on.
+    ages: Box<[f32]>,
 }
 
 impl Default for Model {
@@ -235,21 +248,22 @@ impl Model {
         Self {
             escapes: (0..ESCAPES).map(escape).collect(),
             gates: (0..GATES).map(gate).collect(),
+            ages: [0.0; AGES * KINDS].into(),
             refinements: (0..REFINEMENTS).map(refinement).collect(),
         }
     }
 
     /// The tables as little-endian bytes: escapes and refinements as (value, count) in 16 bits each, then gates
-    /// as 32-bit floats.
+    /// and ages as 32-bit floats.
     pub fn to_bytes(&self) -> Vec<u8> {
         let rates = self.escapes.iter().chain(&self.refinements);
         let halves = rates.flat_map(|rate| [rate.value, rate.count]).flat_map(u16::to_le_bytes);
-        halves.chain(self.gates.iter().flat_map(|gate| gate.to_le_bytes())).collect()
+        halves.chain(self.gates.iter().chain(&self.ages).flat_map(|gate| gate.to_le_bytes())).collect()
     }
 
     /// The tables from [`Model::to_bytes`], or nothing if the bytes are not such tables.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() != 4 * (ESCAPES + REFINEMENTS + GATES) {
+        if bytes.len() != 4 * (ESCAPES + REFINEMENTS + GATES + AGES * KINDS) {
             return None;
         }
         let words: Vec<[u8; 4]> = bytes.as_chunks().0.to_vec();
@@ -259,11 +273,13 @@ impl Model {
         };
         let (escapes, rest) = words.split_at(ESCAPES);
         let (refinements, gates) = rest.split_at(REFINEMENTS);
-        let gates: Box<[f32]> = gates.iter().map(|&word| f32::from_le_bytes(word)).collect();
-        let sound = gates.iter().all(|gate| gate.abs() <= GATE_LIMIT);
+        let floats: Vec<f32> = gates.iter().map(|&word| f32::from_le_bytes(word)).collect();
+        let sound = floats.iter().all(|gate| gate.abs() <= GATE_LIMIT);
+        let (gates, ages) = floats.split_at(GATES);
         sound.then(|| Self {
             escapes: escapes.iter().map(rate).collect(),
-            gates,
+            gates: gates.into(),
+            ages: ages.into(),
             refinements: refinements.iter().map(rate).collect(),
         })
     }
@@ -350,16 +366,30 @@ impl Model {
                     (i32::from(own.value) + (i32::from(after.value) - i32::from(own.value)) / 4) as u16;
             }
         }
-        for (own, (before, after)) in self.gates.iter_mut().zip(base.gates.iter().zip(&learned.gates)) {
+        fn biases(model: &Model) -> impl Iterator<Item = &f32> {
+            model.gates.iter().chain(&model.ages)
+        }
+        let tables = self.gates.iter_mut().chain(&mut self.ages);
+        for ((own, before), after) in tables.zip(biases(base)).zip(biases(learned)) {
             if before != after {
                 *own += (after - *own) / 4.0;
             }
         }
     }
 
+    /// The biases of an output of `tokens` tokens, by kind of evidence.
+    pub fn ages(&self, tokens: usize) -> &[f32] {
+        &self.ages[age(tokens) * KINDS..][..KINDS]
+    }
+
+    pub(crate) fn learn_age(&mut self, tokens: usize, kind: usize, gradient: f32) {
+        let bias = &mut self.ages[age(tokens) * KINDS + kind];
+        *bias = (*bias + AGE_RATE * gradient).clamp(-AGE_LIMIT, AGE_LIMIT);
+    }
+
     pub(crate) fn memory_bytes(&self) -> usize {
         (self.escapes.len() + self.refinements.len()) * size_of::<Rate>()
-            + self.gates.len() * size_of::<f32>()
+            + (self.gates.len() + self.ages.len()) * size_of::<f32>()
     }
 }
 

@@ -9,7 +9,7 @@ use crate::drafter::Shared;
 use crate::index::{Index, grown};
 use crate::knowledge::Stats;
 use crate::memory::{Charge, MemoryFull};
-use crate::model::{KINDS, Model};
+use crate::model::Model;
 use crate::soft::{Recent, SOFT_ORDERS, TopK};
 use crate::tree::ROOT;
 use crate::{DraftTree, Token};
@@ -33,7 +33,7 @@ pub struct Sequence {
     /// The weights that it started with, and its own.
     base: Arc<Model>,
     model: Arc<Model>,
-    calibration: Calibration<KINDS>,
+    calibration: Calibration,
     drafting: Drafting,
     stats: Stats,
     /// Tokens that the live store has been given.
@@ -241,6 +241,7 @@ impl Sequence {
     /// Starts a draft that comes in several pieces, and returns its number.
     pub fn start_draft(&mut self, limits: Limits) -> u64 {
         self.drafts += 1;
+        self.calibration.start(self.model.ages(self.past.len()));
         self.with_inputs(limits, |drafting, inputs| drafting.start(inputs));
         self.drafts
     }
@@ -295,6 +296,7 @@ impl Sequence {
             model: &self.model,
             calibration: &self.calibration,
             end_tokens: &self.shared.end_tokens,
+            age: self.past.len(),
             limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
         };
         work(&mut self.drafting, &inputs);

@@ -2,8 +2,10 @@
 
 Usage: train_weights.py TRACES_FOLDER STORE_FILE OUT
 
-Requests of permissively licensed records are replayed in random order, with and without the datastore; what
-one request learns is handed on to the next. The weights are averaged over the second half of the run.
+Requests of permissively licensed records are replayed in random order, with and without the datastore, with and
+without earlier requests, some with a predicted output. In the first half of the run, what one request learns is
+handed on to the next whole; in the second half a small share of it, so that the weights settle where requests that
+start from them are right in the mean. They are averaged over the last quarter.
 TRACES_FOLDER holds dev/*.jsonl.xz and prepare_tokens.py, which tokenises.
 """
 
@@ -29,6 +31,7 @@ RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 3 * 4 * 7 * 4 * 2) * 17
 """Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
 MOST_COUNT = 30
+SHARE = 0.1
 # there are few recorded generations with probabilities
 REPEATS = 4
 
@@ -56,20 +59,6 @@ def requests(traces: Path):
                         prepare.END,
                     )
         print(f"{Path(path).name}: {tokens} tokens", flush=True)
-
-
-def unpack(state: dict[str, bytes]):
-    (weights,) = state.values()
-    rates = np.frombuffer(weights, "<u2", 2 * RATES).reshape(-1, 2).astype(float)
-    return rates[:, 0], rates[:, 1], np.frombuffer(weights, "<f4", offset=4 * RATES).astype(float)
-
-
-def as_shipped(state: dict[str, bytes]) -> dict[str, bytes]:
-    """The state with counts as low as in the shipped weights, so that requests learn as fast as later."""
-    ((name, weights),) = state.items()
-    rates = np.frombuffer(weights, "<u2", 2 * RATES).reshape(-1, 2).copy()
-    rates[:, 1] = np.minimum(rates[:, 1], MOST_COUNT)
-    return {name: rates.tobytes() + weights[4 * RATES :]}
 
 
 def edited(response: np.ndarray, rng: random.Random) -> np.ndarray:
@@ -116,19 +105,32 @@ def main(traces: str, store: str, out: str) -> None:
     for at, (request, end) in enumerate(generations * REPEATS):
         order.insert(2 * at * (step + 1), (request, lambda e=end: Drafter(end_token_ids=[e], **private)))
         order.insert(2 * at * (step + 1) + step, (request, lambda: warm))
-    state, values, gates, snapshots = None, 0.0, 0.0, 0
+    rates, floats, mean = None, None, 0.0
     for index, (request, make) in enumerate(order):
         drafter = make()
-        if state is not None:
-            drafter.load_state_dict(state)
+        if rates is not None:
+            drafter.load_state_dict({name: packed(rates, floats)})
         with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
             Replay(BUDGET).follow(sequence, request)
-            state = as_shipped(sequence.state_dict())
-        if index >= len(order) // 2:
-            value, count, gate = unpack(state)
-            values, gates, snapshots = values + value, gates + gate, snapshots + 1
-    rates = np.stack([values / snapshots, np.minimum(count, MOST_COUNT)], axis=1)
-    Path(out).write_bytes(rates.round().astype("<u2").tobytes() + (gates / snapshots).astype("<f4").tobytes())
+            ((name, learned),) = sequence.state_dict().items()
+        after = np.frombuffer(learned, "<u2", 2 * RATES).reshape(-1, 2).astype(float)
+        biases = np.frombuffer(learned, "<f4", offset=4 * RATES).astype(float)
+        share = 1.0 if index < len(order) // 2 else SHARE
+        if rates is None:
+            rates, floats = after, biases
+        rates[:, 0] += share * (after[:, 0] - rates[:, 0])
+        # as low as in the shipped weights, so that requests learn as fast as later
+        rates[:, 1] = np.minimum(after[:, 1], MOST_COUNT)
+        floats += share * (biases - floats)
+        if index >= len(order) * 3 // 4:
+            mean = mean + np.concatenate([rates[:, 0], floats])
+    mean /= len(order) - len(order) * 3 // 4
+    rates[:, 0], floats = mean[: len(rates)], mean[len(rates) :]
+    Path(out).write_bytes(packed(rates, floats))
+
+
+def packed(rates: np.ndarray, floats: np.ndarray) -> bytes:
+    return rates.round().astype("<u2").tobytes() + floats.astype("<f4").tobytes()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ const LIMIT: f32 = 2.5;
 #[derive(Clone, Copy)]
 struct Bias {
     value: f32,
-    /// exp(value), to correct without logarithms.
+    /// The value less half its variance, since the exponential of noise is above 1 in the mean.
+    centred: f32,
+    /// exp(centred), to correct without logarithms.
     odds: f32,
     information: f32,
     /// Of outcomes not yet accounted for.
@@ -25,7 +27,8 @@ struct Bias {
     pending: f32,
 }
 
-const NEUTRAL: Bias = Bias { value: 0.0, odds: 1.0, information: PRIOR, gradient: 0.0, pending: 0.0 };
+const NEUTRAL: Bias =
+    Bias { value: 0.0, centred: 0.0, odds: 1.0, information: PRIOR, gradient: 0.0, pending: 0.0 };
 
 /// The biases: one per knot of the probability, and one per kind of evidence.
 #[derive(Clone)]
@@ -46,7 +49,7 @@ impl Calibration {
     /// Sets what the model says of each kind, before a draft.
     pub fn start(&mut self, biases: &[f32]) {
         for ((odds, kind), bias) in self.odds.iter_mut().zip(&self.kinds).zip(biases) {
-            *odds = (kind.value + bias).exp();
+            *odds = (kind.centred + bias).exp();
         }
     }
 
@@ -79,7 +82,8 @@ impl Calibration {
         for bias in self.knots.iter_mut().chain(&mut self.kinds).filter(|bias| bias.pending > 0.0) {
             bias.information = PRIOR + (bias.information - PRIOR) * FADING + bias.pending;
             bias.value = (bias.value + bias.gradient / bias.information).clamp(-LIMIT, LIMIT);
-            bias.odds = bias.value.exp();
+            bias.centred = bias.value - 0.5 * (bias.information - PRIOR) / bias.information.powi(2);
+            bias.odds = bias.centred.exp();
             (bias.gradient, bias.pending) = (0.0, 0.0);
         }
     }

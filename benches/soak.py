@@ -5,7 +5,7 @@ Usage: soak.py TRACE.jsonl ... [--requests 100000] [--json FILE]
 64 requests run at a time, drawn at random from the traces (token ids; long prompts and responses are cut).
 Each step is one `Drafter.step` call with a shared budget of nodes. On the way requests are forked, truncated
 and aborted at random, live in one of a few namespaces, finish and teach the next ones their weights, and
-namespaces are removed. A limit on memory turns some requests away until others end.
+namespaces are removed. A limit on memory turns some requests and forks away.
 
 Every draft is compared with that of a fresh single-threaded drafter to which the same history was given in
 single calls, started with the weights that the request started with. Sources are private (no live store).
@@ -13,6 +13,7 @@ Where the shared budget cuts a tree, the single call asks for the size that came
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -24,14 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from sssd import DraftBatch, Drafter, DraftTree, Sequence, _core
-from sssd.errors import MemoryLimitError
+from sssd.errors import BatchError, MemoryLimitError
 from sssd.replay import Request, count_accepted, read_trace
 
 BATCH = 64
 MAX_NODES = 16
 TOTAL_NODES = 600
 PROMPT, RESPONSE = 1000, 64
-MAX_BYTES = 10 << 20
+MAX_BYTES = 12 << 20
 NAMES = ["", "a", "b", "c"]
 
 
@@ -72,9 +73,11 @@ def disturb(row: Row, chance: random.Random) -> None:
     """Forks or truncates now and then, the twin as well."""
     if chance.random() < 0.02:
         old, old_twin = row.sequence, row.twin
-        row.sequence, row.twin = old.fork(), old_twin.fork()
-        old.close()
-        old_twin.close()
+        with contextlib.suppress(MemoryLimitError):
+            row.sequence = old.fork()
+            row.twin = old_twin.fork()
+            old.close()
+            old_twin.close()
     if chance.random() < 0.02:
         length = len(row.sequence)
         taken = chance.randint(0, min(20, length))
@@ -112,10 +115,21 @@ def main() -> None:
         tokens = np.concatenate([row.produced for row in rows])
         sequences = [row.sequence for row in rows]
         before = time.process_time()
-        drafter.step(sequences, tokens, offsets, MAX_NODES, total_nodes=TOTAL_NODES, out=out)
+        full: set[int] = set()
+        try:
+            drafter.step(sequences, tokens, offsets, MAX_NODES, total_nodes=TOTAL_NODES, out=out)
+        except BatchError as failed:
+            full = set(failed.failures)
+            if not all(isinstance(failure, MemoryLimitError) for failure in failed.failures.values()):
+                raise
         cpu.append((time.process_time() - before) / len(rows))
         running = []
-        for row, tree in zip(rows, out, strict=True):
+        for index, (row, tree) in enumerate(zip(rows, out, strict=True)):
+            if index in full:
+                row.sequence.close()
+                row.twin.close()
+                turned_away, aborted = turned_away + 1, aborted + 1
+                continue
             row.twin.extend(row.produced)
             check(row, tree)
             drafts, nodes = drafts + 1, nodes + len(tree)

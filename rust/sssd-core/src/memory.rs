@@ -22,6 +22,9 @@ pub struct MemoryFull {
     pub limit: usize,
 }
 
+/// One part in so many of a limit is kept for requests that run: new ones do not get it.
+const KEPT: usize = 8;
+
 /// Counts bytes against a limit.
 #[derive(Debug)]
 pub struct Ledger {
@@ -57,8 +60,9 @@ impl Ledger {
         self.refused.load(Ordering::Relaxed)
     }
 
-    fn add(&self, wanted: usize) -> Result<(), MemoryFull> {
-        let fits = |used: usize| used.checked_add(wanted).filter(|&sum| sum <= self.limit);
+    fn add(&self, wanted: usize, entering: bool) -> Result<(), MemoryFull> {
+        let limit = if entering { self.limit - self.limit / KEPT } else { self.limit };
+        let fits = |used: usize| used.checked_add(wanted).filter(|&sum| sum <= limit);
         match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
             Ok(before) => {
                 self.peak.fetch_max(before + wanted, Ordering::Relaxed);
@@ -82,12 +86,19 @@ pub struct Charge {
     ledger: Arc<Ledger>,
     bytes: usize,
     limit: usize,
+    entering: bool,
 }
 
 impl Charge {
-    /// Holds nothing yet, and never more than `limit` bytes.
+    /// Holds nothing yet, and never more than `limit` bytes. Until it is admitted, part of the ledger's limit is
+    /// kept for those who are.
     pub fn new(ledger: &Arc<Ledger>, limit: usize) -> Self {
-        Self { ledger: Arc::clone(ledger), bytes: 0, limit }
+        Self { ledger: Arc::clone(ledger), bytes: 0, limit, entering: true }
+    }
+
+    /// From now on the whole limit is open to it.
+    pub fn admit(&mut self) {
+        self.entering = false;
     }
 
     /// Bytes held.
@@ -109,7 +120,7 @@ impl Charge {
                 self.ledger.refused.fetch_add(1, Ordering::Relaxed);
                 return Err(MemoryFull { scope: "request's", wanted, used: self.bytes, limit: self.limit });
             }
-            Some(wanted) => self.ledger.add(wanted)?,
+            Some(wanted) => self.ledger.add(wanted, self.entering)?,
         }
         self.bytes = bytes;
         Ok(())
@@ -119,7 +130,7 @@ impl Charge {
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
-        Self { ledger: Arc::clone(&self.ledger), bytes, limit: self.limit }
+        Self { ledger: Arc::clone(&self.ledger), bytes, limit: self.limit, entering: self.entering }
     }
 
     /// Takes over what another owner holds, beyond its own limit if need be.
@@ -142,6 +153,13 @@ mod tests {
     fn charges_keep_both_limits_and_give_back_what_they_hold() {
         let ledger = Arc::new(Ledger::new(100));
         let (mut one, mut two) = (Charge::new(&ledger, 80), Charge::new(&ledger, 80));
+        one.admit();
+        two.resize(80).unwrap();
+        one.resize(20).unwrap();
+        two.resize(0).unwrap();
+        one.resize(20).unwrap();
+        assert!(two.resize(70).is_err(), "part is kept for those who run");
+        two.admit();
         one.resize(70).unwrap();
         assert_eq!(one.resize(81).unwrap_err().scope, "request's");
         assert_eq!(two.resize(31).unwrap_err().scope, "drafter's");
@@ -149,7 +167,7 @@ mod tests {
         let part = one.split(50);
         assert_eq!((one.bytes(), part.bytes(), ledger.used()), (20, 50, 100));
         drop((one, two));
-        assert_eq!((ledger.used(), ledger.peak(), ledger.refused()), (50, 100, 2));
+        assert_eq!((ledger.used(), ledger.peak(), ledger.refused()), (50, 100, 3));
         drop(part);
         assert_eq!(ledger.used(), 0);
     }

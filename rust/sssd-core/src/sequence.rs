@@ -70,6 +70,11 @@ impl Sequence {
         Ok(sequence)
     }
 
+    /// It has begun: from now on its memory comes first.
+    pub fn admit(&mut self) {
+        self.charge.admit();
+    }
+
     /// Limits the number of tokens: nothing is drafted that would go beyond.
     pub fn set_max_length(&mut self, max_length: usize) {
         self.max_length = max_length;
@@ -168,6 +173,7 @@ impl Sequence {
             drafts: 0,
         };
         fork.settle()?;
+        fork.admit();
         self.settle()?;
         Ok(fork)
     }

@@ -221,6 +221,7 @@ impl Engine {
                 return Ok(None);
             }
         }
+        sequence.admit();
         Ok(Some(Arc::new(Request::new(sequence))))
     }
 
@@ -232,9 +233,10 @@ impl Engine {
         prediction: &[Token],
         max_length: Option<usize>,
     ) -> Result<Arc<Request>, MemoryFull> {
-        let sequence = self.start(namespace, prediction, max_length)?;
+        let mut sequence = self.start(namespace, prediction, max_length)?;
         let mut charge = Charge::new(&self.ledger, self.options.max_request_bytes);
         charge.resize(prompt.capacity() * size_of::<Token>())?;
+        sequence.admit();
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
         self.crew.fill(&request);
         Ok(request)

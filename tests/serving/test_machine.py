@@ -37,6 +37,8 @@ class Namespace:
     """What may be drafted for every sequence of a namespace: which token after which."""
 
     follows: dict = field(default_factory=lambda: defaultdict(set))
+    probable: set = field(default_factory=set)
+    """Tokens that the target held probable anywhere: sequences with the same last tokens hear of it."""
 
 
 @dataclass
@@ -47,8 +49,6 @@ class Model:
     tokens: list
     max_length: int | None
     first: int
-    probable: set = field(default_factory=set)
-    """Tokens that the target held probable in this sequence."""
     tree: object = None
 
     def own(self, tokens):
@@ -71,7 +71,7 @@ class Model:
         for token, parent in zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True):
             before = int(tree.token_ids[parent]) if parent >= 0 else self.tokens[-1]
             assert before != END
-            known = own[before] | self.namespace.follows[before] | self.probable | said
+            known = own[before] | self.namespace.follows[before] | self.namespace.probable | said
             assert token in known, "out of the blue"
 
 
@@ -134,7 +134,7 @@ class Serving(RuleBasedStateMachine):
         for token, row in zip(tokens, ids.tolist(), strict=True):
             if model.tokens:
                 model.namespace.follows[model.tokens[-1]].update(row)
-            model.probable.update(row)
+            model.namespace.probable.update(row)
             model.tokens.append(token)
         sequence.extend(tokens, ids, np.full(ids.shape, 0.4, np.float32))
 
@@ -211,7 +211,7 @@ class Serving(RuleBasedStateMachine):
             fork = sequence.fork()
         except MemoryLimitError:
             return self.full()
-        twin = Model(model.namespace, list(model.tokens), model.max_length, model.first, set(model.probable))
+        twin = Model(model.namespace, list(model.tokens), model.max_length, model.first)
         self.rows.append((fork, twin))
         return None
 

@@ -202,9 +202,36 @@ pub struct Drafting {
     followed: Option<u32>,
 }
 
+/// Memory that is of no use between drafts: one set serves many sequences and stays near the processor.
+#[derive(Default)]
+pub struct Scratch {
+    frontier: Frontier,
+    matches: Vec<Match>,
+    read: Vec<Token>,
+    successors: Vec<(Token, f32)>,
+    votes: Vec<(u32, u32, u8)>,
+    table: TokenTable,
+}
+
 impl Drafting {
-    /// Starts a draft; `grow` gives it nodes, in one go or in several.
-    pub fn start(&mut self, inputs: &Inputs) {
+    fn exchange(&mut self, scratch: &mut Scratch) {
+        std::mem::swap(&mut self.frontier, &mut scratch.frontier);
+        std::mem::swap(&mut self.matches, &mut scratch.matches);
+        std::mem::swap(&mut self.read, &mut scratch.read);
+        std::mem::swap(&mut self.successors, &mut scratch.successors);
+        std::mem::swap(&mut self.votes, &mut scratch.votes);
+        std::mem::swap(&mut self.table, &mut scratch.table);
+    }
+
+    /// Drafts a tree of at most `nodes` nodes, the best of those that `inputs` allow.
+    pub fn draft(&mut self, nodes: usize, inputs: &Inputs, scratch: &mut Scratch) {
+        self.exchange(scratch);
+        self.start(inputs);
+        self.grow(nodes, inputs);
+        self.exchange(scratch);
+    }
+
+    fn start(&mut self, inputs: &Inputs) {
         self.samples.clear();
         self.candidates.clear();
         self.evidence.clear();
@@ -232,7 +259,7 @@ impl Drafting {
     }
 
     /// Grows the tree to at most `nodes` nodes.
-    pub fn grow(&mut self, nodes: usize, inputs: &Inputs) {
+    fn grow(&mut self, nodes: usize, inputs: &Inputs) {
         while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
             if let Some(node) = self.newest.take() {
                 let Candidate { token, depth, .. } = self.candidates[node as usize];
@@ -788,13 +815,7 @@ impl Drafting {
         bytes(&self.samples)
             + bytes(&self.candidates)
             + bytes(&self.evidence)
-            + self.frontier.memory_bytes()
-            + bytes(&self.matches)
-            + bytes(&self.read)
-            + bytes(&self.successors)
             + bytes(&self.soft)
-            + bytes(&self.votes)
-            + bytes(&self.table.slots)
             + self.tree.memory_bytes()
     }
 }

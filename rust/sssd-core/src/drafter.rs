@@ -1,7 +1,8 @@
 //! What sequences share: the datastore, the end tokens, and what requests learn from one another.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use crate::draft::Scratch;
 use crate::knowledge::{Knowledge, Stats};
 use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
@@ -17,6 +18,8 @@ pub(crate) struct Shared {
     pub end_tokens: Vec<Token>,
     pub store: Option<Arc<dyn Corpus>>,
     pub knowledge: Knowledge,
+    /// For those who draft at the same time.
+    pub scratch: Mutex<Vec<Scratch>>,
     /// Pays for the knowledge.
     _charge: Charge,
 }
@@ -30,7 +33,7 @@ impl Drafter {
         mut charge: Charge,
     ) -> Result<Self, MemoryFull> {
         charge.resize(knowledge.most_bytes())?;
-        Ok(Self { shared: Arc::new(Shared { end_tokens, store, knowledge, _charge: charge }) })
+        Ok(Self { shared: Arc::new(Shared { end_tokens, store, knowledge, scratch: Mutex::default(), _charge: charge }) })
     }
 
     /// What its sequences share.

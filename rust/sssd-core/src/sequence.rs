@@ -7,7 +7,7 @@ use crate::calibration::Calibration;
 use crate::draft::{Drafting, Inputs, Limits};
 use crate::drafter::Shared;
 use crate::index::{Index, grown};
-use crate::knowledge::Stats;
+use crate::knowledge::{Stats, lock};
 use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
 use crate::soft::{Recent, SOFT_ORDERS, TopK};
@@ -239,16 +239,17 @@ impl Sequence {
 
     /// Drafts continuations.
     pub fn draft(&mut self, limits: Limits) -> &DraftTree {
-        self.start_draft(limits);
-        self.grow_draft(limits, limits.max_nodes);
+        self.start_draft(limits, limits.max_nodes);
         self.end_draft(limits.max_nodes)
     }
 
-    /// Starts a draft that comes in several pieces, and returns its number.
-    pub fn start_draft(&mut self, limits: Limits) -> u64 {
+    /// Drafts at most `nodes` of the nodes that `limits` allow, and returns the draft's number.
+    pub fn start_draft(&mut self, limits: Limits, nodes: usize) -> u64 {
         self.drafts += 1;
         self.calibration.start(self.model.ages(self.past.len()));
-        self.with_inputs(limits, |drafting, inputs| drafting.start(inputs));
+        let mut scratch = lock(&self.shared.scratch).pop().unwrap_or_default();
+        self.with_inputs(limits, |drafting, inputs| drafting.draft(nodes, inputs, &mut scratch));
+        lock(&self.shared.scratch).push(scratch);
         self.drafts
     }
 
@@ -265,12 +266,6 @@ impl Sequence {
     /// Whether the outcome of the last draft is not known yet.
     pub fn awaits_outcome(&self) -> bool {
         self.drafting.awaits_outcome()
-    }
-
-    /// Grows the draft to at most `nodes` nodes. `limits` are those it was started with.
-    pub fn grow_draft(&mut self, limits: Limits, nodes: usize) -> &DraftTree {
-        self.with_inputs(limits, |drafting, inputs| drafting.grow(nodes, inputs));
-        self.drafting.tree()
     }
 
     /// Ends the draft with at most `nodes` nodes: tree and learning are those of a draft of so many.
@@ -442,11 +437,10 @@ mod tests {
             let (mut one, mut two) = (begin(&drafter, &ledger, prompt), begin(&drafter, &ledger, prompt));
             for output in output.chunks(4) {
                 let limits = Limits::nodes(64);
-                one.start_draft(limits);
                 let mut most = 0;
                 for &piece in &pieces {
                     most = most.max(piece);
-                    one.grow_draft(limits, most);
+                    one.start_draft(limits, most);
                 }
                 let cut = cut.min(most);
                 let grown = one.drafting.tree().len();

@@ -62,6 +62,7 @@ pub struct Plan {
 enum Stage {
     #[default]
     First,
+    /// Drafts again, and more, for those that could do with it.
     More,
 }
 
@@ -176,18 +177,14 @@ impl Work {
         let mut slot = lock(&self.slots[item]);
         let slot = &mut *slot;
         let request = &self.requests[item];
-        let done = match self.stage {
-            Stage::First => self.first(request, item, slot),
-            Stage::More => self.more(request, item, slot),
-        };
-        if let Err(failure) = done {
+        if let Err(failure) = self.serve(request, item, slot) {
             slot.tree.clear();
             slot.failure = Some(failure);
         }
     }
 
-    fn first(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
-        if self.extend {
+    fn serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
+        if self.extend && self.stage == Stage::First {
             let range = self.offsets[item]..self.offsets[item + 1];
             let tokens = &self.tokens[range.clone()];
             let rows = range.start * self.k..range.end * self.k;
@@ -206,24 +203,13 @@ impl Work {
         if self.draft {
             let limits = self.plans[item].limits;
             request.with_ready(|sequence| {
-                slot.draft = sequence.start_draft(limits);
-                sequence.grow_draft(limits, slot.target);
+                slot.draft = sequence.start_draft(limits, slot.target);
                 let shared = self.total_nodes.is_some();
                 let tree = if shared { sequence.tree() } else { sequence.end_draft(limits.max_nodes) };
                 slot.tree.copy_from(tree);
             })?;
         }
         Ok(())
-    }
-
-    fn more(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
-        let grown = request.with_ready(|sequence| {
-            // unless someone else has drafted meanwhile
-            if sequence.drafts() == slot.draft {
-                slot.tree.copy_from(sequence.grow_draft(self.plans[item].limits, slot.target));
-            }
-        });
-        grown.map(|_| ())
     }
 
     /// Gives the most probable nodes to their requests, and lists the requests that might do with more than they

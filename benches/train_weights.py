@@ -2,10 +2,10 @@
 
 Usage: train_weights.py TRACES_FOLDER STORE_FILE OUT
 
-Requests of permissively licensed records are replayed in random order, with and without the datastore, with and
-without earlier requests, some with a predicted output. In the first half of the run, what one request learns is
-handed on to the next whole; in the second half a small share of it, so that the weights settle where requests that
-start from them are right in the mean. They are averaged over the last quarter.
+Requests of permissively licensed records are replayed in random order, with and without the datastore, with
+and without earlier requests, some with a predicted output. In the first half of the run, what one request
+learns is handed on to the next whole; in the second half a small share of it, so that the weights settle
+where requests that start from them are right in the mean. They are averaged over the last quarter.
 TRACES_FOLDER holds dev/*.jsonl.xz and prepare_tokens.py, which tokenises.
 """
 
@@ -107,6 +107,7 @@ def main(traces: str, store: str, out: str) -> None:
     for at, (request, end) in enumerate(generations * REPEATS):
         order.insert(2 * at * (step + 1), (request, lambda e=end: Drafter(end_token_ids=[e], **private)))
         order.insert(2 * at * (step + 1) + step, (request, lambda: warm))
+    (name,) = warm.state_dict()
     rates, floats, mean = None, None, 0.0
     for index, (request, make) in enumerate(order):
         drafter = make()
@@ -114,7 +115,7 @@ def main(traces: str, store: str, out: str) -> None:
             drafter.load_state_dict({name: packed(rates, floats)})
         with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
             Replay(BUDGET).follow(sequence, request)
-            ((name, learned),) = sequence.state_dict().items()
+            (learned,) = sequence.state_dict().values()
         after = np.frombuffer(learned, "<u2", 2 * RATES).reshape(-1, 2).astype(float)
         biases = np.frombuffer(learned, "<f4", offset=4 * RATES).astype(float)
         share = 1.0 if index < len(order) // 2 else SHARE

@@ -97,8 +97,8 @@ def test_end_tokens_outside_the_vocabulary_are_refused():
 
 @pytest.mark.parametrize("weights", [b"", b"x" * 20256])
 def test_other_weights_are_refused(weights):
-    with pytest.raises(InvalidArgumentError, match="weights"):
-        Drafter(weights=weights)
+    with pytest.raises(InvalidArgumentError, match="state"):
+        Drafter().load_state_dict({"weights.v2": weights})
 
 
 def test_weights_carry_over():
@@ -106,8 +106,10 @@ def test_weights_carry_over():
     for _ in range(20):
         sequence.draft()
         sequence.extend([4, 1, 2])
-    assert Drafter(weights=sequence.weights).begin(IDS).weights == sequence.weights
-    assert Drafter().begin(IDS).weights != sequence.weights
+    drafter = Drafter()
+    assert drafter.begin(IDS).state_dict() != sequence.state_dict()
+    drafter.load_state_dict(sequence.state_dict())
+    assert drafter.begin(IDS).state_dict() == sequence.state_dict()
 
 
 @pytest.mark.parametrize("budget", [-1, 1025, 10**9, 10**30])
@@ -141,7 +143,7 @@ def test_a_closed_sequence_refuses_work():
         lambda: sequence.extend([1]),
         lambda: sequence.token_ids,
         lambda: sequence.memory_bytes,
-        lambda: sequence.weights,
+        lambda: sequence.state_dict(),
         lambda: len(sequence),
     ):
         with pytest.raises(ClosedError, match="closed"):

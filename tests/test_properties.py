@@ -38,7 +38,7 @@ class Drafting(RuleBasedStateMachine):
 
     @rule(sequence=sequences, max_nodes=st.sampled_from([0, 1, 2, 5, 16, 64, 1024]))
     def draft(self, sequence, max_nodes):
-        tree = sequence.draft(max_nodes)
+        tree = sequence.draft(max_nodes, min_prob=0.0)
         check_draft(self.histories[sequence], {END}, tree, max_nodes)
         self.logs[sequence].append(("draft", max_nodes))
 
@@ -114,8 +114,8 @@ def test_a_repetition_is_drafted_on_its_second_appearance(before, token):
 @settings(deadline=None)
 def test_everything_that_followed_the_last_token_is_drafted(followers):
     history = [token for follower in followers for token in (0, follower)]
-    drafted = paths(Drafter().begin([*history, 0]).draft(1024))
-    assert {path[0] for path in drafted} == set(followers)
+    drafted = paths(Drafter().begin([*history, 0]).draft(1024, min_prob=0.0))
+    assert {path[0] for path in drafted} >= set(followers)
 
 
 def test_trees_keep_their_form_while_the_weights_are_learned():

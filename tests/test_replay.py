@@ -109,6 +109,8 @@ def test_the_command_writes_a_table_and_json(tmp_path, capsys):
             "draft_us_p50",
             "draft_us_p99",
             "append_us_per_token",
+            "sources",
+            "reliability",
         ),
     }
     assert "copy" in capsys.readouterr().out

@@ -47,10 +47,10 @@ def test_tests_run_on_a_release_build():
 
 
 def test_everything_compiled_is_public_somewhere():
-    from sssd import datastore
+    from sssd import datastore, hardware
 
     names = {name for name in dir(_core) if isinstance(getattr(_core, name), type)}
-    assert names <= set(sssd.__all__) | set(datastore.__all__)
+    assert names <= set(sssd.__all__) | set(datastore.__all__) | set(hardware.__all__)
 
 
 def test_classes_are_frozen():

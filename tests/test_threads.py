@@ -18,11 +18,13 @@ def decode(drafter, seed):
     """Trees of a request whose tokens depend on the seed alone."""
     tokens = np.random.default_rng(seed).integers(0, 12, 2000)
     trees = []
-    with drafter.begin(tokens[:500]) as sequence:
-        for start in range(500, 2000, 3):
-            tree = sequence.draft(16)
-            trees.append((tree.token_ids.tolist(), tree.probs.tolist()))
-            sequence.extend(tokens[start : start + 3])
+    sequence = drafter.begin(tokens[:500])
+    for start in range(500, 2000, 3):
+        tree = sequence.draft(16)
+        trees.append((tree.token_ids.tolist(), tree.probs.tolist()))
+        sequence.extend(tokens[start : start + 3])
+    # closed, not finished: nobody learns from it
+    sequence.close()
     return trees
 
 

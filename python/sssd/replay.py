@@ -79,7 +79,7 @@ class Replay:
         response = request.response_ids
         self.requests += 1
         self.tokens += max(len(response) - 1, 0)
-        sequence.extend(response[:1], *_topk(request, 0, 1))
+        extend(sequence, request, 0, 1)
         position = 1
         while position < len(response):
             start = perf_counter_ns()
@@ -88,9 +88,8 @@ class Replay:
             path = accepted_path(tree, response[position:])
             self._count(tree, path)
             end = min(position + len(path) + 1, len(response))
-            appended, topk = response[position:end], _topk(request, position, end)
             start = perf_counter_ns()
-            sequence.extend(appended, *topk)
+            extend(sequence, request, position, end)
             self.append_ns += perf_counter_ns() - start
             position = end
 
@@ -137,10 +136,14 @@ def _counts(counts: NDArray[np.float64]) -> dict[str, float]:
     return {"drafted": int(counts[0]), "accepted": int(counts[1]), "predicted": float(counts[2])}
 
 
-def _topk(request: Request, start: int, end: int) -> tuple[Any, Any]:
+def extend(sequence: Sequence, request: Request, start: int, end: int) -> None:
+    """Appends the response from ``start`` to ``end``, with the target's probabilities if recorded."""
     if request.topk_ids is None or request.topk_probs is None:
-        return None, None
-    return request.topk_ids[start:end], request.topk_probs[start:end]
+        sequence.extend(request.response_ids[start:end])
+    else:
+        sequence.extend(
+            request.response_ids[start:end], request.topk_ids[start:end], request.topk_probs[start:end]
+        )
 
 
 def accepted_path(tree: DraftTree, recording: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -171,9 +174,9 @@ def read_trace(path: Path, tokenize: Tokenize | None = None) -> Iterator[Request
     """Requests of a JSON Lines file, plain, .gz or .xz.
 
     Args:
-        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and ``response``;
-            with ids also ``topk_ids`` and ``topk_probs`` (per response token) and ``prediction_ids``, if there
-            are any.
+        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and
+            ``response``; with ids also ``topk_ids`` and ``topk_probs`` (per response token) and
+            ``prediction_ids``, where they were recorded.
         tokenize: turns a text into token ids; needed for texts.
 
     Raises:

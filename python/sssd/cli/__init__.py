@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "generate", "replay", "build", "info", "verify", "query")
+COMMANDS = ("demo", "generate", "replay", "profile", "simulate", "build", "info", "verify", "query")
 """Modules of this package, in the order in which ``--help`` lists them."""
 
 

@@ -48,7 +48,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that ``generate`` and ``demo`` share."""
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--max-nodes", type=int, default=16, metavar="N", help="draft tree size (default: %(default)s)"
+        "--max-nodes", type=int, metavar="N", help="draft tree size (default: what pays on this machine)"
     )
 
 
@@ -130,7 +130,7 @@ def decode(
     prompt: str,
     chat: bool,
     max_new_tokens: int,
-    max_nodes: int,
+    max_nodes: int | None,
     compare: bool,
 ) -> Outcome:
     """Decodes one prompt greedily with drafts and, if asked, first with ``model.generate`` alone."""
@@ -145,7 +145,7 @@ def decode(
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     start = inputs["input_ids"].shape[1]
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "temperature": None,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,14 @@ from transformers.generation import (
 )
 from transformers.generation import logits_process as processors
 
-from sssd._core import Drafter, DraftTree
+from sssd._core import Drafter, DraftTree, Sequence
 from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedModelError
-from sssd.hf.verify import AttentionMasks, TreeCache, cannot_roll_back, check_model
+from sssd.hardware.budget import Budget, RowBudget
+from sssd.hardware.curve import CostCurve
+from sssd.hf.passes import Passes
+from sssd.hf.profile import budget_of
+from sssd.hf.static import TOP_K, Answer
+from sssd.hf.verify import cannot_roll_back, check_model
 
 _ROWWISE = {
     processors.MinLengthLogitsProcessor,
@@ -46,6 +52,9 @@ _STATEFUL = (
 """Processors that remember earlier calls of the whole batch, whose rows therefore must not drift apart."""
 
 _warned: set[type] = set()
+
+_EXPECTED_TOKENS, _TREE_ROOM = 4096, 64
+_EMPTY = DraftTree([], [])
 
 
 @dataclass
@@ -82,7 +91,9 @@ def generate(
     input_ids: Any = None,
     drafter: Any = None,
     *,
-    max_nodes: int = 16,
+    max_nodes: int | None = None,
+    cost: CostCurve | None = None,
+    fast_path: bool = True,
     generation_config: Any = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
@@ -107,8 +118,13 @@ def generate(
             are decoded without drafts, with one warning.
         input_ids: Int64 [B, L] prompt tokens, padded on the left with ``attention_mask`` given as usual.
         drafter: An ``sssd.Drafter``; by default a new one for this call.
-        max_nodes: Largest draft tree per row and step; 0 decodes without drafts. The default suits a CPU and
-            small models; a GPU with few rows verifies 32 to 64 nodes at almost the price of one.
+        max_nodes: Nodes of each row's draft tree; 0 decodes without drafts. By default each step's trees are
+            as large as pays by the times of verify passes on this machine (``docs/hardware.md``), and nothing
+            is drafted where nothing pays.
+        cost: Those times. By default what ``python -m sssd profile`` measured for the model on this machine,
+            or an estimate; corrected by the times of steps in any case. Not together with ``max_nodes``.
+        fast_path: Whether verify passes of known models may run on sssd's own code (``sssd.hf.fast``), which
+            on a CPU holds a second, reordered copy of the weights.
         generation_config: As in ``model.generate``.
         logits_processor: As in ``model.generate``. Called on the walk only, with each token's own prefix.
         stopping_criteria: As in ``model.generate``. Evaluated after every token; nothing follows a stop.
@@ -119,13 +135,21 @@ def generate(
         Int64 [B, L + new tokens], or a :class:`GenerateResult` with ``return_dict_in_generate=True``.
 
     Raises:
-        InvalidArgumentError: ``max_nodes`` is not an integer >= 0.
+        InvalidArgumentError: ``max_nodes`` is not an integer >= 0, ``cost`` is no cost curve, or both are
+            given.
         UnsupportedModelError: The model, its cache or an option (beam search, assisted decoding, attention or
             hidden state outputs, static or quantized caches, scores of several rows) cannot be verified.
         InvalidTokenError: The drafter proposed tokens outside the model's vocabulary.
     """
-    if not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or max_nodes < 0:
+    if max_nodes is not None and (
+        not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or max_nodes < 0
+    ):
         raise InvalidArgumentError(f"max_nodes must be an integer >= 0, not {max_nodes!r}")
+    if cost is not None and not isinstance(cost, CostCurve):
+        raise InvalidArgumentError(f"cost must be a sssd.hardware.CostCurve, not {type(cost).__name__}")
+    if cost is not None and max_nodes is not None:
+        raise InvalidArgumentError("give max_nodes or cost, not both")
+    own = {"drafter": drafter, "max_nodes": max_nodes, "cost": cost, "fast_path": fast_path}
     if hasattr(generation_config, "_eos_token_tensor"):  # transformers calls, everything is prepared
         withheld = _withheld_arguments(model)
         return _decode(
@@ -135,8 +159,7 @@ def generate(
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             streamer=streamer or withheld.pop("streamer", None),
-            drafter=drafter,
-            max_nodes=max_nodes,
+            **own,
             **withheld,
             **kwargs,
         )
@@ -156,7 +179,7 @@ def generate(
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         streamer=streamer,
-        custom_generate=partial(_decode, streamer=streamer, drafter=drafter, max_nodes=max_nodes),
+        custom_generate=partial(_decode, streamer=streamer, **own),
         **kwargs,
     )
 
@@ -183,7 +206,9 @@ def _decode(
     stopping_criteria: Any,
     streamer: Any,
     drafter: Any,
-    max_nodes: int,
+    max_nodes: int | None,
+    cost: CostCurve | None,
+    fast_path: bool,
     assistant_model: Any = None,
     synced_gpus: Any = None,
     **model_kwargs: Any,
@@ -217,10 +242,21 @@ def _decode(
     check_model(model)
     with ExitStack() as stack:
         decoder = _Decoder(
-            model, input_ids, generation_config, logits_processor, stopping_criteria, streamer, model_kwargs
+            model,
+            input_ids,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+            model_kwargs,
+            fast_path,
         )
+        stack.callback(decoder.passes.close)
+        budget = None
+        if max_nodes is None:
+            budget = Budget(cost) if cost is not None else budget_of(model, decoder.passes)
         decoder.begin(drafter, stack)
-        decoder.run(max_nodes)
+        decoder.run(max_nodes, budget)
     return decoder.result()
 
 
@@ -251,6 +287,7 @@ class _Row:
     ids: Any
     """Int64 [1, length] of prompt and output; follows the output only if somebody looks at it."""
     sequence: Any = None
+    budget: RowBudget = field(default_factory=RowBudget)
     tokens: list[int] = field(default_factory=list)
     drafted_tokens: list[bool] = field(default_factory=list)
     scores: list[Any] = field(default_factory=list)
@@ -273,6 +310,7 @@ class _Decoder:
         criteria: Any,
         streamer: Any,
         inputs: Any,
+        fast_path: bool,
     ) -> None:
         self.model, self.config, self.streamer, self.input_ids = model, config, streamer, input_ids
         self.batch = input_ids.shape[0]
@@ -304,7 +342,8 @@ class _Decoder:
         self.needs_batch = self.batch > 1 and not rowwise
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.streamed = 0
-        self._prepare(inputs)
+        self.answer: Answer | None = None
+        self._prepare(inputs, fast_path)
 
     def _refuse_options(self, inputs: dict[str, Any]) -> None:
         config = self.config
@@ -334,7 +373,7 @@ class _Decoder:
         if other:
             raise UnsupportedModelError(f"model inputs beside text are not supported: {', '.join(other)}")
 
-    def _prepare(self, inputs: dict[str, Any]) -> None:
+    def _prepare(self, inputs: dict[str, Any], fast_path: bool) -> None:
         """Sets up cache, positions and rows."""
         ids, mask, positions = self.input_ids, inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and bool(mask.all()):
@@ -356,10 +395,12 @@ class _Decoder:
         self.positions = positions[:, -self.fresh.shape[1] :].expand(self.batch, -1)
         self.mask = mask
         self.logits_to_keep = {"logits_to_keep": 1} if inputs.get("logits_to_keep") is not None else {}
-        self.cache = TreeCache(self.batch, None if mask is None else mask.bool())
+        # room for the whole text and a tree, unless the length is a mere bound
+        room = total + min((self.max_length or total) - ids.shape[1], _EXPECTED_TOKENS) + _TREE_ROOM
+        self.passes = Passes(self.model, self.batch, None if mask is None else mask.bool(), room, fast_path)
+        self.cache = self.passes.cache
         if self.user_cache is not None:
             self.cache.load(self.user_cache)
-        self.masks = AttentionMasks(self.model)
         prompts = ids.tolist()
         if mask is not None:
             kept = mask[:, -ids.shape[1] :].bool().tolist()
@@ -377,13 +418,48 @@ class _Decoder:
             drafter = Drafter(vocab_size=self.vocab_size, end_token_ids=sorted(self.end_ids))
         for row in self.rows:
             row.sequence = stack.enter_context(drafter.begin(row.prompt))
+        # the target's probabilities teach the drafter; made-up sequences need not know how
+        self.feeds_back = all(isinstance(row.sequence, Sequence) for row in self.rows)
+        self.draft_vocab_size = getattr(drafter, "vocab_size", None) or self.vocab_size
 
-    def run(self, max_nodes: int) -> None:
-        """Decodes until every row has stopped."""
+    def run(self, max_nodes: int | None, budget: Budget | None) -> None:
+        """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``budget`` says."""
+        if budget is not None:
+            for row in self.rows:
+                row.budget = budget.row()
         self._advance([None] * self.batch, self._prefill())
         while self.active:
-            trees = [self._draft(row, max_nodes) for row in self.active]
+            started = perf_counter()
+            if budget is None:
+                trees = [self._draft(row, max_nodes or 0) for row in self.active]
+                self._advance(trees, self._verify(trees))
+                continue
+            batch = len(self.active)
+            context = sum(self.cache.lengths) / batch
+            before = sum(len(row.tokens) for row in self.active)
+            rows, trees = self.active, self._sized(budget, context)
+            drafted = perf_counter()
             self._advance(trees, self._verify(trees))
+            budget.observe(
+                batch=batch,
+                size=self.passes.width(max(0 if tree is None else len(tree) for tree in trees)) - 1,
+                context=context,
+                seconds=perf_counter() - drafted,
+                tokens=sum(len(row.tokens) for row in rows) - before,
+                draft_seconds=drafted - started,
+            )
+
+    def _sized(self, budget: Budget, context: float) -> list[DraftTree | None]:
+        """Drafts as large as pays."""
+        states = [row.budget for row in self.active]
+        limits = budget.limits(states, context)
+        options = {"min_prob": budget.min_prob} if self.feeds_back else {}
+        trees = [self._draft(row, limit, **options) for row, limit in zip(self.active, limits, strict=True)]
+        counts = budget.allocate(trees, context, states)
+        return [
+            tree.first(count) if tree is not None and count else None
+            for tree, count in zip(trees, counts, strict=True)
+        ]
 
     def _prefill(self) -> Any:
         total = self.fresh.shape[1]
@@ -405,10 +481,10 @@ class _Decoder:
         self.cache.lengths = [past + total - 1] * self.batch
         return logits
 
-    def _draft(self, row: _Row, max_nodes: int) -> DraftTree | None:
+    def _draft(self, row: _Row, max_nodes: int, **options: float) -> DraftTree | None:
         if max_nodes == 0 or self._is_full(row, more=1):
             return None
-        tree: DraftTree = row.sequence.draft(max_nodes)
+        tree: DraftTree = row.sequence.draft(max_nodes, **options)
         if len(tree) == 0:
             return None
         if tree.token_ids.max() >= self.vocab_size or tree.token_ids.min() < 0:
@@ -417,9 +493,11 @@ class _Decoder:
 
     def _verify(self, trees: list[DraftTree | None]) -> Any:
         """Returns the logits [B, 1 + nodes, vocabulary] after the last token and every node."""
-        batch, count = len(trees), 1 + max(0 if tree is None else len(tree) for tree in trees)
+        batch = len(trees)
+        count = self.passes.width(max(0 if tree is None else len(tree) for tree in trees))
         ids = np.empty((batch, count), dtype=np.int64)
         depths = np.zeros((batch, count), dtype=np.int64)
+        parents = np.full((batch, count), -1, dtype=np.int64)
         tree_mask = np.zeros((batch, count, count), dtype=np.bool_)
         for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
             ids[i] = row.tokens[-1]
@@ -431,23 +509,27 @@ class _Decoder:
                 row.drafted += n
                 ids[i, 1 : n + 1] = tree.token_ids
                 depths[i, 1 : n + 1] = tree.depths
+                parents[i, 1 : n + 1] = tree.parents + 1
                 tree_mask[i, : n + 1, : n + 1] = tree.attention_mask()
         starts = np.array([row.position for row in self.active], dtype=np.int64)[:, None]
-        device = self.input_ids.device
-        block = torch.from_numpy(np.stack([ids, depths, starts + depths])).to(device)
-        mask = self.masks.build(self.cache, torch.from_numpy(tree_mask).to(device), block[1])
-        return self.model(
-            input_ids=block[0],
-            attention_mask=mask,
-            position_ids=block[2],
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        ).logits
+        greedy = not self.picks_alone
+        logits, self.answer = self.passes.run(ids, depths, starts + depths, tree_mask, parents, accept=greedy)
+        return logits
 
     def _advance(self, trees: list[DraftTree | None], logits: Any) -> None:
         """Appends what the target chose, commits it to cache and drafter, and drops finished rows."""
-        targets = None if self.picks_alone else logits.argmax(-1).cpu().numpy()
+        answer, self.answer = self.answer, None
+        targets = topk = None
+        if answer is not None:
+            targets = answer.targets
+        elif not self.picks_alone:
+            targets = logits.argmax(-1).cpu().numpy()
+        if self.feeds_back:
+            # padding of the vocabulary is no token to the drafter
+            if answer is not None and self.draft_vocab_size >= self.vocab_size:
+                topk = answer.topk_ids, answer.topk_probs
+            else:
+                topk = _topk(logits[..., : self.draft_vocab_size])
         kept = []
         for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
             before = len(row.tokens)
@@ -460,6 +542,9 @@ class _Decoder:
                     break
             kept.append(offsets)
             if not self._ended(row):
+                if topk is not None:
+                    size = 1 if tree is None else len(tree) + 1
+                    row.sequence.feedback(tree or _EMPTY, topk[0][i, :size], topk[1][i, :size])
                 row.sequence.extend(row.tokens[before:])
         self.cache.commit(kept)
         self._stream()
@@ -577,6 +662,18 @@ class _Decoder:
             accepted_per_row=accepted,
             accepted_mask=torch.tensor([mask + [False] * (new.shape[1] - len(mask)) for mask in masks]),
         )
+
+
+def _topk(logits: Any) -> tuple[Any, Any]:
+    """The target's most probable tokens, int64 [B, T, k], and their probabilities, float32 [B, T, k]."""
+    values, ids = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
+    # the sum over the vocabulary needs no other precision than its largest terms
+    probs = (values.float() - logits.logsumexp(-1, keepdim=True).float()).exp_().clamp_(max=1.0)
+    # rounding may lift a sum above 1
+    probs /= probs.sum(-1, keepdim=True).clamp_(min=1.0)
+    both = torch.cat([ids.double(), probs.double()], dim=-1).cpu().numpy()
+    k = ids.shape[-1]
+    return both[..., :k].astype(np.int64), both[..., k:].astype(np.float32)
 
 
 def _accept(tree: DraftTree | None, targets: Any) -> Iterable[tuple[int, int, bool]]:

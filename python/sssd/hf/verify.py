@@ -30,18 +30,19 @@ class _TreeLayer(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.buffers:
             self.dtype, self.device = key_states.dtype, key_states.device
-            self.buffers = [
-                states.new_empty(*states.shape[:2], 0, states.shape[3])
-                for states in (key_states, value_states)
-            ]
+            self.buffers = self.cache.make_buffers(self, key_states, value_states)
             self.is_initialized = True
         end = max(self.cache.lengths) + key_states.shape[2]
-        for i, states in enumerate((key_states, value_states)):
-            if end > self.buffers[i].shape[2]:
-                self.buffers[i] = _grown(self.buffers[i], end)
-            self.cache.write(self.buffers[i], states)
+        self.reserve(end)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            self.cache.write(buffer, states)
         self._expose(end)
         return self.keys, self.values
+
+    def reserve(self, end: int) -> None:
+        """Makes room for ``end`` tokens of each row, at least as many as the cache was made for."""
+        if end > self.buffers[0].shape[2]:
+            self.buffers = [_grown(buffer, end, self.cache.capacity) for buffer in self.buffers]
 
     def _expose(self, end: int) -> None:
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -61,12 +62,18 @@ class TreeCache(Cache):  # type: ignore[misc]
     Args:
         batch_size: Number of rows.
         padding: Bool [batch_size, prompt length], False at padding; None without padding.
+        capacity: Tokens of each row to make room for at once; beyond, the buffers grow.
     """
 
-    def __init__(self, batch_size: int, padding: Any = None) -> None:
+    def __init__(self, batch_size: int, padding: Any = None, capacity: int = 0) -> None:
         super().__init__(layer_class_to_replicate=partial(_TreeLayer, self))
         self.lengths = [0] * batch_size
+        self.capacity = capacity
         self.padding = padding
+
+    def make_buffers(self, layer: Any, *states: Any) -> list[Any]:
+        """Buffers for a layer's keys and values, [B, heads, slots, dim] each; they grow when needed."""
+        return [part.new_empty(*part.shape[:2], 0, part.shape[3]) for part in states]
 
     def write(self, buffer: Any, states: Any) -> None:
         """Copies ``states`` [B, heads, T, dim] to the first T free slots of every row."""
@@ -142,9 +149,10 @@ class TreeCache(Cache):  # type: ignore[misc]
         return rows, torch.tensor(slots, device=device)
 
 
-def _grown(buffer: Any, needed: int) -> Any:
+def _grown(buffer: Any, needed: int, capacity: int) -> Any:
     batch, heads, size, dim = buffer.shape
-    larger = buffer.new_zeros(batch, heads, max(needed + 64, size * 3 // 2), dim)
+    room = capacity if needed <= capacity else max(needed + 64, size * 3 // 2)
+    larger = buffer.new_zeros(batch, heads, room, dim)
     larger[:, :, :size] = buffer
     return larger
 
@@ -162,13 +170,14 @@ class AttentionMasks:
         self._additive = config._attn_implementation == "eager"
         self._dtype = model.dtype
 
-    def build(self, cache: TreeCache, tree_mask: Any, depths: Any) -> Any:
+    def build(self, cache: TreeCache, tree_mask: Any, depths: Any, windows: bool = True) -> Any:
         """Returns the mask of ``[root] + nodes`` against the cached prefix and against one another.
 
         Args:
             cache: The cache before the pass.
             tree_mask: Bool [B, T, T], True where query i may attend to entry j of the block.
             depths: Int64 [B, T], 0 for the root.
+            windows: Whether who gets None applies sliding windows itself, as models do.
 
         Returns:
             A mask [B, 1, T, S + T], S the longest cached row: bool (True = attend) for sdpa, additive for
@@ -177,16 +186,35 @@ class AttentionMasks:
         """
         count = depths.shape[1]
         lengths = cache.lengths
-        if count == 1 and cache.padding is None and len(set(lengths)) == 1:
+        if count == 1 and cache.padding is None and len(set(lengths)) == 1 and (windows or not self._windows):
             return None
         end = max(lengths) + count
-        slots = torch.arange(-(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT, device=depths.device)
-        starts = torch.tensor(lengths, device=depths.device)[:, None]
+        # rows of a mask are allocated in multiples, and only then cut
+        aligned = -(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT
+        starts = torch.tensor(lengths, device=depths.device)
+        return self.assemble(aligned, starts, tree_mask, depths, cache.padding, end)
+
+    def assemble(
+        self, span: int, starts: Any, tree_mask: Any, depths: Any, padding: Any = None, end: int | None = None
+    ) -> Any:
+        """The mask over the first ``span`` slots, cut to ``end``, from tensors only: fit for a CUDA graph.
+
+        Args:
+            span: Slots to look at, a multiple of 16.
+            starts: Int64 [B], tokens of each row in the cache.
+            tree_mask: As in :meth:`build`, like the following.
+            depths: See above.
+            padding: Bool [B, prompt length], False at padding, or None.
+            end: Slots of the result; all of ``span`` if left out.
+        """
+        count = depths.shape[1]
+        slots = torch.arange(span, device=depths.device)
+        starts = starts[:, None]
         offsets = slots - starts
         in_prefix = offsets < 0
-        if cache.padding is not None:
-            width = cache.padding.shape[1]
-            in_prefix[:, :width] &= cache.padding
+        if padding is not None:
+            width = padding.shape[1]
+            in_prefix[:, :width] &= padding
         in_block = (offsets >= 0) & (offsets < count)
         offsets = offsets.clamp(0, count - 1)
         allowed = tree_mask.gather(2, offsets[:, None].expand(-1, count, -1))

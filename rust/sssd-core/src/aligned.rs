@@ -66,7 +66,7 @@ impl Aligned {
         if let Some(next) =
             self.next.filter(|&next| tokens.get(next as usize) == tokens.last() && next < last)
         {
-            self.next = Some(next + 1);
+            self.next = Some(next + 1).filter(|&next| next != self.predicted);
             self.run = self.run.saturating_add(1);
             self.astray = 0;
             return;

@@ -7,6 +7,7 @@ use crate::knowledge::{Knowledge, Stats};
 use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
 use crate::sequence::Sequence;
+use crate::soft::WORDS as SOFT_WORDS;
 use crate::{Corpus, Token};
 
 /// Starts sequences.
@@ -33,12 +34,44 @@ impl Drafter {
         mut charge: Charge,
     ) -> Result<Self, MemoryFull> {
         charge.resize(knowledge.most_bytes())?;
-        Ok(Self { shared: Arc::new(Shared { end_tokens, store, knowledge, scratch: Mutex::default(), _charge: charge }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                end_tokens,
+                store,
+                knowledge,
+                scratch: Mutex::default(),
+                _charge: charge,
+            }),
+        })
     }
 
-    /// What its sequences share.
-    pub fn knowledge(&self) -> &Knowledge {
-        &self.shared.knowledge
+    /// Bytes that what its sequences share may come to.
+    pub fn most_bytes(&self) -> usize {
+        self.shared.knowledge.most_bytes()
+    }
+
+    /// The documents of the live store, oldest first, and how often each was of use lately.
+    pub fn documents(&self) -> Vec<(Vec<Token>, u32)> {
+        self.shared.knowledge.live.documents()
+    }
+
+    /// What the target held probable, as entries of a table, with their places.
+    pub fn soft_entries(&self) -> Vec<(u64, [u64; SOFT_WORDS])> {
+        self.shared.knowledge.soft.entries()
+    }
+
+    /// Takes over what another drafter has learned. Entries from a table of another size are of no use, and those with
+    /// tokens from `limit` on are left out.
+    pub fn restore(
+        &self,
+        model: Model,
+        documents: &[(Vec<Token>, u32)],
+        soft: &[(u64, [u64; SOFT_WORDS])],
+        limit: Token,
+    ) {
+        self.set_model(model);
+        self.shared.knowledge.live.restore(documents);
+        self.shared.knowledge.soft.restore(soft, limit);
     }
 
     /// How many sequences there are.

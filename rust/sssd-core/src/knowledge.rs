@@ -10,8 +10,8 @@ use crate::soft::SoftTable;
 
 /// Shared by the requests that may know of one another.
 pub struct Knowledge {
-    pub live: LiveStore,
-    pub soft: SoftTable,
+    pub(crate) live: LiveStore,
+    pub(crate) soft: SoftTable,
     model: Mutex<Arc<Model>>,
     stats: Mutex<Stats>,
 }
@@ -21,19 +21,23 @@ pub struct Knowledge {
 pub struct Stats {
     /// Drafts whose outcome is known.
     pub drafts: u64,
+    /// In the order of [`crate::SOURCES`].
     pub sources: [SourceStats; source::COUNT],
 }
 
 /// How the nodes fared to whose probability one source contributed most.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SourceStats {
+    /// Nodes drafted.
     pub drafted: u64,
+    /// Nodes accepted.
     pub accepted: u64,
     /// Sum of their probabilities: how many were expected to be accepted.
     pub predicted: f64,
 }
 
 impl Stats {
+    /// Adds the counts of others.
     pub fn add(&mut self, other: &Self) {
         self.drafts += other.drafts;
         for (own, other) in self.sources.iter_mut().zip(&other.sources) {
@@ -60,6 +64,7 @@ impl Knowledge {
         Arc::clone(&lock(&self.model))
     }
 
+    /// Replaces the weights that sequences start with.
     pub fn set_model(&self, model: Model) {
         *lock(&self.model) = Arc::new(model);
     }

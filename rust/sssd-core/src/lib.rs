@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod aligned;
+mod budget;
 mod calibration;
 mod corpus;
 mod draft;
@@ -19,6 +20,7 @@ mod sequence;
 mod soft;
 mod tree;
 
+pub use budget::{CostError, Layout, PassCosts};
 pub use corpus::{Corpus, Match};
 pub use draft::Limits;
 pub use drafter::Drafter;

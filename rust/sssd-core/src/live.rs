@@ -113,10 +113,6 @@ impl LiveStore {
         ((ring.end - ring.start) as usize - ring.documents.len(), ring.documents.len())
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len().1 == 0
-    }
-
     /// Bytes that it may come to hold.
     pub fn most_bytes(&self) -> usize {
         self.capacity * BYTES
@@ -307,13 +303,12 @@ mod tests {
     fn matches(store: &LiveStore, context: &[Token]) -> Vec<(u32, Vec<Token>)> {
         let mut found = Vec::new();
         store.matches(context, 32, 64, &mut found);
-        let text = |found: &Match| {
-            let mut text = vec![0; 4];
-            text.truncate(store.continuation(found.position, &mut text.clone()));
-            store.continuation(found.position, &mut text);
-            (found.length, text)
+        let mut out = [0; 4];
+        let mut read = |m: &Match| {
+            let count = store.continuation(m.position, &mut out);
+            (m.length, out[..count].to_vec())
         };
-        found.iter().map(text).collect()
+        found.iter().map(&mut read).collect()
     }
 
     #[test]

@@ -11,7 +11,6 @@ use crate::knowledge::{Stats, lock};
 use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
 use crate::soft::{Recent, SOFT_ORDERS, TopK};
-use crate::tree::ROOT;
 use crate::{DraftTree, Token};
 
 /// Drafts after which their counts are handed on.
@@ -201,9 +200,9 @@ impl Sequence {
     fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {
         let table = &self.shared.knowledge.soft;
         if let Some(soft) = soft {
-            let (ids, probs) = soft.row(row);
-            table.insert(self.newest_first(), ids, probs);
-            self.recent.update(ids.iter().copied().zip(probs.iter().copied()), token);
+            let best = soft.best(row);
+            table.insert(self.newest_first(), &best);
+            self.recent.update(best.tokens().iter().copied(), token);
         } else if !table.is_empty() {
             // what `feedback` has just told
             let mut found = [None; SOFT_ORDERS.len()];
@@ -227,10 +226,8 @@ impl Sequence {
                 node = tree.parents[at];
                 Some(tree.token_ids[at])
             });
-            let (ids, probs) = soft.row(row);
-            self.shared.knowledge.soft.insert(path.chain(self.newest_first()), ids, probs);
+            self.shared.knowledge.soft.insert(path.chain(self.newest_first()), &soft.best(row));
         }
-        debug_assert_eq!(ROOT, -1);
     }
 
     fn newest_first(&self) -> impl Iterator<Item = Token> + '_ {
@@ -306,9 +303,11 @@ impl Sequence {
     /// Gives what is new since the last commit to the live store.
     pub fn commit(&mut self) {
         let tokens = &self.index.tokens()[self.predicted..];
-        // enough of the old to find the new by
-        self.shared.knowledge.commit(&tokens[self.committed.saturating_sub(8)..]);
-        self.committed = tokens.len();
+        if self.committed < tokens.len() {
+            // enough of the old to find the new by
+            self.shared.knowledge.commit(&tokens[self.committed.saturating_sub(8)..]);
+            self.committed = tokens.len();
+        }
     }
 
     /// Ends the request: later ones learn from it.

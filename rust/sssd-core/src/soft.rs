@@ -24,20 +24,50 @@ const SCALE: f32 = 65535.0;
 /// The target's most probable next tokens, for several positions: `k` ids and probabilities each.
 #[derive(Clone, Copy)]
 pub struct TopK<'a> {
+    /// Tokens of each position.
     pub k: usize,
+    /// Their ids, position after position.
     pub ids: &'a [Token],
+    /// Their probabilities, likewise.
     pub probs: &'a [f32],
 }
 
 impl<'a> TopK<'a> {
-    /// The ids and probabilities of one position.
-    pub fn row(&self, row: usize) -> (&'a [Token], &'a [f32]) {
+    /// The most probable tokens of one position, in order.
+    pub(crate) fn best(&self, row: usize) -> Best {
         let range = row * self.k..(row + 1) * self.k;
-        (&self.ids[range.clone()], &self.probs[range])
+        let mut best = Best { tokens: [(0, 0.0); TOP_K], count: 0 };
+        let given = self.ids[range.clone()].iter().zip(&self.probs[range]);
+        for (&id, &prob) in given.filter(|&(_, &prob)| prob > 0.0) {
+            let held = &best.tokens[..best.count];
+            if held.iter().any(|&(token, _)| token == id) {
+                continue;
+            }
+            let place = held.iter().position(|&(_, held)| held < prob).unwrap_or(best.count);
+            if place < TOP_K {
+                best.count = (best.count + 1).min(TOP_K);
+                best.tokens[place..best.count].rotate_right(1);
+                best.tokens[place] = (id, prob);
+            }
+        }
+        best
     }
 
+    /// Number of positions.
     pub fn rows(&self) -> usize {
         self.ids.len().checked_div(self.k).unwrap_or(0)
+    }
+}
+
+/// The most probable tokens of a position.
+pub(crate) struct Best {
+    tokens: [(Token, f32); TOP_K],
+    count: usize,
+}
+
+impl Best {
+    pub fn tokens(&self) -> &[(Token, f32)] {
+        &self.tokens[..self.count]
     }
 }
 
@@ -151,13 +181,12 @@ impl SoftTable {
     }
 
     /// Remembers the target's distribution after `context`, which is given newest first.
-    pub fn insert(&self, context: impl Iterator<Item = Token>, ids: &[Token], probs: &[f32]) {
+    pub fn insert(&self, context: impl Iterator<Item = Token>, best: &Best) {
         if self.buckets == 0 {
             return;
         }
-        let (mut order, mut words) = ([(0u32, 0.0f32); TOP_K], [0u64; WORDS]);
-        let kept = best(ids, probs, &mut order);
-        for (place, &(id, prob)) in order[..kept].iter().enumerate() {
+        let mut words = [0u64; WORDS];
+        for (place, &(id, prob)) in best.tokens().iter().enumerate() {
             words[1 + place / 2] |= u64::from(id) << (32 * (place % 2));
             let prob = (prob * SCALE).round().max(1.0) as u64;
             words[5 + place / 4] |= prob << (16 * (place % 4));
@@ -201,20 +230,6 @@ fn for_each_order(context: impl Iterator<Item = Token>, mut act: impl FnMut(usiz
 /// What tells a bucket's entries apart; never 0.
 fn tag(order: usize, key: u64) -> u32 {
     ((key as u32) << 2 | order as u32).max(1)
-}
-
-/// The most probable tokens, in order; returns how many there are.
-fn best(ids: &[Token], probs: &[f32], out: &mut [(Token, f32); TOP_K]) -> usize {
-    let mut kept = 0;
-    for (&id, &prob) in ids.iter().zip(probs).filter(|&(_, &prob)| prob > 0.0) {
-        let place = out[..kept].iter().position(|&(_, held)| held < prob).unwrap_or(kept);
-        if place < TOP_K {
-            kept = (kept + 1).min(TOP_K);
-            out[place..kept].rotate_right(1);
-            out[place] = (id, prob);
-        }
-    }
-    kept
 }
 
 // An entry's first word: tag (32 bits), writes (8), version (24, odd while the entry is being written).
@@ -271,7 +286,8 @@ mod tests {
     }
 
     fn insert(table: &SoftTable, context: &[Token], ids: &[Token], probs: &[f32]) {
-        table.insert(context.iter().rev().copied(), ids, probs);
+        let best = TopK { k: ids.len(), ids, probs }.best(0);
+        table.insert(context.iter().rev().copied(), &best);
     }
 
     #[test]
@@ -303,14 +319,16 @@ mod tests {
             for writer in 1..3u32 {
                 let table = &table;
                 scope.spawn(move || {
-                    (0..20_000).for_each(|_| insert(table, &[5], &[writer; 8], &[writer as f32 / 16.0; 8]));
+                    (0..20_000).for_each(|_| {
+                        insert(table, &[5], &[writer, writer + 2, writer + 4], &[writer as f32 / 16.0; 3])
+                    });
                 });
             }
             for _ in 0..20_000 {
                 if let Some(soft) = find(&table, &[5])[0] {
                     let writer = soft.ids[0];
-                    assert_eq!(soft.ids, [writer; 8]);
-                    assert!(soft.probs.iter().all(|prob| (prob - writer as f32 / 16.0).abs() < 1e-4));
+                    assert_eq!(soft.ids[..3], [writer, writer + 2, writer + 4]);
+                    assert!(soft.probs[..3].iter().all(|prob| (prob - writer as f32 / 16.0).abs() < 1e-4));
                 }
             }
         });

@@ -162,6 +162,18 @@ impl DraftTree {
         self.probs.iter().map(|&prob| f64::from(prob)).sum()
     }
 
+    /// The tree of the first `nodes` nodes, which is the best tree of that size.
+    pub fn first(&self, nodes: usize) -> Self {
+        let nodes = nodes.min(self.len());
+        Self {
+            token_ids: self.token_ids[..nodes].to_vec(),
+            parents: self.parents[..nodes].to_vec(),
+            depths: self.depths[..nodes].to_vec(),
+            probs: self.probs[..nodes].to_vec(),
+            sources: self.sources[..nodes].to_vec(),
+        }
+    }
+
     /// The child of `parent` with `token`.
     pub fn child(&self, parent: i32, token: Token) -> Option<i32> {
         let first = (parent + 1) as usize;

@@ -302,8 +302,7 @@ impl Step {
             return work.run(0);
         }
         let total = work.total_nodes.filter(|_| work.draft);
-        drop(work);
-        self.stage(crew);
+        self.stage(work, crew);
         let Some(total) = total else { return };
         loop {
             let mut work = self.lock();
@@ -312,13 +311,13 @@ impl Step {
                 return work.cut();
             }
             work.stage = Stage::More;
-            drop(work);
-            self.stage(crew);
+            self.stage(work, crew);
         }
     }
 
-    fn stage(self: &Arc<Self>, crew: &Crew) {
-        let work = self.lock();
+    /// Has the items done. The counters start anew before anybody can see the items: a helper may come late, from an
+    /// earlier stage or step.
+    fn stage(self: &Arc<Self>, work: RwLockWriteGuard<'_, Work>, crew: &Crew) {
         let items = work.todo.len();
         self.left.store(items, Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);

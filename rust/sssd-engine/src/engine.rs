@@ -141,8 +141,8 @@ impl Engine {
         let state = |(name, drafter): (String, Arc<Drafter>)| NamespaceState {
             name,
             weights: drafter.model().to_bytes(),
-            documents: drafter.knowledge().live.documents(),
-            soft: drafter.knowledge().soft.entries(),
+            documents: drafter.documents(),
+            soft: drafter.soft_entries(),
         };
         drafters.into_iter().map(state).collect()
     }
@@ -153,9 +153,7 @@ impl Engine {
         let Some(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
         self.remove_namespace(&state.name);
         let drafter = self.namespace(&state.name)?;
-        drafter.set_model(model);
-        drafter.knowledge().live.restore(&state.documents);
-        drafter.knowledge().soft.restore(&state.soft, limit);
+        drafter.restore(model, &state.documents, &state.soft, limit);
         Ok(true)
     }
 
@@ -194,7 +192,7 @@ impl Engine {
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
         let namespaces = lock(&self.namespaces);
-        let shared = namespaces.values().map(|namespace| namespace.drafter.knowledge().most_bytes());
+        let shared = namespaces.values().map(|namespace| namespace.drafter.most_bytes());
         Memory {
             limit: self.ledger.limit(),
             used: self.ledger.used(),

@@ -64,7 +64,9 @@ pub struct State {
 /// What a namespace has learned.
 #[derive(Debug, Default, PartialEq)]
 pub struct NamespaceState {
+    /// Its name.
     pub name: String,
+    /// The predictor's weights.
     pub weights: Vec<u8>,
     /// Documents of the live store, oldest first, and how often each was of use.
     pub documents: Vec<(Vec<Token>, u32)>,

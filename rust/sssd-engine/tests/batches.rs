@@ -238,3 +238,30 @@ fn namespaces_keep_to_themselves_and_end() {
     assert_eq!(names(), [""]);
     assert_eq!(engine.memory().used, engine.memory().shared);
 }
+
+/// Helpers that come late, after the step that called them, find a step of another size in the same buffers.
+#[test]
+fn late_helpers_do_nothing_twice() {
+    let engine = engine(4);
+    std::thread::scope(|scope| {
+        for callers in 0..3 {
+            let engine = &engine;
+            scope.spawn(move || {
+                let requests: Vec<_> = (0..24).map(|_| begin(engine, &[1, 2, 3])).collect();
+                let mut lengths = [3; 24];
+                for round in 0..3000 {
+                    let count = 8 + (round * 7 + callers) % 17;
+                    let plans = vec![Plan { min_nodes: 0, limits: limits(2) }; count];
+                    let tokens = vec![vec![round as Token % 9]; count];
+                    let total = (round % 2 == 0).then_some(20);
+                    let ask = Ask { requests: &requests[..count], tokens: &tokens, plans, total };
+                    assert!(run(engine, &ask).1.is_empty());
+                    lengths[..count].iter_mut().for_each(|length| *length += 1);
+                    let held =
+                        requests.iter().map(|request| request.with(|sequence| sequence.tokens().len()));
+                    assert!(held.map(Result::unwrap).eq(lengths), "round {round}");
+                }
+            });
+        }
+    });
+}

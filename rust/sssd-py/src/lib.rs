@@ -1,6 +1,7 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
 mod batch;
+mod budget;
 mod datastore;
 mod drafter;
 mod errors;
@@ -18,6 +19,8 @@ mod _core {
 
     #[pymodule_export]
     use batch::PyDraftBatch;
+    #[pymodule_export]
+    use budget::PyPassCosts;
     #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]

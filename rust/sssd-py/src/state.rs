@@ -180,7 +180,7 @@ impl PyDrafter {
         let Some(drafter) = call(py, true, || self.engine.find_namespace(namespace))? else {
             return Err(error(py, "InvalidArgumentError", format!("there is no namespace '{namespace}'")));
         };
-        let documents = call(py, true, || drafter.knowledge().live.documents())?;
+        let documents = call(py, true, || drafter.documents())?;
         builder
             .get()
             .with(py, |builder| documents.iter().try_for_each(|(tokens, _)| builder.add_document(tokens)))?;

@@ -80,6 +80,21 @@ impl PyDraftTree {
         self.0.expected_accepted()
     }
 
+    /// The tree of the first ``nodes`` nodes, which is the best tree of that size; all of it if it has no more.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``nodes`` is negative.
+    fn first(&self, py: Python<'_>, nodes: i128) -> PyResult<Self> {
+        if nodes < 0 {
+            return Err(error(
+                py,
+                "InvalidArgumentError",
+                format!("nodes must not be negative, got {nodes}"),
+            ));
+        }
+        Ok(Self(self.0.first(usize::try_from(nodes).unwrap_or(MAX_NODES))))
+    }
+
     /// Tree attention mask, bool [w+1, w+1], root first; True where the row's token may attend to the column's:
     /// to itself and its ancestors (SpecInfer, arXiv 2305.09781).
     ///

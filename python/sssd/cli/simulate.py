@@ -1,0 +1,107 @@
+"""``python -m sssd simulate``: rules for the draft size, on recorded requests under a cost curve."""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sssd import Datastore
+from sssd.cli.arguments import tokenizer
+from sssd.cli.replay import PRIVATE_SOFT_BYTES
+from sssd.hardware import CostCurve
+from sssd.hardware.simulate import RULES, sequences, simulate_rules
+from sssd.replay import read_trace, trace_name
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+    """Adds this command's arguments."""
+    parser = commands.add_parser(
+        "simulate",
+        help="compare rules for the draft size on recorded requests under a cost curve",
+        description="Replays recorded requests with continuous batching under a cost curve, without a model. "
+        "Prints speed-ups over autoregressive decoding: of fixed budgets, of the SSSD paper's rule, of this "
+        "package's rule (sssd), and of drafts that are always right (perfect).",
+    )
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
+    parser.add_argument(
+        "--cost",
+        required=True,
+        metavar="FILE",
+        help=f"cost curve made by `profile`, or one that ships: {', '.join(CostCurve.shipped())}",
+    )
+    parser.add_argument(
+        "--batch", type=_batches, default=[1, 4, 16, 64], metavar="N,N", help="default: 1,4,16,64"
+    )
+    parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
+    parser.add_argument(
+        "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
+    )
+    parser.add_argument("--datastore", type=Path, action="append", metavar="FILE", help="repeatable")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Simulates every rule on each trace and prints a table for each batch size."""
+    curve = CostCurve.load(arguments.cost)
+    tokenize = tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    datastore = Datastore.open(arguments.datastore) if arguments.datastore else None
+    begin = sequences(
+        end_token_ids=arguments.end_token_id,
+        datastore=datastore,
+        live_bytes=0,
+        soft_bytes=PRIVATE_SOFT_BYTES,
+    )
+    rows: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(arguments.traces) * len(arguments.batch) * len(RULES))
+        for path in arguments.traces:
+            name = trace_name(path)
+            progress.update(task, description=name)
+            requests = list(read_trace(path, tokenize))
+            rows += simulate_rules(
+                name, requests, curve, arguments.batch, begin, lambda: progress.advance(task)
+            )
+    console = Console()
+    kind = "measured" if curve.source == "measured" else f"{curve.source}, not measured"
+    console.print(f"{curve.model} on {curve.device} ({kind}): speed-up over autoregressive decoding")
+    for batch in arguments.batch:
+        table = _table([row for row in rows if row["batch"] == batch], batch)
+        console.print(table, width=max(console.width, 100), soft_wrap=not console.is_terminal)
+    if arguments.json:
+        about = {name: getattr(curve, name) for name in ("source", "device", "model")}
+        text = json.dumps({"curve": about, "results": rows}, indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+def _table(rows: list[dict[str, Any]], batch: int) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column(f"batch {batch}", no_wrap=True)
+    traces: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        traces[row["trace"]][row["rule"]] = row["speedup"]
+    for rule in RULES:
+        table.add_column(rule, justify="right", no_wrap=True)
+    for trace, speedups in traces.items():
+        table.add_row(trace, *(f"{speedups[rule]:.3f}" for rule in RULES))
+    if len(traces) > 1:
+        means = [mean(speedups[rule] for speedups in traces.values()) for rule in RULES]
+        table.add_row("mean", *(f"{value:.3f}" for value in means), style="bold")
+    return table
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+    if not all(1 <= value <= 1024 for value in values):
+        raise argparse.ArgumentTypeError("batch sizes must be between 1 and 1024")
+    return values

@@ -1,0 +1,319 @@
+"""The rule: how much to draft, and how much of it to verify, at each step. See ``docs/hardware.md``."""
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sssd._core import DraftTree, PassCosts
+from sssd.errors import InvalidArgumentError
+from sssd.hardware.curve import CostCurve, check_context
+
+_MOST_NODES = 256
+_LEAST_NODES = 8
+_LONGEST_WAIT = 16
+_RATE_MEMORY = 0.02
+"""Weight of the newest step in the decoding rate: a memory of about fifty steps."""
+_PRICE_MEMORY, _MARGIN, _LEAST_PROB = 0.2, 0.7, 0.0005
+_WINDOW = 9
+"""Newest times of a width that count; their median does, so that a hiccup does not."""
+_TRUST = 2.0
+"""Times of a width at which they count as much as those of all others."""
+_FORGET_EVERY = 256
+"""Steps after which the oldest measurement of every width is forgotten."""
+_STRANGEST = math.log(1e6)
+"""How far a time may be from the curve at all."""
+_FURTHEST = math.log(16.0)
+"""How far a width's time may move from the curve, relative to all widths."""
+_NEWS = 0.02
+"""Change of a correction that is worth building the tables anew."""
+_PLAIN_EVERY = 2048
+"""Steps after which one without drafts is due, to know its time."""
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 512
+_DEBT = 2.0
+"""Tokens per request that drafting may lose against plain decoding before it pauses."""
+
+
+@dataclass
+class RowBudget:
+    """What is remembered of one request. Made anew with each request; changed by :class:`Budget` only.
+
+    Attributes:
+        limit: Nodes worth drafting: twice what was verified lately.
+        wait: Steps until the next draft.
+        pause: Steps to wait after the next draft that is not worth its own time.
+    """
+
+    limit: int = 64
+    wait: int = 0
+    pause: int = 1
+
+
+class Budget:
+    """Sizes the drafts of a batch by a cost curve, and corrects the curve by the times of steps.
+
+    At each step::
+
+        limits = budget.limits(rows, context)           # nodes to draft for each request, with
+        budget.min_prob counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its
+        first ones budget.observe(...)                             # what came of it
+
+    Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is
+    to maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The
+    rate is learned, and at least that of decoding without drafts.
+
+    Three things keep speculation from costing more than it brings: the rate never falls below plain
+    decoding's; measured times count only relative to one another and within bounds, kept monotone in the
+    width; and when tokens that drafts brought, minus those that plain decoding would have made in the extra
+    time, sink below a bound, drafting pauses, longer every time.
+
+    One budget serves any number of requests, batches and threads.
+
+    Args:
+        curve: T(batch, width, context).
+        max_nodes: Most nodes to verify of one request.
+
+    Raises:
+        InvalidArgumentError: ``max_nodes`` is not an integer in 0..1023.
+    """
+
+    def __init__(self, curve: CostCurve, *, max_nodes: int | None = None) -> None:
+        if max_nodes is None:
+            max_nodes = min(_MOST_NODES, curve.ready[-1] - 1 if curve.ready else _MOST_NODES)
+        if not isinstance(max_nodes, int) or isinstance(max_nodes, bool) or not 0 <= max_nodes < 1024:
+            raise InvalidArgumentError(f"max_nodes must be an integer in 0..1023, not {max_nodes!r}")
+        self.curve, self.max_nodes = curve, max_nodes
+        self.speedup = 1.0
+        """Tokens per second at large, over those of plain decoding."""
+        self.min_prob = 0.002
+        """Least probability of a node worth drafting: somewhat below the least that was verified lately."""
+        self._clock = _Clock()
+        self._since_plain = _PLAIN_EVERY
+        self._known: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
+        self._costs: dict[tuple[int, int], PassCosts] = {}
+        self._account = 0.0
+        self._pause, self._paused = _SHORTEST_PAUSE, 0
+        self._lock = Lock()
+
+    def row(self) -> RowBudget:
+        """The state of a new request."""
+        return RowBudget(limit=min(64, self.max_nodes))
+
+    def limits(self, rows: Sequence[RowBudget], context: float) -> list[int]:
+        """The number of nodes to draft for each request; 0 where drafting would not pay.
+
+        Args:
+            rows: The requests of the step.
+            context: Their mean length, tokens.
+        """
+        check_context(context)
+        with self._lock:
+            return self._limits(rows)
+
+    def _limits(self, rows: Sequence[RowBudget]) -> list[int]:
+        if self._paused > 0:
+            self._paused -= 1
+            return [0] * len(rows)
+        if self._since_plain >= _PLAIN_EVERY:
+            # without the time of a plain step nobody knows what drafts cost
+            return [0] * len(rows)
+        limits = []
+        for row in rows:
+            if row.wait > 0:
+                row.wait -= 1
+                limits.append(0)
+            else:
+                limits.append(min(row.limit, self.max_nodes))
+        return limits
+
+    def allocate(
+        self, trees: Sequence[DraftTree | None], context: float, rows: Sequence[RowBudget] | None = None
+    ) -> list[int]:
+        """The number of nodes to verify of each tree: its first ones, which are its best.
+
+        Args:
+            trees: Draft of each request of the step, None for none.
+            context: Mean length of the requests, tokens.
+            rows: Their states, which learn from it.
+        """
+        check_context(context)
+        batch = len(trees)
+        if not batch:
+            return []
+        with self._lock:
+            costs, rate = self._pass_costs(batch, context), self._rate(batch, context)
+            counts = costs.allocate(trees, rate)
+            self._learn_price(trees, counts)
+            if rows is not None:
+                self._remember(rows, trees, counts, rate, context)
+        return counts
+
+    def _learn_price(self, trees: Sequence[DraftTree | None], counts: list[int]) -> None:
+        pairs = [(tree, count) for tree, count in zip(trees, counts, strict=True) if tree is not None]
+        least = min((float(tree.probs[count - 1]) for tree, count in pairs if count), default=self.min_prob)
+        cut = any(count < len(tree) for tree, count in pairs)
+        target = _MARGIN * (least if cut else min(least, self.min_prob))
+        self.min_prob = min(max(self.min_prob + _PRICE_MEMORY * (target - self.min_prob), _LEAST_PROB), 0.5)
+
+    def _remember(
+        self,
+        rows: Sequence[RowBudget],
+        trees: Sequence[DraftTree | None],
+        counts: list[int],
+        rate: float,
+        context: float,
+    ) -> None:
+        draft = self.curve.draft
+        total = sum(counts)
+        size = total if self.curve.packed else max(counts)
+        extra = self._extra(len(counts), size, context) if total else 0.0
+        for row, tree, count in zip(rows, trees, counts, strict=True):
+            if tree is None:
+                continue
+            row.limit = max(count + count // 4 + _LEAST_NODES, row.limit * 3 // 4)
+            gain = tree.first(count).expected_accepted - (rate * extra * count / total if total else 0.0)
+            spent = (draft.request + draft.node * len(tree)) / min(draft.threads, len(rows))
+            if gain > rate * spent:
+                row.pause = 1
+            else:
+                row.wait, row.pause = row.pause, min(2 * row.pause, _LONGEST_WAIT)
+
+    def _extra(self, batch: int, size: int, context: float) -> float:
+        """Seconds of a pass of this size beyond one without drafts."""
+        sizes, seconds = self._seconds(batch, context)
+        return seconds[min(bisect_left(sizes, size), len(sizes) - 1)] - seconds[0]
+
+    def observe(
+        self,
+        *,
+        batch: int,
+        size: int,
+        context: float,
+        seconds: float,
+        tokens: int,
+        draft_seconds: float = 0.0,
+    ) -> None:
+        """Learns from a step.
+
+        Args:
+            batch: Requests of the step.
+            size: Nodes that the pass had room for: of each row, or of all where rows are packed.
+            context: Mean length of the requests, tokens.
+            seconds: Time of the verify pass. Values that are no time are ignored.
+            tokens: Tokens that the step produced, at least one per request.
+            draft_seconds: Time of drafting.
+        """
+        check_context(context)
+        if not (math.isfinite(seconds) and seconds > 0) or batch < 1 or tokens < batch:
+            return
+        with self._lock:
+            self._observe(batch, size, context, seconds, tokens, draft_seconds)
+
+    def _observe(
+        self, batch: int, size: int, context: float, seconds: float, tokens: int, draft_seconds: float
+    ) -> None:
+        expected = float(self.curve.times(batch, [size], context)[0])
+        self._since_plain = 0 if size == 0 else self._since_plain + 1
+        if self._clock.tick(
+            -(-size // batch) if self.curve.packed else size,
+            min(max(math.log(seconds) - math.log(expected), -_STRANGEST), _STRANGEST),
+        ):
+            self._costs.clear()
+            self._known.clear()
+        # the medians speak for the pass, not its own time: a busy machine is not the draft's fault
+        plain = self._seconds(batch, context)[1][0]
+        drafted = min(draft_seconds, plain) if draft_seconds > 0 else 0.0
+        spent = plain + self._extra(batch, size, context) + drafted
+        self.speedup += _RATE_MEMORY * (min(tokens / batch * plain / spent, 1e3) - self.speedup)
+        if size or drafted:
+            # of a step without nodes only the drafting was in vain
+            gained = (tokens - batch) / batch - ((spent - plain) if size else drafted) / plain
+            self._account = min(self._account + gained, _DEBT)
+            if self._account == _DEBT:
+                self._pause = _SHORTEST_PAUSE
+            elif self._account < -_DEBT:
+                self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+                self._account = 0.0
+
+    def _rate(self, batch: int, context: float) -> float:
+        return batch * max(self.speedup, 1.0) / self._seconds(batch, context)[1][0]
+
+    def _key(self, batch: int, context: float) -> tuple[int, int]:
+        return batch, round(8 * math.log2(context + 64))
+
+    def _seconds(self, batch: int, context: float) -> tuple[list[int], list[float]]:
+        """Sizes to choose from and the corrected seconds of each, for contexts within a few percent."""
+        key = self._key(batch, context)
+        if key not in self._known:
+            if len(self._known) > 256:
+                self._known.clear()
+                self._costs.clear()
+            sizes = self.curve.sizes(batch, self.max_nodes + 1)
+            times = self.curve.times(batch, sizes, 2 ** (key[1] / 8) - 64)
+            widths = [-(-size // batch) for size in sizes] if self.curve.packed else sizes
+            self._known[key] = sizes, self._clock.correct(widths, times).tolist()
+        return self._known[key]
+
+    def _pass_costs(self, batch: int, context: float) -> PassCosts:
+        key = self._key(batch, context)
+        if key not in self._costs:
+            sizes, seconds = self._seconds(batch, context)
+            self._costs[key] = PassCosts(sizes, seconds, packed=self.curve.packed)
+        return self._costs[key]
+
+
+class _Clock:
+    """How much longer passes take than the curve says, by width (in powers of two)."""
+
+    def __init__(self) -> None:
+        self._logs: dict[int, deque[float]] = {}
+        self._corrections = np.zeros(1)
+        self._ticks = 0
+
+    def tick(self, width: int, log_ratio: float) -> bool:
+        """Takes a measurement in; returns whether corrections have changed."""
+        self._logs.setdefault(width.bit_length(), deque(maxlen=_WINDOW)).append(log_ratio)
+        self._ticks += 1
+        if self._ticks % _FORGET_EVERY == 0:
+            # a width that once was slow gets another chance
+            for bucket, logs in list(self._logs.items()):
+                logs.popleft()
+                if not logs:
+                    del self._logs[bucket]
+        corrections = self._measured()
+        if (
+            len(corrections) == len(self._corrections)
+            and np.abs(corrections - self._corrections).max() < _NEWS
+        ):
+            return False
+        self._corrections = corrections
+        return True
+
+    def _measured(self) -> NDArray[np.float64]:
+        """Log corrections of widths 0, 1, 2 to 3, 4 to 7, ...: medians, drawn towards the plain step's."""
+        if not self._logs:
+            return np.zeros(1)
+        medians = {bucket: median(logs) for bucket, logs in sorted(self._logs.items())}
+        plain = medians.get(0, median(medians.values()))
+        known = {}
+        for bucket, log in medians.items():
+            count = len(self._logs[bucket])
+            own = (count * log + _TRUST * plain) / (count + _TRUST) if bucket else log
+            known[bucket] = min(max(own, plain - _FURTHEST), plain + _FURTHEST)
+        known.setdefault(0, plain)
+        buckets = sorted(known)
+        return np.interp(np.arange(buckets[-1] + 1), buckets, [known[bucket] for bucket in buckets])
+
+    def correct(self, widths: Sequence[int], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The corrected times, not falling with the width."""
+        last = len(self._corrections) - 1
+        logs = self._corrections[[min(width.bit_length(), last) for width in widths]]
+        times = seconds * np.exp(logs)
+        above, below = np.maximum.accumulate(times), np.minimum.accumulate(times[::-1])[::-1]
+        return np.asarray((above + below) / 2)

@@ -1,0 +1,65 @@
+//! `sssd.hardware.PassCosts`.
+
+use pyo3::prelude::*;
+use sssd_core::{CostError, Layout, PassCosts};
+
+use crate::errors::error;
+use crate::tokens::integers;
+use crate::tree::PyDraftTree;
+
+/// Seconds of a verify pass by its size, for one batch size and context length; sizes draft trees by them.
+///
+/// Args:
+///     sizes: numbers of nodes that the verifier has ready, rising from 0 (a pass without drafts): nodes of each
+///         row, to which all rows are padded, or of the whole pass where it is packed.
+///     seconds: time of a pass of each size, not falling.
+///     packed: whether rows lie end to end, so that sizes count the nodes of all rows together.
+///
+/// Raises:
+///     InvalidArgumentError: the numbers are no such sizes or times.
+#[pyclass(frozen, name = "PassCosts", module = "sssd.hardware")]
+pub struct PyPassCosts(pub PassCosts);
+
+#[pymethods]
+impl PyPassCosts {
+    #[new]
+    #[pyo3(signature = (sizes, seconds, *, packed=false))]
+    fn new(py: Python<'_>, sizes: &Bound<'_, PyAny>, seconds: Vec<f64>, packed: bool) -> PyResult<Self> {
+        let sizes: Result<Vec<usize>, _> =
+            integers(sizes, "sizes")?.into_iter().map(usize::try_from).collect();
+        let sizes = sizes.map_err(|_| error(py, "InvalidArgumentError", "sizes must not be negative"))?;
+        let layout = if packed { Layout::Packed } else { Layout::Padded };
+        PassCosts::new(sizes, seconds, layout).map(Self).map_err(|reason| invalid(py, &reason))
+    }
+
+    /// The number of nodes to verify of each tree; its first nodes are the ones to take.
+    ///
+    /// Maximises the expected number of accepted tokens minus ``rate`` times the seconds that the pass takes beyond
+    /// one without drafts: nodes of all trees compete, the most probable first, and where none pays for itself the
+    /// answer is 0 for all.
+    ///
+    /// Args:
+    ///     trees: the draft of each row, None for none.
+    ///     rate: what a second is worth, in tokens; see ``Budget``.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``rate`` is negative or not finite.
+    fn allocate(
+        &self,
+        py: Python<'_>,
+        trees: Vec<Option<PyRef<'_, PyDraftTree>>>,
+        rate: f64,
+    ) -> PyResult<Vec<usize>> {
+        let probs: Vec<&[f32]> =
+            trees.iter().map(|tree| tree.as_ref().map_or(&[][..], |tree| &tree.0.probs)).collect();
+        self.0.allocate(&probs, rate).map_err(|reason| invalid(py, &reason))
+    }
+
+    fn __repr__(&self) -> String {
+        "PassCosts()".into()
+    }
+}
+
+fn invalid(py: Python<'_>, reason: &CostError) -> PyErr {
+    error(py, "InvalidArgumentError", reason.to_string())
+}

@@ -1,0 +1,411 @@
+"""The fast path against the model's own forward, and when it is not taken."""
+
+import gc
+import importlib
+import logging
+import weakref
+from itertools import chain
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from models import tiny_model  # noqa: E402
+from trees import ScriptedDrafter, random_tree  # noqa: E402
+
+import sssd  # noqa: E402
+from sssd import DraftTree, hf  # noqa: E402
+from sssd.hardware import CostCurve  # noqa: E402
+from sssd.hf import fast  # noqa: E402
+from sssd.hf.passes import Passes  # noqa: E402
+from sssd.hf.static import WIDTHS, span_of  # noqa: E402
+
+KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
+PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
+BATCH = torch.tensor(
+    [[0, 0, 0, 5, 9, 33, 12, 5, 9], [7, 7, 3, 41, 22, 7, 7, 3, 41], [0, 0, 0, 0, 0, 0, 0, 0, 50]]
+)
+GREEDY = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def static(monkeypatch):
+    """Fixed buffers on the CPU too, where nothing is recorded but everything else is as on a GPU."""
+    monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu", "cuda"})
+
+
+def block(rng, rows, nodes, width=None):
+    """A verify pass over random trees: ids, depths, mask and parents, filled up to a width."""
+    width = width or nodes + 1
+    ids = rng.integers(64, size=(rows, width))
+    depths = np.zeros((rows, width), np.int64)
+    parents = np.full((rows, width), -1, np.int64)
+    masks = np.zeros((rows, width, width), np.bool_)
+    for row in range(rows):
+        tree = random_tree(rng, nodes, 64)
+        own = slice(1, nodes + 1)
+        ids[row, own], depths[row, own], parents[row, own] = tree.token_ids, tree.depths, tree.parents + 1
+        masks[row] = tree.attention_mask(width - 1)
+    return ids, depths, masks, parents
+
+
+def started(model, lengths, path):
+    """Passes of a kind, over rows that hold parts of a text."""
+    passes = Passes(model, len(lengths), None, 64, fast_path=path != "general")
+    text = torch.arange(9).expand(len(lengths), -1)
+    model(input_ids=text, past_key_values=passes.cache, use_cache=True)
+    passes.cache.lengths = list(lengths)
+    assert (passes.fast is not None, passes.store is not None) == (path != "general", path == "static")
+    return passes
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 7, 30])
+@pytest.mark.parametrize("lengths", [[9], [9, 9], [4, 9, 7]])
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("path", ["fast", "static"])
+def test_logits_and_states_are_those_of_the_model(path, name, lengths, nodes, request):
+    if path == "static":
+        request.getfixturevalue("static")
+    model = tiny_model(name, "sdpa")
+    width = next(known for known in WIDTHS if known > nodes) if path == "static" else nodes + 1
+    ids, depths, masks, parents = block(np.random.default_rng(nodes), len(lengths), nodes, width)
+    positions = np.array(lengths)[:, None] + depths
+    outputs, caches = [], []
+    with torch.inference_mode():
+        for kind in (path, "general"):
+            passes = started(model, lengths, kind)
+            outputs.append(passes.run(ids, depths, positions, masks, parents)[0][:, : nodes + 1].clone())
+            caches.append(passes.cache)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        for a, b in zip(mine.buffers, theirs.buffers, strict=True):
+            for row, length in enumerate(lengths):
+                end = length + nodes + 1
+                torch.testing.assert_close(a[row, :, :end], b[row, :, :end], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[9], [4, 9, 7]])
+def test_a_static_pass_accepts_and_moves_as_the_host_would(static, lengths):
+    """The walk on the device against ``DraftTree.accept``, and the states it moves against ``commit``."""
+    model = tiny_model("llama", "sdpa")
+    rng = np.random.default_rng(3)
+    moved = 0
+    with torch.inference_mode():
+        for _ in range(30):
+            ids, depths, masks, parents = block(rng, len(lengths), 12, 16)
+            positions = np.array(lengths)[:, None] + depths
+            one, two = started(model, lengths, "static"), started(model, lengths, "general")
+            guess = two.run(ids, depths, positions, masks, parents)[0].argmax(-1).numpy()
+            # make the target's choices part of the trees, on entries that lie apart
+            for row in range(len(lengths)):
+                for entry in rng.permutation(np.arange(1, 13))[:8]:
+                    siblings = parents[row] == parents[row, entry]
+                    wanted = guess[row, parents[row, entry]]
+                    if not (ids[row, siblings] == wanted).any():
+                        ids[row, entry] = wanted
+            targets = two.run(ids, depths, positions, masks, parents)[0].argmax(-1).numpy()
+            kept = []
+            for row in range(len(lengths)):
+                tree = DraftTree(ids[row, 1:13], parents[row, 1:13] - 1)
+                kept.append([0, *(tree.accept(targets[row, :13])[0] + 1).tolist()])
+            moved += sum(offsets != list(range(len(offsets))) for offsets in kept)
+            _, answer = one.run(ids, depths, positions, masks, parents, accept=True)
+            assert np.array_equal(answer.targets[:, :13], targets[:, :13])
+            one.cache.commit(kept)
+            two.cache.commit(kept)
+            assert one.cache.lengths == two.cache.lengths
+            for mine, theirs in zip(one.cache.layers, two.cache.layers, strict=True):
+                for a, b in zip(mine.buffers, theirs.buffers, strict=True):
+                    for row, length in enumerate(one.cache.lengths):
+                        torch.testing.assert_close(
+                            a[row, :, :length], b[row, :, :length], rtol=1e-4, atol=1e-4
+                        )
+            one.close()
+    assert moved > 5
+
+
+def test_the_answer_holds_the_most_probable_tokens(static):
+    model = tiny_model("llama", "sdpa")
+    ids, depths, masks, parents = block(np.random.default_rng(0), 1, 3, 4)
+    with torch.inference_mode():
+        passes = started(model, [9], "static")
+        logits, answer = passes.run(ids, depths, 9 + depths, masks, parents, accept=True)
+        probs, tokens = logits.softmax(-1).topk(8)
+    assert np.array_equal(answer.topk_ids, tokens.numpy())
+    np.testing.assert_allclose(answer.topk_probs, probs.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_fixed_buffers_are_used_again_by_the_next_call_and_not_by_two_at_once(static):
+    model = tiny_model("llama", "sdpa")
+    with torch.inference_mode():
+        first, second = started(model, [9], "static"), started(model, [9, 9], "static")
+        assert first.store is not second.store
+        store = first.store
+        first.close()
+        second.close()
+        assert started(model, [4], "static").store in (store, second.store, *fast.fast_pass(model).stores)
+    assert len(fast.fast_pass(model).stores) == 2
+
+
+def test_spans_grow_in_few_steps():
+    spans = [span_of(slots, 10_000) for slots in range(1, 10_001)]
+    assert all(span >= slots or span == 10_000 for slots, span in enumerate(spans, 1))
+    assert sorted(set(spans)) == [256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 10_000]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("right", [0.0, 0.7])
+def test_static_output_is_that_of_the_model(static, name, right):
+    model = tiny_model(name, "sdpa")
+    expected = model.generate(PROMPT, **GREEDY)
+    for seed in range(4):
+        drafter = WidthSwitcher(expected.tolist(), 64, right, seed)
+        assert torch.equal(hf.generate(model, PROMPT, drafter, max_nodes=40, **GREEDY), expected)
+
+
+def test_static_batches_shrink_and_end_as_the_models_do(static):
+    """Rows with padding that stop one after the other, by an end token."""
+    model = tiny_model("llama", "sdpa")
+    mask = (BATCH != 0).long()
+    for end in range(3, 64, 6):
+        options = {**GREEDY, "eos_token_id": end}
+        expected = model.generate(BATCH, attention_mask=mask, **options)
+        texts = [row[(keep == 0).sum() :].tolist() for row, keep in zip(expected, mask, strict=True)]
+        drafter = ScriptedDrafter(texts, 64, 0.8)
+        result = hf.generate(model, BATCH, drafter, attention_mask=mask, max_nodes=9, **options)
+        assert torch.equal(result, expected)
+
+
+def test_static_sampling_uses_the_models_random_numbers(static):
+    model = tiny_model("llama", "sdpa")
+    options = {**GREEDY, "do_sample": True}
+    torch.manual_seed(1)
+    expected = model.generate(PROMPT, **options)
+    torch.manual_seed(1)
+    drafter = ScriptedDrafter(expected.tolist(), 64, 0.7)
+    assert torch.equal(hf.generate(model, PROMPT, drafter, max_nodes=9, **options), expected)
+
+
+def test_texts_longer_than_the_fixed_buffers_go_on_elsewhere(static, monkeypatch):
+    # the package's ``generate`` is the function, which hides the module
+    module = importlib.import_module("sssd.hf.generate")
+    monkeypatch.setattr(module, "_EXPECTED_TOKENS", 0)
+    monkeypatch.setattr(module, "_TREE_ROOM", 0)
+    monkeypatch.setattr("sssd.hf.static._SMALLEST_SPAN", 16)
+    model = tiny_model("llama", "sdpa")
+    expected = model.generate(PROMPT, **GREEDY)
+    drafter = ScriptedDrafter(expected.tolist(), 64, 0.7)
+    assert torch.equal(hf.generate(model, PROMPT, drafter, max_nodes=9, **GREEDY), expected)
+
+
+def test_static_rule_changes_no_token(static):
+    model = tiny_model("llama", "sdpa")
+    prompt = torch.tensor([[5, 9, 33, 12] * 8])
+    expected = model.generate(prompt, **GREEDY)
+    for _ in range(3):
+        assert torch.equal(hf.generate(model, prompt, **GREEDY), expected)
+    ready = CostCurve([1, 2], [1, 64], [0, 1], np.ones((2, 2, 2)), ready=WIDTHS)
+    result = hf.generate(model, prompt, cost=ready, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(result.sequences, expected)
+    assert result.tokens_per_step > 1.2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graph_replay_equals_eager_bit_for_bit():
+    from sssd.hf.static import StaticStore
+
+    model = tiny_model("llama", "sdpa").cuda()
+    known = fast.fast_pass(model)
+    rng = np.random.default_rng(0)
+    with torch.inference_mode():
+        stores = [StaticStore(known, 2, 256), StaticStore(known, 2, 256, record=lambda function: function)]
+        lengths = [0, 0]
+        for step in range(40):
+            width = int(rng.choice(WIDTHS[:5]))
+            ids, depths, masks, parents = block(rng, 2, width - 1, width)
+            positions = np.array(lengths)[:, None] + depths
+            results = [
+                store.run(ids, depths, positions, masks, parents, lengths, step % 2 == 0) for store in stores
+            ]
+            assert torch.equal(results[0][0], results[1][0])
+            for a, b in zip(*(chain.from_iterable(store.buffers) for store in stores), strict=True):
+                assert torch.equal(a, b)
+            lengths = [length + int(rng.integers(1, 4)) for length in lengths]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("right", [0.0, 0.7])
+def test_output_is_that_of_the_model(name, right):
+    model = tiny_model(name, "sdpa")
+    expected = model.generate(PROMPT, **GREEDY)
+    drafter = ScriptedDrafter(expected.tolist(), 64, right)
+    for max_nodes in (0, 1, 6, 32):
+        result = hf.generate(model, PROMPT, drafter, max_nodes=max_nodes, **GREEDY)
+        assert torch.equal(result, expected)
+
+
+def test_output_of_a_padded_batch_is_that_of_the_model():
+    model = tiny_model("llama", "sdpa")
+    mask = (BATCH != 0).long()
+    expected = model.generate(BATCH, attention_mask=mask, **GREEDY)
+    texts = [row[(keep == 0).sum() :].tolist() for row, keep in zip(expected, mask, strict=True)]
+    for right in (0.0, 0.8):
+        drafter = ScriptedDrafter(texts, 64, right)
+        assert torch.equal(
+            hf.generate(model, BATCH, drafter, attention_mask=mask, max_nodes=9, **GREEDY), expected
+        )
+
+
+class WidthSwitcher(ScriptedDrafter):
+    """Drafts of another size at every step."""
+
+    def draft(self, token_ids, max_nodes):
+        return super().draft(token_ids, int(self.rng.choice([1, 2, 3, 5, 8, 13, 21, 34])))
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_switching_widths_in_the_middle_of_a_request_changes_nothing(fast_path):
+    model = tiny_model("llama", "sdpa")
+    expected = model.generate(PROMPT, **GREEDY)
+    for seed in range(5):
+        drafter = WidthSwitcher(expected.tolist(), 64, 0.7, seed)
+        assert torch.equal(
+            hf.generate(model, PROMPT, drafter, max_nodes=40, fast_path=fast_path, **GREEDY), expected
+        )
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_the_rule_changes_no_token(fast_path):
+    """Whatever the curve says, also one that makes drafts as large as they get."""
+    model = tiny_model("llama", "sdpa")
+    prompt = torch.tensor([[5, 9, 33, 12] * 8])
+    expected = model.generate(prompt, **GREEDY)
+    for seconds in ([1, 1, 1], [1, 2, 64]):
+        cost = CostCurve(
+            [1, 2], [1, 2, 64], [0, 1], np.repeat([[seconds]], 2, 0).reshape(2, 3, 1).repeat(2, 2)
+        )
+        result = hf.generate(
+            model,
+            prompt,
+            sssd.Drafter(),
+            cost=cost,
+            fast_path=fast_path,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+        assert torch.equal(result.sequences, expected)
+    for _ in range(3):
+        assert torch.equal(hf.generate(model, prompt, fast_path=fast_path, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_do_not_depend_on_the_number_of_rows(dtype):
+    """Reordered weights give a row the same sums in any company, but for the row that is alone in float32."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    torch.manual_seed(0)
+    weight, rows = (torch.randn(96, 64) * 0.1).to(dtype), torch.randn(40, 64).to(dtype)
+    module = torch.nn.Linear(64, 96, bias=False).to(dtype)
+    module.weight.data.copy_(weight)
+    product = fast._Linear([module], packed=True)
+    with torch.inference_mode():
+        whole = product(rows)
+        torch.testing.assert_close(whole, module(rows))
+        for count in (2, 3, 8, 17, 33):
+            assert torch.equal(product(rows[:count]), whole[:count])
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "sssd.hf.fast")
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("gpt2", None, "GPT2LMHeadModel is not one of"),
+        ("qwen2_mixed", None, "mixes kinds of attention"),
+        ("llama", lambda model: model.set_attn_implementation("eager"), "not sdpa"),
+        ("llama", lambda model: model.model.layers[0].register_forward_hook(lambda *_: None), "hooks"),
+        (
+            "llama",
+            lambda model: setattr(model.model.layers[0].mlp, "forward", model.model.layers[0].mlp.forward),
+            "forward of its own",
+        ),
+        ("llama", lambda model: model.model.layers[1].half(), "differ in type"),
+        ("llama", lambda model: model.train(), "training"),
+        ("llama", lambda model: torch.nn.utils.parametrizations.weight_norm(model.lm_head), "Parametrized"),
+    ],
+)
+def test_models_that_are_not_known_take_the_general_path_and_say_so_once(name, change, reason, log):
+    model = tiny_model(name, "sdpa")
+    if change is not None:
+        change(model)
+    assert fast.fast_pass(model) is None
+    assert fast.fast_pass(model) is None
+    messages = [record.getMessage() for record in log.records]
+    assert len(messages) == 1
+    assert reason in messages[0]
+
+
+def test_a_model_whose_forward_computes_something_else_is_noticed(monkeypatch, log):
+    model = tiny_model("llama", "sdpa")
+    original = type(model.model.layers[0].mlp).forward
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * original(self, x))
+    assert fast.fast_pass(model) is None
+    assert "differ from the model's own" in log.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("change", ["write", "replace", "load"])
+def test_changed_weights_are_noticed(change):
+    model = tiny_model("llama", "sdpa")
+    before = fast.fast_pass(model)
+    assert before is not None
+    layer = model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        if change == "write":
+            layer.weight.mul_(-3)
+        elif change == "replace":
+            layer.weight = torch.nn.Parameter(layer.weight * -3)
+        else:
+            model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
+    expected = model.generate(PROMPT, **GREEDY)
+    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), expected)
+    assert fast.fast_pass(model) is not before
+
+
+def test_a_model_that_is_no_longer_used_is_freed(static):
+    model = tiny_model("llama", "sdpa")
+    hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_hook_that_comes_later_is_noticed():
+    model = tiny_model("llama", "sdpa")
+    assert fast.fast_pass(model) is not None
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: -output)
+    expected = model.generate(PROMPT, **GREEDY)
+    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), expected)
+    handle.remove()
+    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), model.generate(PROMPT, **GREEDY))
+
+
+def test_weights_are_not_doubled_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(fast, "_available_bytes", lambda: 0)
+    model = tiny_model("llama", "sdpa")
+    passes = fast.fast_pass(model)
+    assert passes is not None
+    assert not passes.packed
+    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), model.generate(PROMPT, **GREEDY))
+
+
+@pytest.mark.parametrize("options", [{"max_nodes": 4, "cost": "h100"}, {"cost": 3}, {"max_nodes": "auto"}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(sssd.errors.InvalidArgumentError):
+        hf.generate(tiny_model("llama"), PROMPT, **options)

@@ -1,0 +1,486 @@
+"""Cost curves, the rule that sizes drafts by them, and the simulator."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sssd import Drafter, DraftTree
+from sssd.cli import main
+from sssd.errors import InvalidArgumentError
+from sssd.hardware import (
+    DEVICES,
+    Budget,
+    CostCurve,
+    CostCurveError,
+    DraftCost,
+    ModelShape,
+    PassCosts,
+    roofline,
+)
+from sssd.hardware.roofline import LLAMA_3_8B
+from sssd.hardware.simulate import RULES, Adaptive, Autoregressive, Fixed, Paper, Perfect, sequences, simulate
+from sssd.replay import Replay, Request
+
+
+def curve(**changes):
+    """Twice as long for eight tokens, four times for sixty-four; longer with batch and context."""
+    values = {
+        "batches": [1, 8],
+        "tokens": [1, 8, 64],
+        "contexts": [0, 1000],
+        "seconds": [[[1, 2], [2, 3], [4, 5]], [[2, 4], [6, 9], [20, 30]]],
+        **changes,
+    }
+    return CostCurve(**values)
+
+
+def chain(*probs):
+    return DraftTree(list(range(len(probs))), list(range(-1, len(probs) - 1)), list(probs))
+
+
+class TestCostCurve:
+    def test_is_linear_between_points_and_goes_on_beyond(self):
+        known = curve()
+        assert known.time(1, 1, 0) == 1
+        assert known.time(1, 8, 1000) == 3
+        assert known.time(1, 4.5, 0) == pytest.approx(1.5)
+        assert known.time(4.5, 1, 0) == pytest.approx(1.5)
+        assert known.time(1, 1, 500) == pytest.approx(1.5)
+        assert known.time(1, 1, 3000) == pytest.approx(4)
+        assert known.time(1, 120, 0) == pytest.approx(6)
+        assert known.time(15, 1, 0) == pytest.approx(3)
+
+    def test_packed_curves_count_the_tokens_of_the_pass(self):
+        packed = curve(packed=True)
+        assert packed.time(8, 1, 0) == curve().time(8, 8, 0)
+
+    def test_comes_back_from_a_file(self, tmp_path):
+        known = curve(ready=(1, 8, 64), draft=DraftCost(1e-5, 2e-6, 3e-7, 4), device="d", intensity=200.0)
+        known.save(tmp_path / "curve.json")
+        again = CostCurve.load(tmp_path / "curve.json")
+        assert again.to_json() == known.to_json()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format": "other"}, "not a cost curve"),
+            ({"version": 2}, "version 2"),
+            ({"seconds": None}, "seconds"),
+            ({"seconds": [[[1, 2]]]}, "shape"),
+            ({"seconds": [[[1, 2], [2, 3], [4, "x"]]] * 2}, "numbers"),
+            ({"seconds": [[[1, 2], [2, 3], [4]]] * 2}, "numbers"),
+            ({"seconds": [[[1, 2], [2, 3], [4, math.nan]]] * 2}, "positive"),
+            ({"seconds": [[[1, 2], [2, 3], [4, math.inf]]] * 2}, "positive"),
+            ({"seconds": [[[0, 2], [2, 3], [4, 5]]] * 2}, "positive"),
+            ({"seconds": [[[1, 2], [2, 3], [4, 1e9]]] * 2}, "less than a day"),
+            ({"seconds": [[[5, 6], [2, 3], [4, 5]]] * 2}, "must not fall"),
+            ({"batches": [8, 1]}, "rise"),
+            ({"batches": [0, 1]}, "rise"),
+            ({"batches": [1, 1e300]}, "rise"),
+            ({"batches": []}, "list of numbers"),
+            ({"batches": "1,2"}, "numbers"),
+            ({"batches": [True, False]}, "numbers"),
+            ({"tokens": [2, 8, 64]}, "begin with 1"),
+            ({"contexts": [-1, 5]}, "rise"),
+            ({"ready": [2, 4]}, "ready"),
+            ({"ready": [1.5]}, "ready"),
+            ({"ready": [1, 1 << 70]}, "ready"),
+            ({"draft": {"step": -1}}, "draft"),
+            ({"draft": {"step": "soon"}}, "draft"),
+            ({"draft": {"threads": 0}}, "threads"),
+            ({"draft": {"shell": 1}}, "draft"),
+            ({"draft": 3}, "draft"),
+            ({"layout": "round"}, "layout"),
+            ({"device": ["x"]}, "device"),
+            ({"intensity": -3}, "intensity"),
+        ],
+    )
+    def test_absurd_and_hostile_files_are_refused(self, tmp_path, change, message):
+        path = tmp_path / "curve.json"
+        path.write_text(json.dumps({**curve().to_json(), **change}))
+        with pytest.raises(CostCurveError, match=message) as caught:
+            CostCurve.load(path)
+        assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[" * 100_000, "null", "[1]", '{"format": "sssd cost curve"}', "\ud800"]
+    )
+    def test_what_is_no_curve_is_refused(self, tmp_path, text):
+        path = tmp_path / "curve.json"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(CostCurveError, match=r"curve\.json"):
+            CostCurve.load(path)
+
+    def test_a_missing_file_is_named_with_what_there_is(self):
+        with pytest.raises(CostCurveError, match="h100-llama-3-8b-roofline"):
+            CostCurve.load("nowhere.json")
+
+    def test_fit_is_monotone_and_close(self):
+        rng = np.random.default_rng(0)
+        smooth = np.cumsum(np.ones((3, 6, 4)), axis=1) + np.arange(3)[:, None, None] + np.arange(4)
+        noisy = smooth * rng.uniform(0.8, 1.25, smooth.shape)
+        fitted = CostCurve.fit([1, 2, 4], [1, 2, 4, 8, 16, 32], [0, 10, 100, 1000], noisy)
+        assert all((np.diff(fitted.seconds, axis=axis) >= 0).all() for axis in range(3))
+        assert np.abs(fitted.seconds / smooth - 1).max() < 0.25
+        np.testing.assert_array_equal(
+            CostCurve.fit([1, 2, 4], [1, 2, 4, 8, 16, 32], [0, 1, 2, 3], smooth).seconds, smooth
+        )
+
+    def test_shipped_curves_are_named_for_what_they_are(self):
+        assert set(CostCurve.shipped()) >= {"h100-llama-3-8b-roofline", "h200-llama-3-8b-roofline"}
+        for name in CostCurve.shipped():
+            known = CostCurve.load(name)
+            assert known.source == "roofline"
+            assert "roofline" in name
+
+    def test_roofline_is_bytes_until_arithmetic_takes_longer(self):
+        device = DEVICES["NVIDIA H100"]
+        known = roofline(device, LLAMA_3_8B)
+        reading = LLAMA_3_8B.parameters * 2 / device.bandwidth
+        assert known.time(1, 1, 0) == pytest.approx(reading, rel=1e-6)
+        assert known.time(1, 64, 0) == pytest.approx(reading, rel=1e-6)
+        assert known.time(1, 4096, 0) == pytest.approx(
+            2 * LLAMA_3_8B.parameters * 4096 / device.flops, rel=0.01
+        )
+        assert known.time(8, 1, 8192) - known.time(8, 1, 0) == pytest.approx(
+            8 * 8192 * 131072 / device.bandwidth, rel=1e-3
+        )
+        assert roofline(device, LLAMA_3_8B, packed=False).time(8, 4, 1024) == pytest.approx(
+            known.time(8, 4, 1024), rel=1e-6
+        )
+
+
+class TestPassCosts:
+    trees = st.lists(st.lists(st.integers(1, 999), max_size=8), max_size=5)
+
+    @staticmethod
+    def parts(rows, steps):
+        probs = [sorted((p / 1000 for p in row), reverse=True) for row in rows]
+        sizes, seconds = [0], [1.0]
+        for size, second in steps:
+            sizes.append(sizes[-1] + size)
+            seconds.append(seconds[-1] + second / 100)
+        return probs, sizes, seconds
+
+    @staticmethod
+    def value(probs, counts, sizes, seconds, packed, rate):
+        size = sum(counts) if packed else max(counts, default=0)
+        # a pass is as large as the next size that is ready
+        time = next((t for s, t in zip(sizes, seconds, strict=True) if s >= size), math.inf)
+        return sum(sum(row[:n]) for row, n in zip(probs, counts, strict=True)) - rate * (time - seconds[0])
+
+    @settings(deadline=None, max_examples=150)
+    @given(
+        rows=trees,
+        steps=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 100)), max_size=5),
+        packed=st.booleans(),
+    )
+    def test_finds_the_best_within_the_limits(self, rows, steps, packed):
+        probs, sizes, seconds = self.parts(rows, steps)
+        trees = [chain(*row) if row else None for row in probs]
+        counts = PassCosts(sizes, seconds, packed=packed).allocate(trees, 1.5)
+        assert all(0 <= n <= len(row) for n, row in zip(counts, probs, strict=True))
+        assert (sum(counts) if packed else max(counts, default=0)) <= sizes[-1]
+        nodes = sorted(
+            (
+                (p, i)
+                for i, row in enumerate(np.float32(probs[j]).tolist() for j in range(len(probs)))
+                for p in row
+            ),
+            reverse=True,
+        )
+        best = 0.0
+        for size in range(sizes[-1] + 1):
+            if packed:
+                taken = [sum(i == row for _, i in nodes[:size]) for row in range(len(probs))]
+            else:
+                taken = [min(size, len(row)) for row in probs]
+            best = max(best, self.value(probs, taken, sizes, seconds, packed, 1.5))
+        assert self.value(probs, counts, sizes, seconds, packed, 1.5) == pytest.approx(best, abs=1e-6)
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        rows=st.lists(st.lists(st.integers(1, 999), min_size=1, max_size=8), min_size=1, max_size=4),
+        steps=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 100)), max_size=5),
+        packed=st.booleans(),
+        lift=st.floats(1.001, 3.0),
+    )
+    def test_more_probable_nodes_are_never_drafted_less(self, rows, steps, packed, lift):
+        probs, sizes, seconds = self.parts(rows, steps)
+        costs = PassCosts(sizes, seconds, packed=packed)
+        before = costs.allocate([chain(*row) for row in probs], 1.0)
+        lifted = [[min(p * lift, 1.0) for p in probs[0]], *probs[1:]]
+        assert costs.allocate([chain(*row) for row in lifted], 1.0)[0] >= before[0]
+
+    @settings(deadline=None)
+    @given(
+        rows=trees,
+        steps=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 100)), max_size=5),
+        packed=st.booleans(),
+    )
+    def test_dearer_time_never_buys_more(self, rows, steps, packed):
+        probs, sizes, seconds = self.parts(rows, steps)
+        trees = [chain(*row) if row else None for row in probs]
+        costs = PassCosts(sizes, seconds, packed=packed)
+        assert sum(costs.allocate(trees, 2.0)) <= sum(costs.allocate(trees, 1.0))
+
+    @pytest.mark.parametrize(
+        ("sizes", "seconds"),
+        [
+            ([], []),
+            ([0], []),
+            ([1], [1.0]),
+            ([0, 0], [1.0, 1.0]),
+            ([0, -1], [1.0, 1.0]),
+            ([0, 1], [2.0, 1.0]),
+            ([0], [math.nan]),
+            ([0], [0.0]),
+        ],
+    )
+    def test_absurd_costs_are_refused(self, sizes, seconds):
+        with pytest.raises(InvalidArgumentError):
+            PassCosts(sizes, seconds)
+
+    @pytest.mark.parametrize("rate", [-1.0, math.nan, math.inf])
+    def test_absurd_rates_are_refused(self, rate):
+        with pytest.raises(InvalidArgumentError, match="rate"):
+            PassCosts([0], [1.0]).allocate([], rate)
+
+
+def test_first_is_the_tree_of_that_size():
+    tree = DraftTree([5, 6, 7], [-1, 0, -1], [0.5, 0.4, 0.3])
+    assert tree.first(2).token_ids.tolist() == [5, 6]
+    assert tree.first(2).probs.tolist() == tree.probs[:2].tolist()
+    assert len(tree.first(0)) == 0
+    assert len(tree.first(1 << 80)) == 3
+    with pytest.raises(InvalidArgumentError):
+        tree.first(-1)
+
+
+class TestBudget:
+    @staticmethod
+    def settled(known, **options):
+        """A budget that has seen a step without drafts."""
+        budget = Budget(known, **options)
+        budget.observe(batch=1, size=0, context=0, seconds=known.time(1, 1, 0), tokens=1)
+        return budget
+
+    def test_sizes_drafts_by_their_probabilities(self):
+        budget = self.settled(curve())
+        assert budget.allocate([chain(0.9, 0.8, 0.7)], 0) == [3]
+        assert budget.allocate([chain(0.1, 0.01)], 0) == [0]
+        assert budget.allocate([None], 0) == [0]
+        assert budget.allocate([], 0) == []
+
+    @pytest.mark.parametrize("most", [0, 1, 5])
+    def test_limits_hold(self, most):
+        budget = self.settled(curve(), max_nodes=most)
+        rows = [budget.row(), budget.row()]
+        assert budget.limits(rows, 0) == [min(most, 64)] * 2
+        assert max(budget.allocate([chain(*[0.99] * 8)] * 2, 0, rows)) <= most
+
+    def test_widths_are_those_that_are_ready(self):
+        budget = self.settled(curve(ready=(1, 5)))
+        assert budget.allocate([chain(*[0.99] * 20)], 0) == [4]
+
+    def test_longer_contexts_count(self):
+        known = curve(seconds=[[[1, 1], [1.1, 8], [1.2, 64]]] * 2)
+        budget = self.settled(known)
+        tree = chain(*[0.5] * 7)
+        assert budget.allocate([tree], 0) == [7]
+        assert budget.allocate([tree], 1000) == [0]
+
+    @pytest.mark.parametrize("bad", [-1, 1024, 1.5, True, "8"])
+    def test_absurd_limits_are_refused(self, bad):
+        with pytest.raises(InvalidArgumentError, match="max_nodes"):
+            Budget(curve(), max_nodes=bad)
+
+    @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+    def test_absurd_contexts_are_refused(self, bad):
+        with pytest.raises(InvalidArgumentError, match="context"):
+            self.settled(curve()).allocate([chain(0.5)], bad)
+
+    def test_a_request_that_never_gains_is_drafted_for_less_and_less(self):
+        budget = self.settled(curve(draft=DraftCost(request=0.1)))
+        row = budget.row()
+        drafts = 0
+        for _ in range(200):
+            if budget.limits([row], 0)[0]:
+                drafts += 1
+                budget.allocate([chain(0.01)], 0, [row])
+        assert 5 < drafts < 30
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.lists(
+            st.tuples(
+                st.integers(-3, 70),
+                st.one_of(st.floats(), st.floats(1e-9, 1e9)),
+                st.integers(-3, 100),
+                st.floats(),
+            ),
+            max_size=60,
+        )
+    )
+    def test_no_measurement_makes_it_worse_than_its_curve_without_drafts(self, steps):
+        """Whatever times it is told, expected tokens per second never sink below plain decoding's."""
+        budget = self.settled(curve())
+        for size, seconds, tokens, drafting in steps:
+            budget.observe(
+                batch=1, size=max(size, 0), context=10, seconds=seconds, tokens=tokens, draft_seconds=drafting
+            )
+        sizes, times = budget._seconds(1, 10)
+        assert all(0 < a <= b < math.inf for a, b in pairwise(times))
+        assert budget._rate(1, 10) >= 1 / times[0] * (1 - 1e-9)
+        for tree in (chain(0.9, 0.8, 0.7), chain(0.3), chain(*[0.5] * 30)):
+            (count,) = budget.allocate([tree], 10)
+            expected = 1 + tree.first(count).expected_accepted
+            assert count in sizes
+            assert expected / times[sizes.index(count)] >= 1 / times[0] * (1 - 1e-6)
+
+    @pytest.mark.parametrize("true_factor", [2.0, 10.0, 100.0])
+    @pytest.mark.parametrize("promised", [0.05, 0.5, 0.9])
+    def test_wrong_curves_and_wrong_probabilities_cost_little(self, true_factor, promised):
+        """Drafts that cost far more than the curve says, and never come true: the loss stays bounded."""
+        flat = curve(seconds=[[[1, 1], [1.01, 1.01], [1.02, 1.02]]] * 2)
+        budget = Budget(flat)
+        row = budget.row()
+        spent, steps = 0.0, 5000
+        for _ in range(steps):
+            limit = budget.limits([row], 100)[0]
+            tree = chain(*[promised] * min(limit, 16)) if limit else None
+            (count,) = budget.allocate([tree], 100, [row])
+            seconds = 1.0 if count == 0 else 1.0 * true_factor
+            spent += seconds
+            budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=1)
+        assert spent / steps < 1.0 + 0.02 * true_factor
+
+    def test_finds_out_that_wide_passes_are_cheap(self):
+        """A curve that says drafting never pays is corrected once passes turn out cheap."""
+        steep = curve(seconds=[[[1, 1], [7, 7], [60, 60]]] * 2)
+        budget = self.settled(steep)
+        assert budget.allocate([chain(*[0.3] * 8)], 0) == [0]
+        for _ in range(20):
+            budget.observe(batch=1, size=8, context=0, seconds=1.1, tokens=5)
+        assert budget.allocate([chain(*[0.3] * 8)], 0) == [8]
+
+
+def requests(count=6, length=40, seed=0):
+    """Responses that repeat their prompts in part."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        prompt = rng.integers(0, 50, 60).astype(np.int32)
+        pieces = [prompt[start : start + 8] for start in rng.integers(0, 50, length // 8)]
+        result.append(Request(prompt, np.concatenate(pieces).astype(np.int32)))
+    return result
+
+
+class TestSimulator:
+    begin = staticmethod(sequences(live_bytes=0, soft_bytes=0))
+    flat = CostCurve([1, 64], [1, 1024], [0, 1], np.full((2, 2, 2), 0.01), packed=True)
+
+    def test_fixed_budgets_take_the_steps_of_replay(self):
+        traces = requests()
+        for budget in (4, 16):
+            replay = Replay(budget)
+            for request in traces:
+                replay.run(Drafter(live_bytes=0, soft_bytes=0), request)
+            outcome = simulate(traces, Fixed(budget, self.begin), self.flat, 1)
+            assert (outcome.tokens, outcome.steps) == (replay.tokens, replay.steps)
+            assert outcome.seconds == pytest.approx(0.01 * replay.steps)
+
+    def test_without_drafts_every_step_gives_a_token(self):
+        outcome = simulate(requests(), Autoregressive(), self.flat, 4)
+        assert outcome.tokens_per_step == 1.0
+        assert outcome.passes * 4 == outcome.steps
+
+    def test_where_nodes_are_free_many_are_verified_and_where_they_are_dear_none(self):
+        traces = requests()
+        rule = Adaptive(self.begin, self.flat)
+        free = simulate(traces, rule, self.flat, 4)
+        assert free.tokens_per_step > 1.3
+        dear = CostCurve(
+            [1, 64], [1, 2, 1024], [0, 1], np.array([[[1] * 2, [100] * 2, [1e4] * 2]] * 2), packed=True
+        )
+        plain = simulate(traces, Autoregressive(), dear, 1)
+        assert simulate(traces, Adaptive(self.begin, dear), dear, 1).rate == pytest.approx(plain.rate)
+
+    def test_perfect_drafts_bound_every_rule(self):
+        traces, known = requests(), CostCurve.load("h100-llama-3-8b-roofline")
+        bound = simulate(traces, Perfect(known), known, 4).rate
+        for rule in (Fixed(16, self.begin), Paper(self.begin, 295), Adaptive(self.begin, known)):
+            assert simulate(traces, rule, known, 4).rate < bound
+
+    def test_the_papers_rule_is_its_table(self):
+        rule = Paper(self.begin, 295)
+        table = {1: 32, 2: 32, 4: 24, 6: 16, 8: 32, 16: 16, 32: 8, 48: 5, 64: 4, 128: 2, 512: 1}
+        assert {batch: rule.nodes(batch) + 1 for batch in table} == table
+        assert Paper(self.begin, 3).nodes(1) == 0
+
+    def test_requests_without_steps(self):
+        nothing = [Request(np.array([1, 2], np.int32), np.array([3], np.int32))]
+        assert simulate(nothing, Autoregressive(), self.flat, 4).tokens == 0
+        assert simulate([], Autoregressive(), self.flat, 1).seconds == 0
+
+    def test_command(self, tmp_path: Path, capsys):
+        trace = tmp_path / "copy.jsonl"
+        rows = [
+            {"prompt_ids": r.prompt_ids.tolist(), "response_ids": r.response_ids.tolist()} for r in requests()
+        ]
+        trace.write_text("\n".join(map(json.dumps, rows)))
+        out = tmp_path / "rows.json"
+        command = [
+            "simulate",
+            str(trace),
+            "--cost",
+            "h100-llama-3-8b-roofline",
+            "--batch",
+            "1,4",
+            "--json",
+            str(out),
+        ]
+        assert main(command) == 0
+        shown = capsys.readouterr().out
+        assert "roofline, not measured" in shown
+        results = json.loads(out.read_text())["results"]
+        assert [(row["batch"], row["rule"]) for row in results] == [
+            (b, rule) for b in (1, 4) for rule in RULES
+        ]
+        assert all(
+            row["trace"] == "copy" and row["speedup"] > 0 and row["tokens_per_step"] >= 1 for row in results
+        )
+
+    def test_command_names_a_bad_curve(self, tmp_path, capsys):
+        trace = tmp_path / "t.jsonl"
+        trace.write_text("")
+        bad = tmp_path / "bad.json"
+        bad.write_text("{}")
+        assert main(["simulate", str(trace), "--cost", str(bad)]) == 1
+        assert "not a cost curve" in capsys.readouterr().err
+
+
+def test_shape_of_a_model():
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    shape = ModelShape.of(LlamaForCausalLM(config))
+    per_layer = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24 + 2 * 16
+    assert shape.parameters == 2 * per_layer + 16 + 32 * 16
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.bytes) == (2, 4, 2, 4, 4)
+    assert torch.get_default_dtype() is torch.float32

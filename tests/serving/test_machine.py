@@ -111,6 +111,8 @@ class Serving(RuleBasedStateMachine):
             sequence = self.drafter.begin(prompt, namespace=name, max_length=length, background=background)
             assert len(sequence) == len(prompt)
         except MemoryLimitError:
+            if name in self.drafter.namespaces():  # there was room for it, and not for the sequence
+                self.namespace(name)
             return self.full()
         model.namespace, model.tokens = self.namespace(name), prompt
         self.rows.append((sequence, model))

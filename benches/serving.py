@@ -113,6 +113,7 @@ def main() -> None:
         "nodes": arguments.nodes,
         "nodes_drafted": float(np.mean(nodes)),
         **{f"step_ms_{name}": way.ms() for name, way in ways.items()},
+        **{f"step_ms_{name}_p10": way.ms(10) for name, way in ways.items()},
         **{f"step_ms_{name}_p99": way.ms(99) for name, way in ways.items()},
     }
     figures["speedup_two_threads"] = figures["step_ms_one_thread"] / figures["step_ms_two_threads"]

@@ -508,25 +508,29 @@ impl Drafting {
         let mut counts = [[0.0f32; CLASSES]; source::SAMPLED];
         let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
         let mut longest = [None; source::SAMPLED];
+        // most sources and classes have nothing to say: a bit for each class that has
+        let mut held = [0u32; source::SAMPLED];
         for &(sample, _, class) in &self.votes {
             let sample = &self.samples[sample as usize];
-            counts[usize::from(sample.source)][usize::from(class)] += sample.weight;
+            let source = usize::from(sample.source);
+            counts[source][usize::from(class)] += sample.weight;
+            held[source] |= 1 << class;
         }
-        for candidate in &self.candidates[start..] {
-            for source in 0..source::SAMPLED {
+        // the vote of one occurrence of each class
+        let mut value = [[0.0f32; CLASSES]; source::SAMPLED];
+        for source in (0..source::SAMPLED).filter(|&source| held[source] != 0) {
+            for candidate in &self.candidates[start..] {
                 if candidate.classes[source] != NO_CLASS {
                     distinct[source][usize::from(candidate.classes[source])] += 1;
                 }
             }
-        }
-        // the vote of one occurrence of each class
-        let mut value = counts;
-        for source in 0..source::SAMPLED {
             // a longer match in the request is a shorter one too; the datastore samples each length anew
             let nested = !matches!(source, source::STORE | source::ALIGNED);
             let (mut count, mut seen, mut rest) = (0.0, 0, 1.0);
             let mut contexts = evidence.contexts[source].iter_mut();
-            for class in (0..CLASSES).rev().filter(|&class| counts[source][class] > 0.0) {
+            let mut left = held[source];
+            while let Some(class) = left.checked_ilog2().map(|class| class as usize) {
+                left ^= 1 << class;
                 count = if nested { count + counts[source][class] } else { counts[source][class] };
                 seen += distinct[source][class];
                 let cell = Model::escape_cell(source, class, count, seen);
@@ -538,9 +542,13 @@ impl Drafting {
                     *context = Some((class as u8, cell));
                 }
             }
-            if nested && longest[source].is_some() {
-                for class in 1..CLASSES {
-                    value[source][class] += value[source][class - 1];
+            if nested {
+                let (mut left, mut shorter) = (held[source], 0.0);
+                while left != 0 {
+                    let class = left.trailing_zeros() as usize;
+                    left &= left - 1;
+                    value[source][class] += shorter;
+                    shorter = value[source][class];
                 }
             }
         }

@@ -57,7 +57,8 @@ impl Calibration {
     /// The corrected probability of a token with this kind of evidence.
     pub fn correct(&self, kind: usize, prob: f32) -> f32 {
         let at = scale(prob) * STEP;
-        let (knot, above) = (at as usize, at.fract());
+        let knot = at as usize;
+        let above = at - knot as f32;
         let knots = self.knots[knot].odds * (1.0 - above) + self.knots[knot + 1].odds * above;
         let odds = prob * knots * self.odds[kind];
         odds / (1.0 - prob + odds)
@@ -69,7 +70,8 @@ impl Calibration {
         let error = f32::from(u8::from(came_true)) - corrected;
         let variance = corrected * (1.0 - corrected);
         let at = scale(prob) * STEP;
-        let (knot, above) = (at as usize, at.fract());
+        let knot = at as usize;
+        let above = at - knot as f32;
         let [lower, upper] = &mut self.knots[knot..knot + 2] else { return error };
         for (bias, share) in [(lower, 1.0 - above), (upper, above), (&mut self.kinds[kind], 1.0)] {
             bias.gradient += share * error;

@@ -344,7 +344,8 @@ impl Model {
     /// The probability of a token that the mixture gives `mixed` and that has this support.
     pub fn refine(&self, support: Support, mixed: f32) -> f32 {
         let scale = scale(mixed);
-        let (step, above) = (scale as usize, scale.fract());
+        let step = scale as usize;
+        let above = scale - step as f32;
         let cell = support.row() * PROBABILITIES + step;
         self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
     }

@@ -1,13 +1,23 @@
 """Training-free speculative decoding: draft trees from the prompt, the output and a corpus on disk."""
 
 from sssd import errors
-from sssd._core import SOURCES, Datastore, DatastoreBuilder, Drafter, DraftTree, Sequence, __version__
+from sssd._core import (
+    SOURCES,
+    Datastore,
+    DatastoreBuilder,
+    DraftBatch,
+    Drafter,
+    DraftTree,
+    Sequence,
+    __version__,
+)
 from sssd.errors import SssdError
 
 __all__ = [
     "SOURCES",
     "Datastore",
     "DatastoreBuilder",
+    "DraftBatch",
     "DraftTree",
     "Drafter",
     "Sequence",

@@ -1,6 +1,6 @@
 """Types of the compiled core."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceABC
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ __all__ = [
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
+    "DraftBatch",
     "DraftTree",
     "Drafter",
     "FileInfo",
@@ -40,8 +41,64 @@ class Drafter:
         load: Literal["mmap", "ram"] = "mmap",
         live_bytes: int = ...,
         soft_bytes: int = ...,
+        max_bytes: int | None = None,
+        max_sequence_bytes: int | None = None,
+        threads: int | None = None,
+        namespace_ttl: float | None = None,
     ) -> Self: ...
-    def begin(self, prompt_ids: ArrayLike, prediction: ArrayLike | None = None) -> Sequence: ...
+    def begin(
+        self,
+        prompt_ids: ArrayLike,
+        prediction: ArrayLike | None = None,
+        *,
+        namespace: str = "",
+        max_length: int | None = None,
+        background: bool = False,
+    ) -> Sequence: ...
+    def extend_batch(
+        self,
+        sequences: Iterable[Sequence],
+        token_ids: ArrayLike,
+        offsets: ArrayLike,
+        topk_ids: ArrayLike | None = None,
+        topk_probs: ArrayLike | None = None,
+    ) -> None: ...
+    def draft_batch(
+        self,
+        sequences: Iterable[Sequence],
+        max_nodes: ArrayLike | None = None,
+        *,
+        total_nodes: int | None = None,
+        min_nodes: ArrayLike | None = None,
+        max_depth: ArrayLike | None = None,
+        min_prob: float = 0.001,
+        out: DraftBatch | None = None,
+    ) -> DraftBatch: ...
+    def step(
+        self,
+        sequences: Iterable[Sequence],
+        token_ids: ArrayLike,
+        offsets: ArrayLike,
+        max_nodes: ArrayLike | None = None,
+        *,
+        total_nodes: int | None = None,
+        min_nodes: ArrayLike | None = None,
+        max_depth: ArrayLike | None = None,
+        min_prob: float = 0.001,
+        topk_ids: ArrayLike | None = None,
+        topk_probs: ArrayLike | None = None,
+        out: DraftBatch | None = None,
+    ) -> DraftBatch: ...
+    @property
+    def memory(self) -> dict[str, int | None]: ...
+    @property
+    def metrics(self) -> dict[str, Any]: ...
+    def namespaces(self) -> dict[str, dict[str, Any]]: ...
+    def remove_namespace(self, name: str) -> bool: ...
+    def save(self, folder: _StrPath) -> None: ...
+    @staticmethod
+    def load(folder: _StrPath, **options: Any) -> Drafter: ...
+    def freeze(self, builder: DatastoreBuilder, *, namespace: str = "") -> int: ...
     @property
     def stats(self) -> dict[str, Any]: ...
     def state_dict(self) -> dict[str, bytes]: ...
@@ -62,7 +119,15 @@ class Sequence:
         self, token_ids: ArrayLike, topk_ids: ArrayLike | None = None, topk_probs: ArrayLike | None = None
     ) -> None: ...
     def feedback(self, tree: DraftTree, topk_ids: ArrayLike, topk_probs: ArrayLike) -> None: ...
-    def draft(self, max_nodes: int = 32, *, min_prob: float = 0.001) -> DraftTree: ...
+    def prefill(self, token_ids: ArrayLike) -> None: ...
+    def truncate(self, length: int) -> None: ...
+    def fork(self) -> Sequence: ...
+    @property
+    def ready(self) -> bool: ...
+    def check_integrity(self) -> None: ...
+    def draft(
+        self, max_nodes: int = 32, *, min_prob: float = 0.001, max_depth: int | None = None
+    ) -> DraftTree: ...
     def commit(self) -> None: ...
     def finish(self) -> None: ...
     def close(self) -> None: ...
@@ -103,6 +168,32 @@ class DraftTree:
     def accept(self, target_ids: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
     def render(self, decode: Callable[[SequenceABC[int]], str] | None = None) -> str: ...
     def __len__(self) -> int: ...
+
+@final
+class DraftBatch:
+    def __new__(
+        cls,
+        max_sequences: int,
+        max_nodes: int,
+        *,
+        token_ids: NDArray[np.int32] | None = None,
+        parents: NDArray[np.int32] | None = None,
+        depths: NDArray[np.int32] | None = None,
+        probs: NDArray[np.float32] | None = None,
+        offsets: NDArray[np.int32] | None = None,
+    ) -> Self: ...
+    @property
+    def token_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def parents(self) -> NDArray[np.int32]: ...
+    @property
+    def depths(self) -> NDArray[np.int32]: ...
+    @property
+    def probs(self) -> NDArray[np.float32]: ...
+    @property
+    def offsets(self) -> NDArray[np.int32]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> DraftTree: ...
 
 @final
 class PassCosts:

@@ -1,5 +1,10 @@
 """The exceptions that sssd raises. All derive from :class:`SssdError`; I/O failures stay :class:`OSError`."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sssd._core import DraftBatch
+
 
 class SssdError(Exception):
     """Base class of every error that sssd raises on purpose."""
@@ -35,6 +40,33 @@ class DatastoreVersionError(DatastoreError):
 
 class VocabularyMismatchError(DatastoreError, ValueError):
     """A datastore was built for another vocabulary size or another tokenizer."""
+
+
+class MemoryLimitError(SssdError, MemoryError):
+    """A sequence or namespace does not fit into the drafter's limits; nothing was changed."""
+
+
+class StateError(SssdError):
+    """What a drafter has saved cannot be used."""
+
+
+class CorruptStateError(StateError):
+    """A saved state is damaged, truncated, or none."""
+
+
+class StateVersionError(StateError):
+    """A saved state was written by another release."""
+
+
+class BatchError(SssdError):
+    """Some sequences of a batch failed; the others were served.
+
+    ``failures`` maps places in the batch to exceptions. ``batch`` has the trees of the others; None if none
+    were asked for.
+    """
+
+    failures: "dict[int, SssdError]"
+    batch: "DraftBatch | None"
 
 
 class InternalError(SssdError, RuntimeError):

@@ -38,6 +38,8 @@ const NEXT_READ: usize = 16;
 const LEAST_REFINED: f32 = 0.003;
 /// No refinement raises a probability by more than about this factor.
 const MOST_GAIN: f32 = 2.0;
+/// Contexts to have room for at a node, so that few drafts need more.
+const CONTEXTS: usize = 24;
 /// Slots of the token table; more than the candidates that one expansion can have.
 const SLOTS: usize = 2048;
 const NO_CLASS: u8 = u8::MAX;
@@ -59,9 +61,25 @@ pub struct Inputs<'a> {
     pub end_tokens: &'a [Token],
     /// Tokens of output so far.
     pub age: usize,
+    pub limits: Limits,
+}
+
+/// What one draft may come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The node budget.
     pub max_nodes: usize,
+    /// No node is deeper.
+    pub max_depth: usize,
     /// Less probable nodes are not drafted.
     pub min_prob: f32,
+}
+
+impl Limits {
+    /// A node budget alone.
+    pub fn nodes(max_nodes: usize) -> Self {
+        Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }
+    }
 }
 
 impl Inputs<'_> {
@@ -178,27 +196,62 @@ pub struct Drafting {
     votes: Vec<(u32, u32, u8)>,
     table: TokenTable,
     tree: DraftTree,
+    /// The newest node, until it is expanded: there may be no room for its children.
+    newest: Option<u32>,
+    /// What the tree and its learning are to come to: those of a draft of so many nodes.
+    budget: usize,
     /// Tokens of output before the draft.
     age: usize,
     /// The candidate that the target's output has followed so far.
     followed: Option<u32>,
 }
 
+/// Memory that is of no use between drafts: one set serves many sequences and stays near the processor.
+#[derive(Default)]
+pub struct Scratch {
+    frontier: Frontier,
+    matches: Vec<Match>,
+    read: Vec<Token>,
+    successors: Vec<(Token, f32)>,
+    votes: Vec<(u32, u32, u8)>,
+    table: TokenTable,
+}
+
 impl Drafting {
-    /// Drafts a tree; it stays valid until the next draft.
-    pub fn draft(&mut self, inputs: &Inputs) -> &DraftTree {
+    fn exchange(&mut self, scratch: &mut Scratch) {
+        std::mem::swap(&mut self.frontier, &mut scratch.frontier);
+        std::mem::swap(&mut self.matches, &mut scratch.matches);
+        std::mem::swap(&mut self.read, &mut scratch.read);
+        std::mem::swap(&mut self.successors, &mut scratch.successors);
+        std::mem::swap(&mut self.votes, &mut scratch.votes);
+        std::mem::swap(&mut self.table, &mut scratch.table);
+    }
+
+    /// Drafts a tree of at most `nodes` nodes, the best of those that `inputs` allow.
+    pub fn draft(&mut self, nodes: usize, inputs: &Inputs, scratch: &mut Scratch) {
+        self.exchange(scratch);
+        self.start(inputs);
+        self.grow(nodes, inputs);
+        self.exchange(scratch);
+    }
+
+    fn start(&mut self, inputs: &Inputs) {
         self.samples.clear();
         self.candidates.clear();
         self.evidence.clear();
         self.read.clear();
         self.soft.clear();
         self.contexts.clear();
+        self.contexts.reserve(CONTEXTS * inputs.limits.max_nodes);
         self.tree.clear();
+        self.newest = None;
+        self.budget = inputs.limits.max_nodes;
         self.followed = None;
         self.age = inputs.age;
-        self.frontier.reset(inputs.max_nodes, inputs.min_prob);
+        let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
+        self.frontier.reset(max_nodes, min_prob);
         match inputs.index.tokens().last() {
-            Some(last) if inputs.max_nodes > 0 && !inputs.end_tokens.contains(last) => {
+            Some(last) if max_nodes > 0 && max_depth > 0 && !inputs.end_tokens.contains(last) => {
                 self.candidates.push(Candidate::new(*last, NONE, 0));
                 self.gather_request(inputs.index);
                 self.gather_aligned(inputs);
@@ -206,25 +259,54 @@ impl Drafting {
                 self.gather_corpus(source::LIVE, LIVE_LENGTH, LIVE_SAMPLES, inputs);
                 self.followed = Some(0);
                 self.expand(0, inputs);
-                self.grow(inputs);
             }
             _ => {}
         }
-        &self.tree
     }
 
-    fn grow(&mut self, inputs: &Inputs) {
-        while self.tree.len() < inputs.max_nodes {
+    /// Grows the tree to at most `nodes` nodes.
+    fn grow(&mut self, nodes: usize, inputs: &Inputs) {
+        while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
+            if let Some(node) = self.newest.take() {
+                let Candidate { token, depth, .. } = self.candidates[node as usize];
+                if (depth as usize) < inputs.limits.max_depth && !inputs.end_tokens.contains(&token) {
+                    self.gather_lower(node, inputs.index);
+                    self.expand(node, inputs);
+                }
+            }
             let Some(best) = self.frontier.pop() else { return };
             let Candidate { token, parent, path, .. } = self.candidates[best as usize];
             self.candidates[best as usize].node = self.tree.len() as i32;
             let source = self.carrier(best);
             self.tree.push(token, self.candidates[parent as usize].node, path, source);
-            if self.tree.len() < inputs.max_nodes && !inputs.end_tokens.contains(&token) {
-                self.gather_lower(best, inputs.index);
-                self.expand(best, inputs);
-            }
+            self.newest = Some(best);
         }
+    }
+
+    /// Goes back to what a draft of at most `nodes` nodes is, and what is learned from it.
+    pub fn cut(&mut self, nodes: usize) {
+        self.budget = self.budget.min(nodes);
+        self.tree.truncate(nodes);
+        if nodes == 0 {
+            self.followed = None;
+        }
+    }
+
+    /// The tree, until the next draft.
+    pub fn tree(&self) -> &DraftTree {
+        &self.tree
+    }
+
+    /// Forgets the last draft.
+    pub fn forget(&mut self) {
+        self.followed = None;
+    }
+
+    /// Frees everything but the tree.
+    pub fn shrink(&mut self) {
+        let mut tree = std::mem::take(&mut self.tree);
+        tree.shrink();
+        *self = Self { tree, ..Self::default() };
     }
 
     /// Collects earlier occurrences of the context in the request, longest contexts first, newest first.
@@ -400,7 +482,7 @@ impl Drafting {
             let source = usize::from(sample.source);
             let token = match source {
                 source::STORE | source::LIVE => self.read[sample.cursor as usize],
-                _ => inputs.index.tokens()[sample.cursor as usize],
+                _ => inputs.index.token(sample.cursor),
             };
             let child = self.child(node, token);
             let class = class(sample.length) as u8;
@@ -432,31 +514,33 @@ impl Drafting {
         let mut counts = [[0.0f32; CLASSES]; source::SAMPLED];
         let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
         let mut longest = [None; source::SAMPLED];
-        // of each source, a bit for every class that it has votes of
-        let mut classes = [0u32; source::SAMPLED];
+        // most sources and classes have nothing to say: a bit for each class that has
+        let mut held = [0u32; source::SAMPLED];
         for &(sample, _, class) in &self.votes {
             let sample = &self.samples[sample as usize];
-            counts[usize::from(sample.source)][usize::from(class)] += sample.weight;
-            classes[usize::from(sample.source)] |= 1 << class;
-        }
-        for candidate in &self.candidates[start..] {
-            for (source, &class) in candidate.classes[..source::SAMPLED].iter().enumerate() {
-                if class != NO_CLASS {
-                    distinct[source][usize::from(class)] += 1;
-                }
-            }
+            let source = usize::from(sample.source);
+            counts[source][usize::from(class)] += sample.weight;
+            held[source] |= 1 << class;
         }
         // the vote of one occurrence of each class
-        let mut value = counts;
+        let mut value = [[0.0f32; CLASSES]; source::SAMPLED];
         for source in 0..source::SAMPLED {
+            evidence.contexts[source] = self.contexts.len() as u32;
+            longest[source] = held[source].checked_ilog2().map(|class| class as usize);
+            if held[source] == 0 {
+                continue;
+            }
+            for candidate in &self.candidates[start..] {
+                if candidate.classes[source] != NO_CLASS {
+                    distinct[source][usize::from(candidate.classes[source])] += 1;
+                }
+            }
             // a longer match in the request is a shorter one too; the datastore samples each length anew
             let nested = !matches!(source, source::STORE | source::ALIGNED);
             let (mut count, mut seen, mut rest) = (0.0, 0, 1.0);
-            evidence.contexts[source] = self.contexts.len() as u32;
-            longest[source] = classes[source].checked_ilog2().map(|class| class as usize);
-            while let Some(class) = classes[source].checked_ilog2() {
-                classes[source] ^= 1 << class;
-                let class = class as usize;
+            let mut left = held[source];
+            while let Some(class) = left.checked_ilog2().map(|class| class as usize) {
+                left ^= 1 << class;
                 count = if nested { count + counts[source][class] } else { counts[source][class] };
                 seen += distinct[source][class];
                 let cell = Model::escape_cell(source, class, count, seen);
@@ -465,9 +549,13 @@ impl Drafting {
                 rest *= escape;
                 self.contexts.push((class as u8, cell));
             }
-            if nested && longest[source].is_some() {
-                for class in 1..CLASSES {
-                    value[source][class] += value[source][class - 1];
+            if nested {
+                let (mut left, mut shorter) = (held[source], 0.0);
+                while left != 0 {
+                    let class = left.trailing_zeros() as usize;
+                    left &= left - 1;
+                    value[source][class] += shorter;
+                    shorter = value[source][class];
                 }
             }
         }
@@ -674,6 +762,10 @@ impl Drafting {
         for &token in tokens {
             let Some(at) = self.followed.take() else { return };
             let expanded = &self.candidates[at as usize];
+            // the last node of a budget is not expanded, nor is what was cut off
+            if expanded.node >= self.budget as i32 - 1 {
+                return;
+            }
             let Some(evidence) = self.evidence.get(expanded.evidence as usize) else { return };
             let children = expanded.children.0..expanded.children.1;
             self.followed = children.clone().find(|&child| self.candidates[child as usize].token == token);
@@ -712,7 +804,9 @@ impl Drafting {
                 }
             }
             calibration.learn();
-            if let Some(node) = truth.and_then(|truth| usize::try_from(truth.node).ok()) {
+            if let Some(node) = truth.and_then(|truth| usize::try_from(truth.node).ok())
+                && node < self.tree.len()
+            {
                 stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
                 self.credit(truth.map_or(NONE, |truth| truth.samples), live);
             }
@@ -736,14 +830,8 @@ impl Drafting {
         bytes(&self.samples)
             + bytes(&self.candidates)
             + bytes(&self.evidence)
-            + self.frontier.memory_bytes()
-            + bytes(&self.matches)
-            + bytes(&self.read)
-            + bytes(&self.successors)
             + bytes(&self.soft)
             + bytes(&self.contexts)
-            + bytes(&self.votes)
-            + bytes(&self.table.slots)
             + self.tree.memory_bytes()
     }
 }

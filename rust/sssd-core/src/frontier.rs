@@ -51,10 +51,6 @@ impl Frontier {
         keys.truncate(self.room);
         self.heap = keys.into();
     }
-
-    pub fn memory_bytes(&self) -> usize {
-        self.heap.capacity() * size_of::<u64>()
-    }
 }
 
 #[cfg(test)]

@@ -4,32 +4,65 @@
 //! Appending costs one hash-table look-up per length, whatever the context; removing the newest token is the
 //! exact inverse. Longer matches than the longest length are found by comparing backwards from the positions
 //! on its chain.
+//!
+//! Forks share what they have in common: an immutable *base*, and on top of it each one's own positions and the
+//! heads that differ from the base's.
+
+use std::sync::Arc;
 
 use crate::Token;
+use crate::memory::{Charge, MemoryFull};
 
 /// The context lengths that have a chain of their own.
 pub const ORDERS: [usize; 6] = [1, 2, 3, 4, 6, 10];
 /// Marks the end of a chain.
 pub const NONE: u32 = u32::MAX;
 
-#[derive(Clone, Default)]
+/// The lengths whose links stand beside the token.
+const NEAR: usize = 3;
+
+/// Fewer own positions than this are copied by a fork, whatever the share of the whole.
+const FEW: usize = 64;
+
+#[derive(Default)]
 pub struct Index {
     tokens: Vec<Token>,
-    chains: [Chain; ORDERS.len()],
+    /// Shared with forks of this index.
+    base: Option<Arc<Base>>,
+    /// Positions below this one are the base's.
+    kept: usize,
+    own: Layer,
 }
 
-/// Links the positions that end the same `k` tokens, newest first.
+/// A layer that forks share, with the bytes charged for it.
+struct Base {
+    layer: Layer,
+    charge: Charge,
+}
+
+/// A position's token and, for the lengths that are looked up most, the previous position on the chain or `NONE`:
+/// a sample is found and read in one or two lines of the cache.
+#[derive(Clone, Copy)]
+struct Links {
+    token: Token,
+    previous: [u32; NEAR],
+}
+
+/// Positions with their chains, and the newest position of each context.
 #[derive(Clone, Default)]
-struct Chain {
-    heads: Heads,
-    /// For each position, the previous one on its chain or `NONE`.
-    previous: Vec<u32>,
+struct Layer {
+    links: Vec<Links>,
+    /// For each position and further length, the previous position on the chain or `NONE`.
+    far: Vec<[u32; ORDERS.len() - NEAR]>,
+    /// Above a base, only what differs from the base's; `NONE` then hides a context.
+    heads: [Heads; ORDERS.len()],
 }
 
 impl Index {
     pub fn with_capacity(tokens: usize) -> Self {
-        let chain = |_| Chain { heads: Heads::default(), previous: Vec::with_capacity(tokens) };
-        Self { tokens: Vec::with_capacity(tokens), chains: std::array::from_fn(chain) }
+        let (links, far) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        let own = Layer { links, far, ..Layer::default() };
+        Self { tokens: Vec::with_capacity(tokens), own, ..Self::default() }
     }
 
     pub fn tokens(&self) -> &[Token] {
@@ -40,25 +73,168 @@ impl Index {
     pub fn push(&mut self, token: Token) {
         let position = self.tokens.len() as u32;
         self.tokens.push(token);
-        let mut hash = Hash::default();
-        let mut hashed = 0;
-        for (chain, order) in self.chains.iter_mut().zip(ORDERS) {
-            if order > self.tokens.len() {
-                chain.previous.push(NONE);
-                continue;
-            }
-            for &token in self.tokens.iter().rev().take(order).skip(hashed) {
-                hash.add(token);
-            }
-            hashed = order;
-            let previous = chain.heads.replace(hash, position);
-            chain.previous.push(previous);
+        let mut links = [NONE; ORDERS.len()];
+        let (hashes, known) = hashes(&self.tokens);
+        for order in 0..known {
+            links[order] = match self.own.heads[order].insert(hashes[order], position) {
+                Some(previous) => previous,
+                None => self.base.as_ref().map_or(NONE, |base| base.layer.heads[order].find(hashes[order])),
+            };
         }
+        self.own.push(token, links);
+    }
+
+    /// Forgets the newest tokens, down to `len` of them. Above a base it takes memory: see `reserve`.
+    pub fn truncate(&mut self, len: usize) {
+        while self.tokens.len() > len {
+            self.pop();
+        }
+    }
+
+    fn pop(&mut self) {
+        let (hashes, known) = hashes(&self.tokens);
+        self.tokens.pop();
+        let base = self.base.as_deref().map(|base| &base.layer);
+        let links = match (self.own.pop(), base) {
+            (Some(links), _) => links,
+            (None, Some(base)) => {
+                self.kept -= 1;
+                base.links_of(self.kept)
+            }
+            (None, None) => return,
+        };
+        for order in 0..known {
+            let (hash, previous) = (hashes[order], links[order]);
+            if previous == base.map_or(NONE, |base| base.heads[order].find(hash)) {
+                self.own.heads[order].remove(hash);
+            } else {
+                self.own.heads[order].insert(hash, previous);
+            }
+        }
+    }
+
+    /// Another index with the same tokens, in time proportional to what was appended or forgotten since the
+    /// last fork (amortized), and four bytes per token. What comes to be shared is charged once, and `charge` pays
+    /// for this index alone.
+    pub fn fork(&mut self, charge: &mut Charge) -> Result<Self, MemoryFull> {
+        if !self.is_light() {
+            self.share(charge)?;
+        }
+        Ok(Self {
+            tokens: self.tokens.clone(),
+            base: self.base.clone(),
+            kept: self.kept,
+            own: self.own.clone(),
+        })
+    }
+
+    /// Moves everything into a base.
+    fn share(&mut self, charge: &mut Charge) -> Result<(), MemoryFull> {
+        self.settle(charge);
+        let mut paid = charge.sibling();
+        let layer = match &self.base {
+            None => std::mem::take(&mut self.own),
+            Some(base) => {
+                // both are there for a moment
+                paid.resize(base.layer.memory_bytes() + 2 * self.own.memory_bytes())?;
+                base.layer.clone().overlaid(self.kept, std::mem::take(&mut self.own))
+            }
+        };
+        if self.base.is_none() {
+            paid = charge.split(layer.memory_bytes());
+        }
+        paid.resize(layer.memory_bytes())?;
+        self.kept = layer.links.len();
+        self.base = Some(Arc::new(Base { layer, charge: paid }));
+        Ok(())
+    }
+
+    /// Takes the base back once no fork shares it any more.
+    pub fn settle(&mut self, charge: &mut Charge) {
+        if self.base.as_mut().is_some_and(|base| Arc::get_mut(base).is_some())
+            && let Some(base) = self.base.take().and_then(Arc::into_inner)
+        {
+            let Base { layer, charge: paid } = base;
+            self.own = layer.overlaid(self.kept, std::mem::take(&mut self.own));
+            self.kept = 0;
+            charge.merge(paid);
+        }
+    }
+
+    /// Bytes that a fork will hold alone.
+    pub fn fork_bytes(&self) -> usize {
+        let own = if self.is_light() { self.own.memory_bytes() } else { 0 };
+        self.tokens.len() * size_of::<Token>() + own
+    }
+
+    /// Whether a fork copies what stands above the base.
+    fn is_light(&self) -> bool {
+        self.own.len() <= FEW.max(self.tokens.len() / 4)
+    }
+
+    /// Bytes held for this index alone after `count` tokens have been forgotten, at most. What is forgotten below
+    /// a base takes memory.
+    pub fn bytes_after_pops(&self, count: usize) -> usize {
+        let more = if self.base.is_some() { count } else { 0 };
+        self.bytes_with(0) + self.heads_bytes(more) - self.heads_bytes(0)
+    }
+
+    fn heads_bytes(&self, more: usize) -> usize {
+        let bytes = |heads: &Heads| {
+            let mut slots = heads.slots.len();
+            while !heads.fits(slots, more) {
+                slots = Heads::more(slots);
+            }
+            slots * size_of::<Slot>()
+        };
+        self.own.heads.iter().map(bytes).sum()
+    }
+
+    /// Takes the memory for `tokens` more tokens, whatever they are.
+    pub fn reserve(&mut self, tokens: usize) {
+        let room = |capacity, len| grown(capacity, len, tokens) - len;
+        let (held, links) = (self.tokens.len(), self.own.links.len());
+        self.tokens.reserve_exact(room(self.tokens.capacity(), held));
+        self.own.links.reserve_exact(room(self.own.links.capacity(), links));
+        self.own.far.reserve_exact(room(self.own.far.capacity(), links));
+        for heads in &mut self.own.heads {
+            while !heads.fits(heads.slots.len(), tokens) {
+                heads.grow();
+            }
+        }
+    }
+
+    /// Bytes held for this index alone after `reserve(tokens)`.
+    pub fn bytes_with(&self, tokens: usize) -> usize {
+        let own = &self.own;
+        let links = grown(own.links.capacity(), own.links.len(), tokens) * size_of::<Links>();
+        let far = grown(own.far.capacity(), own.far.len(), tokens) * size_of::<[u32; ORDERS.len() - NEAR]>();
+        let tokens_bytes = grown(self.tokens.capacity(), self.tokens.len(), tokens) * size_of::<Token>();
+        tokens_bytes + links + far + self.heads_bytes(tokens)
+    }
+
+    /// The token at `position`, read from beside its links.
+    pub fn token(&self, position: u32) -> Token {
+        let (layer, at) = self.layer(position);
+        layer.links[at].token
     }
 
     /// The previous position that ends the same `ORDERS[order]` tokens as `position`, or `NONE`.
     pub fn previous(&self, order: usize, position: u32) -> u32 {
-        self.chains[order].previous[position as usize]
+        let (layer, at) = self.layer(position);
+        match order.checked_sub(NEAR) {
+            None => layer.links[at].previous[order],
+            Some(far) => layer.far[at][far],
+        }
+    }
+
+    /// The layer that has `position`, and where.
+    fn layer(&self, position: u32) -> (&Layer, usize) {
+        let position = position as usize;
+        match &self.base {
+            Some(base) if position < self.kept => (&base.layer, position),
+            _ => (&self.own, position - self.kept),
+        }
     }
 
     /// The newest position that ends the first `ORDERS[order]` tokens of `context`, which is given newest first;
@@ -67,20 +243,129 @@ impl Index {
         let mut hash = Hash::default();
         let Some(context) = context.get(..ORDERS[order]) else { return NONE };
         context.iter().for_each(|&token| hash.add(token));
-        self.chains[order].heads.find(hash)
+        let hash = hash.finish();
+        match (self.own.heads[order].get(hash), &self.base) {
+            (Some(position), _) => position,
+            (None, Some(base)) => base.layer.heads[order].find(hash),
+            (None, None) => NONE,
+        }
     }
 
     /// How many tokens that end at `position` agree with `context`, which is given newest first.
     pub fn match_length(&self, position: u32, context: &[Token]) -> usize {
+        let (layer, at) = self.layer(position);
+        // four tokens beside the links, then the tokens themselves
+        let near = layer.links[at.saturating_sub(3)..=at].iter().rev();
+        let length = near.zip(context).take_while(|(links, expected)| links.token == **expected).count();
+        if length < 4 && length <= at {
+            return length;
+        }
         let ending = self.tokens[..=position as usize].iter().rev();
         ending.zip(context).take_while(|(token, expected)| token == expected).count()
     }
 
-    pub fn memory_bytes(&self) -> usize {
-        let chains: usize =
-            self.chains.iter().map(|c| c.previous.capacity() * 4 + c.heads.memory_bytes()).sum();
-        self.tokens.capacity() * 4 + chains
+    /// Compares everything with an index made anew.
+    pub fn check(&self) -> Result<(), String> {
+        let mut fresh = Self::with_capacity(self.tokens.len());
+        self.tokens.iter().for_each(|&token| fresh.push(token));
+        if self.kept + self.own.links.len() != self.tokens.len() {
+            return Err(format!("{} + {} links", self.kept, self.own.links.len()));
+        }
+        for position in 0..self.tokens.len() {
+            for order in 0..ORDERS.len() {
+                if self.previous(order, position as u32) != fresh.previous(order, position as u32) {
+                    return Err(format!("the link of order {order} at {position} is wrong"));
+                }
+            }
+            for (order, length) in
+                ORDERS.into_iter().enumerate().filter(|&(_, length)| length <= position + 1)
+            {
+                let context: Vec<_> = self.tokens[..=position].iter().rev().take(length).copied().collect();
+                if self.newest(order, &context) != fresh.newest(order, &context) {
+                    return Err(format!("the head of order {order} at {position} is wrong"));
+                }
+            }
+        }
+        for (own, fresh) in self.own.heads.iter().zip(&fresh.own.heads) {
+            if own.slots.iter().filter(|slot| slot.hash != 0).count() != own.used
+                || (self.base.is_none() && own.used != fresh.used)
+            {
+                return Err(format!("{} heads instead of {}", own.used, fresh.used));
+            }
+        }
+        Ok(())
     }
+
+    /// Bytes held for this index alone, and bytes of the base that it may share with forks.
+    pub fn memory_bytes(&self) -> (usize, usize) {
+        let base = self.base.as_ref().map_or(0, |base| base.layer.memory_bytes());
+        (self.tokens.capacity() * size_of::<Token>() + self.own.memory_bytes(), base)
+    }
+}
+
+impl Layer {
+    fn push(&mut self, token: Token, links: [u32; ORDERS.len()]) {
+        let (previous, far) = (std::array::from_fn(|i| links[i]), std::array::from_fn(|i| links[NEAR + i]));
+        self.links.push(Links { token, previous });
+        self.far.push(far);
+    }
+
+    fn pop(&mut self) -> Option<[u32; ORDERS.len()]> {
+        let links = self.links.len().checked_sub(1).map(|at| self.links_of(at))?;
+        self.links.pop();
+        self.far.pop();
+        Some(links)
+    }
+
+    fn links_of(&self, at: usize) -> [u32; ORDERS.len()] {
+        let (near, far) = (&self.links[at].previous, &self.far[at]);
+        std::array::from_fn(|i| if i < NEAR { near[i] } else { far[i - NEAR] })
+    }
+
+    /// How much there is to copy.
+    fn len(&self) -> usize {
+        self.heads.iter().map(|heads| heads.used).fold(self.links.len(), usize::max)
+    }
+
+    /// This layer cut to `kept` positions, with `above` on top of it.
+    fn overlaid(mut self, kept: usize, above: Self) -> Self {
+        self.links.truncate(kept);
+        self.links.extend(above.links);
+        self.far.truncate(kept);
+        self.far.extend(above.far);
+        for (heads, above) in self.heads.iter_mut().zip(above.heads) {
+            for Slot { hash, position } in above.slots.into_iter().filter(|slot| slot.hash != 0) {
+                if position == NONE {
+                    heads.remove(hash);
+                } else {
+                    heads.insert(hash, position);
+                }
+            }
+        }
+        self
+    }
+
+    fn memory_bytes(&self) -> usize {
+        let heads: usize = self.heads.iter().map(Heads::memory_bytes).sum();
+        let links = self.links.capacity() * size_of::<Links>();
+        links + self.far.capacity() * size_of::<[u32; ORDERS.len() - NEAR]>() + heads
+    }
+}
+
+/// The capacity for `more` items: a quarter of it may be spare.
+pub fn grown(capacity: usize, len: usize, more: usize) -> usize {
+    if len + more <= capacity { capacity } else { (len + more).max(capacity + capacity / 4 + 16) }
+}
+
+/// The hashes of the contexts that end `tokens`, and how many of them there are.
+fn hashes(tokens: &[Token]) -> ([u32; ORDERS.len()], usize) {
+    let mut hashes = [0; ORDERS.len()];
+    let (mut hash, mut hashed, mut known) = (Hash::default(), 0, 0);
+    for (order, length) in ORDERS.into_iter().enumerate().take_while(|&(_, length)| length <= tokens.len()) {
+        tokens.iter().rev().take(length).skip(hashed).for_each(|&token| hash.add(token));
+        (hashes[order], hashed, known) = (hash.finish(), length, order + 1);
+    }
+    (hashes, known)
 }
 
 /// A hash of tokens, newest first, that can be extended to longer contexts.
@@ -119,34 +404,72 @@ struct Slot {
 }
 
 impl Heads {
-    fn find(&self, hash: Hash) -> u32 {
-        let hash = hash.finish();
-        match self.slots.get(self.locate(hash)) {
-            Some(slot) if slot.hash == hash => slot.position,
-            _ => NONE,
-        }
+    fn get(&self, hash: u32) -> Option<u32> {
+        self.slots.get(self.locate(hash)).filter(|slot| slot.hash == hash).map(|slot| slot.position)
+    }
+
+    /// The newest position, or `NONE`.
+    fn find(&self, hash: u32) -> u32 {
+        self.get(hash).unwrap_or(NONE)
     }
 
     /// Makes `position` the newest one of `hash` and returns the one before.
-    fn replace(&mut self, hash: Hash, position: u32) -> u32 {
-        if self.used * 4 >= self.slots.len() * 3 {
+    fn insert(&mut self, hash: u32, position: u32) -> Option<u32> {
+        if !self.fits(self.slots.len(), 1) {
             self.grow();
         }
-        let hash = hash.finish();
         let index = self.locate(hash);
         let slot = &mut self.slots[index];
         if slot.hash == hash {
-            return std::mem::replace(&mut slot.position, position);
+            return Some(std::mem::replace(&mut slot.position, position));
         }
         self.used += 1;
         *slot = Slot { hash, position };
-        NONE
+        None
+    }
+
+    fn remove(&mut self, hash: u32) {
+        let mask = self.slots.len().wrapping_sub(1);
+        let mut vacant = self.locate(hash);
+        if self.slots.get(vacant).is_none_or(|slot| slot.hash != hash) {
+            return;
+        }
+        self.used -= 1;
+        // what stands behind moves up, unless it would leave the way from its own place
+        let mut index = vacant;
+        loop {
+            index = (index + 1) & mask;
+            let slot = self.slots[index];
+            if slot.hash == 0 {
+                break;
+            }
+            let home = Self::home(slot.hash) & mask;
+            if index.wrapping_sub(home) & mask >= index.wrapping_sub(vacant) & mask {
+                self.slots[vacant] = slot;
+                vacant = index;
+            }
+        }
+        self.slots[vacant] = Slot::default();
+    }
+
+    /// Whether `slots` slots hold `more` entries and leave a quarter vacant.
+    fn fits(&self, slots: usize, more: usize) -> bool {
+        (self.used + more) * 4 <= slots * 3
+    }
+
+    /// The next size.
+    fn more(slots: usize) -> usize {
+        (slots * 2).max(16)
+    }
+
+    fn home(hash: u32) -> usize {
+        (hash >> 1) as usize
     }
 
     /// The slot of `hash`, or the vacant one where it belongs; 0 in an empty table.
     fn locate(&self, hash: u32) -> usize {
         let mask = self.slots.len().wrapping_sub(1);
-        let mut index = (hash >> 1) as usize & mask;
+        let mut index = Self::home(hash) & mask;
         while let Some(slot) = self.slots.get(index) {
             if slot.hash == hash || slot.hash == 0 {
                 return index;
@@ -157,7 +480,7 @@ impl Heads {
     }
 
     fn grow(&mut self) {
-        let slots = vec![Slot::default(); (self.slots.len() * 2).max(16)];
+        let slots = vec![Slot::default(); Self::more(self.slots.len())];
         for slot in std::mem::replace(&mut self.slots, slots) {
             if slot.hash != 0 {
                 let index = self.locate(slot.hash);
@@ -174,6 +497,7 @@ impl Heads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Ledger;
     use proptest::prelude::*;
 
     proptest! {
@@ -205,5 +529,71 @@ mod tests {
                 prop_assert_eq!(index.match_length(position as u32, &context), expected);
             }
         }
+
+        /// A family of forks under random operations: each member equals an index made anew.
+        #[test]
+        fn forks_and_truncations_leave_what_a_new_index_holds(
+            operations in prop::collection::vec((0usize..6, 0usize..5, prop::collection::vec(0u32..3, 0..90)), 0..24),
+        ) {
+            let ledger = Arc::new(Ledger::new(usize::MAX));
+            let charge = || Charge::new(&ledger, usize::MAX);
+            let mut family = vec![(Index::default(), charge(), Vec::new())];
+            for (member, kind, tokens) in operations {
+                let at = member % family.len();
+                let (index, charge, history) = &mut family[at];
+                match kind {
+                    0 | 1 => {
+                        index.settle(charge);
+                        let expected = index.bytes_with(tokens.len());
+                        index.reserve(tokens.len());
+                        prop_assert_eq!(index.memory_bytes().0, expected);
+                        tokens.iter().for_each(|&token| index.push(token));
+                        prop_assert_eq!(index.memory_bytes().0, expected);
+                        history.extend(tokens);
+                    }
+                    2 => {
+                        history.truncate(history.len().saturating_sub(tokens.len() * 2));
+                        index.truncate(history.len());
+                    }
+                    3 => {
+                        charge.resize(index.memory_bytes().0).unwrap();
+                        let fork = index.fork(charge).unwrap();
+                        let fork = (fork, charge.sibling(), history.clone());
+                        family.push(fork);
+                    }
+                    _ if family.len() > 1 => drop(family.swap_remove(at)),
+                    _ => {}
+                }
+                for (index, charge, history) in &mut family {
+                    charge.resize(index.memory_bytes().0).unwrap();
+                    prop_assert_eq!(index.tokens(), &history[..]);
+                    prop_assert_eq!(index.check(), Ok(()));
+                }
+                // every byte is charged once
+                let own: usize = family.iter().map(|member| member.0.memory_bytes().0).sum();
+                let mut bases: Vec<_> = family.iter().filter_map(|member| member.0.base.clone()).collect();
+                bases.sort_by_key(Arc::as_ptr);
+                bases.dedup_by_key(|base| Arc::as_ptr(base));
+                let shared: usize = bases.iter().map(|base| base.layer.memory_bytes()).sum();
+                prop_assert_eq!(ledger.used(), own + shared);
+            }
+        }
+    }
+
+    #[test]
+    fn forks_share_their_positions_and_give_them_back() {
+        let mut index = Index::default();
+        (0..1000).for_each(|token| index.push(token % 7));
+        let (alone, _) = index.memory_bytes();
+        let mut charge = Charge::new(&Arc::new(Ledger::new(usize::MAX)), usize::MAX);
+        charge.resize(alone).unwrap();
+        let mut forks: Vec<_> = (0..8).map(|_| index.fork(&mut charge).unwrap()).collect();
+        forks.iter_mut().for_each(|fork| fork.push(1));
+        let (own, base) = forks[0].memory_bytes();
+        assert!(own < 10_000 && own + base <= alone + 10_000);
+        drop(forks);
+        index.settle(&mut charge);
+        assert_eq!((index.memory_bytes().1, charge.bytes()), (0, alone));
+        assert_eq!(index.check(), Ok(()));
     }
 }

@@ -89,13 +89,18 @@ impl Knowledge {
         self.live.commit(tokens);
     }
 
-    /// Bytes of memory that it holds.
+    /// Bytes of memory that it may come to hold.
+    pub fn most_bytes(&self) -> usize {
+        self.live.most_bytes() + self.soft.most_bytes() + lock(&self.model).memory_bytes()
+    }
+
+    /// Bytes of memory held.
     pub fn memory_bytes(&self) -> usize {
         self.live.memory_bytes() + self.soft.memory_bytes() + lock(&self.model).memory_bytes()
     }
 }
 
 /// What is behind these locks is whole after every statement, whoever panicked.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

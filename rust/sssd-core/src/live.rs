@@ -84,10 +84,38 @@ impl LiveStore {
         }
     }
 
+    /// The documents, oldest first, and how often what was drafted from each was accepted of late.
+    pub fn documents(&self) -> Vec<(Vec<Token>, u32)> {
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let ends = ring.documents.iter().skip(1).map(|next| next.start).chain(std::iter::once(ring.end));
+        let documents = ring.documents.iter().zip(ends).map(|(document, end)| {
+            let tokens = (document.start..end - 1).map(|position| ring.tokens[ring.place(position)]);
+            (tokens.collect(), document.used.load(Ordering::Relaxed))
+        });
+        documents.collect()
+    }
+
+    /// Adds documents as they were in another store.
+    pub fn restore(&self, documents: &[(Vec<Token>, u32)]) {
+        let mut ring = self.ring.write().unwrap_or_else(PoisonError::into_inner);
+        for (tokens, used) in documents.iter().filter(|(tokens, _)| tokens.len() <= self.capacity / 4) {
+            ring.allocate(self.capacity);
+            ring.append(tokens);
+            if let Some(document) = ring.documents.back_mut() {
+                *document.used.get_mut() = *used;
+            }
+        }
+    }
+
     /// Tokens held, and documents.
     pub fn len(&self) -> (usize, usize) {
         let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
         ((ring.end - ring.start) as usize - ring.documents.len(), ring.documents.len())
+    }
+
+    /// Bytes that it may come to hold.
+    pub fn most_bytes(&self) -> usize {
+        self.capacity * BYTES
     }
 
     pub fn memory_bytes(&self) -> usize {

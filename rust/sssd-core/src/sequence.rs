@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::aligned::Aligned;
 use crate::calibration::Calibration;
-use crate::draft::{Drafting, Inputs};
+use crate::draft::{Drafting, Inputs, Limits};
 use crate::drafter::Shared;
-use crate::index::Index;
-use crate::knowledge::Stats;
+use crate::index::{Index, grown};
+use crate::knowledge::{Stats, lock};
+use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
 use crate::soft::{Recent, SOFT_ORDERS, TopK};
 use crate::{DraftTree, Token};
@@ -15,16 +16,19 @@ use crate::{DraftTree, Token};
 /// Drafts after which their counts are handed on.
 const COUNTED: u64 = 64;
 
+/// Tokens that are indexed before memory is asked for again.
+const CHUNK: usize = 256;
+
 /// The state of one request.
 pub struct Sequence {
     shared: Arc<Shared>,
     /// The predicted output, then the sequence itself.
     index: Index,
     predicted: usize,
-    /// Tokens of the prompt.
-    prompt: usize,
     aligned: Aligned,
     recent: Recent,
+    /// What `aligned` was before each token of the output, to go back to.
+    past: Vec<Aligned>,
     /// The weights that it started with, and its own.
     base: Arc<Model>,
     model: Arc<Model>,
@@ -33,27 +37,46 @@ pub struct Sequence {
     stats: Stats,
     /// Tokens that the live store has been given.
     committed: usize,
+    /// The sequence will not become longer than this.
+    max_length: usize,
+    charge: Charge,
+    drafts: u64,
 }
 
 impl Sequence {
-    pub(crate) fn new(shared: Arc<Shared>, prompt: &[Token], prediction: &[Token]) -> Self {
-        let mut index = Index::with_capacity(prompt.len() + prediction.len());
-        prediction.iter().chain(prompt).for_each(|&token| index.push(token));
+    pub(crate) fn new(shared: Arc<Shared>, prediction: &[Token], charge: Charge) -> Result<Self, MemoryFull> {
         let base = shared.knowledge.model();
-        Self {
+        let mut sequence = Self {
             shared,
-            index,
-            predicted: prediction.len(),
-            prompt: prompt.len(),
+            index: Index::default(),
+            predicted: 0,
             aligned: Aligned::new(prediction.len() as u32),
             recent: Recent::default(),
+            past: Vec::new(),
             model: Arc::clone(&base),
             base,
             calibration: Calibration::default(),
             drafting: Drafting::default(),
             stats: Stats::default(),
             committed: 0,
-        }
+            max_length: usize::MAX,
+            charge,
+            drafts: 0,
+        };
+        sequence.settle()?;
+        sequence.prefill(prediction)?;
+        sequence.predicted = prediction.len();
+        Ok(sequence)
+    }
+
+    /// It has begun: from now on its memory comes first.
+    pub fn admit(&mut self) {
+        self.charge.admit();
+    }
+
+    /// Limits the number of tokens: nothing is drafted that would go beyond.
+    pub fn set_max_length(&mut self, max_length: usize) {
+        self.max_length = max_length;
     }
 
     /// All tokens so far.
@@ -61,9 +84,103 @@ impl Sequence {
         &self.index.tokens()[self.predicted..]
     }
 
+    /// Appends tokens that the target has not produced: the prompt, or a part of it. After an error nothing has
+    /// been appended.
+    pub fn prefill(&mut self, tokens: &[Token]) -> Result<(), MemoryFull> {
+        let output = !self.past.is_empty();
+        self.drafting.forget();
+        self.append(tokens, |sequence, _, token| {
+            if output {
+                sequence.past.push(sequence.aligned.clone());
+            }
+            sequence.index.push(token);
+        })
+    }
+
+    /// Lets `push` append the tokens one by one, within the limits of memory.
+    fn append(
+        &mut self,
+        tokens: &[Token],
+        mut push: impl FnMut(&mut Self, usize, Token),
+    ) -> Result<(), MemoryFull> {
+        let before = self.tokens().len();
+        self.index.settle(&mut self.charge);
+        for (chunk, tokens) in tokens.chunks(CHUNK).enumerate() {
+            let past = grown(self.past.capacity(), self.past.len(), tokens.len());
+            let bytes =
+                self.index.bytes_with(tokens.len()) + past * size_of::<Aligned>() + self.other_bytes();
+            if let Err(full) = self.charge.resize(bytes) {
+                self.forget(before);
+                return Err(full);
+            }
+            self.index.reserve(tokens.len());
+            self.past.reserve_exact(past - self.past.len());
+            for (at, &token) in tokens.iter().enumerate() {
+                push(self, chunk * CHUNK + at, token);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes tokens back, down to `len` of them, as if they had never come; what was learned from them stays
+    /// learned. The outcome of the last draft is not awaited any more.
+    pub fn truncate(&mut self, len: usize) -> Result<(), MemoryFull> {
+        let cut = self.tokens().len().saturating_sub(len);
+        self.index.settle(&mut self.charge);
+        let past = self.past.capacity() * size_of::<Aligned>();
+        self.charge.resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
+        self.drafting.forget();
+        self.forget(len);
+        Ok(())
+    }
+
+    fn forget(&mut self, len: usize) {
+        for _ in len..self.tokens().len() {
+            if let Some(aligned) = self.past.pop() {
+                self.aligned = aligned;
+            }
+        }
+        self.index.truncate(self.predicted + len);
+        self.committed = self.committed.min(len);
+        // less than what was charged for the way
+        let _ = self.settle();
+    }
+
+    /// Another sequence with the same tokens and weights, which goes its own way. It shares this one's index; the
+    /// time is proportional to what has changed since the last fork, and four bytes per token are copied. The
+    /// outcome of the last draft is awaited by this sequence alone.
+    pub fn fork(&mut self) -> Result<Self, MemoryFull> {
+        let mut charge = self.charge.sibling();
+        let past = self.past.len() * size_of::<Aligned>();
+        charge.resize(self.index.fork_bytes() + past + self.other_bytes())?;
+        let mut fork = Self {
+            shared: Arc::clone(&self.shared),
+            index: self.index.fork(&mut self.charge)?,
+            predicted: self.predicted,
+            aligned: self.aligned.clone(),
+            past: self.past.clone(),
+            recent: self.recent.clone(),
+            // what was learned up to here is merged once, by this sequence
+            base: Arc::clone(&self.model),
+            model: Arc::clone(&self.model),
+            calibration: self.calibration.clone(),
+            drafting: Drafting::default(),
+            stats: Stats::default(),
+            committed: self.committed,
+            max_length: self.max_length,
+            charge,
+            drafts: 0,
+        };
+        fork.settle()?;
+        fork.admit();
+        self.settle()?;
+        Ok(fork)
+    }
+
     /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `soft`
-    /// is the distribution that token `i` came from.
-    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) {
+    /// is the distribution that token `i` came from. After an error nothing has been appended.
+    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) -> Result<(), MemoryFull> {
+        self.append(tokens, |sequence, row, token| sequence.push(row, token, soft))?;
         if self.drafting.awaits_outcome() {
             let live = &self.shared.knowledge.live;
             self.drafting.learn(
@@ -77,23 +194,26 @@ impl Sequence {
                 self.count();
             }
         }
-        for (row, &token) in tokens.iter().enumerate() {
-            let table = &self.shared.knowledge.soft;
-            if let Some(soft) = soft {
-                let best = soft.best(row);
-                table.insert(self.newest_first(), &best);
-                self.recent.update(best.tokens().iter().copied(), token);
-            } else if !table.is_empty() {
-                // what `feedback` has just told
-                let mut found = [None; SOFT_ORDERS.len()];
-                table.find(self.newest_first(), &mut found);
-                if let Some(soft) = found[SOFT_ORDERS.len() - 1] {
-                    self.recent.update(soft.ids.into_iter().zip(soft.probs), token);
-                }
+        Ok(())
+    }
+
+    fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {
+        let table = &self.shared.knowledge.soft;
+        if let Some(soft) = soft {
+            let best = soft.best(row);
+            table.insert(self.newest_first(), &best);
+            self.recent.update(best.tokens().iter().copied(), token);
+        } else if !table.is_empty() {
+            // what `feedback` has just told
+            let mut found = [None; SOFT_ORDERS.len()];
+            table.find(self.newest_first(), &mut found);
+            if let Some(soft) = found[SOFT_ORDERS.len() - 1] {
+                self.recent.update(soft.ids.into_iter().zip(soft.probs), token);
             }
-            self.index.push(token);
-            self.aligned.follow(&self.index);
         }
+        self.past.push(self.aligned.clone());
+        self.index.push(token);
+        self.aligned.follow(&self.index);
     }
 
     /// Remembers the target's distributions after the root (row 0) and after each node of a tree that continues
@@ -114,12 +234,56 @@ impl Sequence {
         self.tokens().iter().rev().copied()
     }
 
-    /// Drafts continuations: at most `max_nodes` nodes, none less probable than `min_prob`.
-    pub fn draft(&mut self, max_nodes: usize, min_prob: f32) -> &DraftTree {
+    /// Drafts continuations.
+    pub fn draft(&mut self, limits: Limits) -> &DraftTree {
+        self.start_draft(limits, limits.max_nodes);
+        self.end_draft(limits.max_nodes)
+    }
+
+    /// Drafts at most `nodes` of the nodes that `limits` allow, and returns the draft's number.
+    pub fn start_draft(&mut self, limits: Limits, nodes: usize) -> u64 {
+        self.drafts += 1;
+        self.calibration.start(self.model.ages(self.past.len()));
+        let mut scratch = lock(&self.shared.scratch).pop().unwrap_or_default();
+        self.with_inputs(limits, |drafting, inputs| drafting.draft(nodes, inputs, &mut scratch));
+        lock(&self.shared.scratch).push(scratch);
+        self.drafts
+    }
+
+    /// How many drafts were started.
+    pub fn drafts(&self) -> u64 {
+        self.drafts
+    }
+
+    /// The last draft.
+    pub fn tree(&self) -> &DraftTree {
+        self.drafting.tree()
+    }
+
+    /// Whether the outcome of the last draft is not known yet.
+    pub fn awaits_outcome(&self) -> bool {
+        self.drafting.awaits_outcome()
+    }
+
+    /// Ends the draft with at most `nodes` nodes: tree and learning are those of a draft of so many.
+    pub fn end_draft(&mut self, nodes: usize) -> &DraftTree {
+        self.drafting.cut(nodes);
+        // what does not fit into memory is given back at once, and the draft is not learned from
+        if self.settle().is_err() {
+            self.drafting.shrink();
+            if self.settle().is_err() {
+                self.drafting = Drafting::default();
+                let _ = self.settle();
+            }
+        }
+        self.drafting.tree()
+    }
+
+    fn with_inputs(&mut self, limits: Limits, work: impl FnOnce(&mut Drafting, &Inputs)) {
         let knowledge = &self.shared.knowledge;
-        let age = self.tokens().len() - self.prompt;
-        self.calibration.start(self.model.ages(age));
-        self.drafting.draft(&Inputs {
+        // the last token to come needs no draft
+        let left = self.max_length.saturating_sub(self.index.tokens().len() - self.predicted + 1);
+        let inputs = Inputs {
             index: &self.index,
             predicted: self.predicted,
             aligned: &self.aligned,
@@ -130,10 +294,10 @@ impl Sequence {
             model: &self.model,
             calibration: &self.calibration,
             end_tokens: &self.shared.end_tokens,
-            age,
-            max_nodes,
-            min_prob,
-        })
+            age: self.past.len(),
+            limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
+        };
+        work(&mut self.drafting, &inputs);
     }
 
     /// Gives what is new since the last commit to the live store.
@@ -161,15 +325,167 @@ impl Sequence {
         &self.model
     }
 
-    /// Bytes of memory that the sequence holds.
+    /// Bytes of memory that the sequence holds, what it shares with forks included.
     pub fn memory_bytes(&self) -> usize {
-        let own = if Arc::ptr_eq(&self.model, &self.base) { 0 } else { self.model.memory_bytes() };
-        self.index.memory_bytes() + own + self.drafting.memory_bytes()
+        let (own, shared) = self.index.memory_bytes();
+        own + shared + self.past.capacity() * size_of::<Aligned>() + self.other_bytes()
+    }
+
+    /// Bytes of the weights and of the last draft. The weights may become its own at any time.
+    fn other_bytes(&self) -> usize {
+        size_of::<Self>() + Recent::MOST_BYTES + self.model.memory_bytes() + self.drafting.memory_bytes()
+    }
+
+    /// Charges what is held alone.
+    fn settle(&mut self) -> Result<(), MemoryFull> {
+        let past = self.past.capacity() * size_of::<Aligned>();
+        let bytes = self.index.memory_bytes().0 + past + self.other_bytes();
+        self.charge.resize(bytes)
+    }
+
+    /// Bytes charged to the sequence alone.
+    pub fn charged_bytes(&self) -> usize {
+        self.charge.bytes()
+    }
+
+    /// Compares what is held with what it should be, in time proportional to the square of the length or more.
+    pub fn check(&self) -> Result<(), String> {
+        self.index.check()?;
+        let past = self.past.capacity() * size_of::<Aligned>();
+        let bytes = self.index.memory_bytes().0 + past + self.other_bytes();
+        if self.charge.bytes() != bytes {
+            return Err(format!("{} bytes are charged for {bytes}", self.charge.bytes()));
+        }
+        if self.committed > self.tokens().len() || self.past.len() > self.tokens().len() {
+            return Err("more tokens are committed or followed than there are".into());
+        }
+        Ok(())
     }
 }
 
 impl Drop for Sequence {
     fn drop(&mut self) {
         self.count();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Ledger;
+    use crate::{Drafter, Knowledge};
+    use proptest::prelude::*;
+
+    fn drafter() -> Drafter {
+        let ledger = Arc::new(Ledger::new(usize::MAX));
+        let knowledge = Knowledge::new(Model::default(), 0, 0);
+        Drafter::new(vec![7], None, knowledge, Charge::new(&ledger, usize::MAX)).unwrap()
+    }
+
+    fn begin(drafter: &Drafter, ledger: &Arc<Ledger>, prompt: &[Token]) -> Sequence {
+        drafter.begin(prompt, &[], Charge::new(ledger, usize::MAX)).unwrap()
+    }
+
+    proptest! {
+        /// What was taken back leaves no trace, and forks draft what their history says.
+        #[test]
+        fn truncated_and_forked_sequences_draft_like_new_ones(
+            prompt in prop::collection::vec(0u32..8, 0..150),
+            operations in prop::collection::vec((0usize..4, 0usize..4, prop::collection::vec(0u32..8, 0..100)), 0..12),
+        ) {
+            let (drafter, ledger) = (drafter(), Arc::new(Ledger::new(usize::MAX)));
+            let mut family = vec![(begin(&drafter, &ledger, &prompt), prompt.len(), prompt)];
+            for (member, kind, tokens) in operations {
+                let at = member % family.len();
+                let (sequence, prompt, history) = &mut family[at];
+                match kind {
+                    0 | 1 => {
+                        sequence.extend(&tokens, None).unwrap();
+                        history.extend(tokens);
+                    }
+                    2 => {
+                        history.truncate(history.len().saturating_sub(tokens.len()));
+                        *prompt = history.len().min(*prompt);
+                        sequence.truncate(history.len()).unwrap();
+                    }
+                    _ => {
+                        let fork = (sequence.fork().unwrap(), *prompt, history.clone());
+                        family.push(fork);
+                    }
+                }
+                for (sequence, prompt, history) in &mut family {
+                    prop_assert_eq!(sequence.check(), Ok(()));
+                    let mut twin = begin(&drafter, &ledger, &history[..*prompt]);
+                    twin.extend(&history[*prompt..], None).unwrap();
+                    let limits = Limits { max_nodes: 20, max_depth: 3, min_prob: 0.001 };
+                    prop_assert_eq!(sequence.draft(limits), twin.draft(limits));
+                    sequence.drafting.forget();
+                }
+            }
+            drop(family);
+            prop_assert_eq!(ledger.used(), 0);
+        }
+
+        /// A draft in pieces, cut, is the draft of that size, and teaches the same.
+        #[test]
+        fn a_cut_draft_is_a_smaller_one(
+            tokens in prop::collection::vec(0u32..6, 1..200), pieces in prop::collection::vec(0usize..30, 0..4), cut in 0usize..40,
+        ) {
+            let (drafter, ledger) = (drafter(), Arc::new(Ledger::new(usize::MAX)));
+            let (prompt, output) = tokens.split_at(tokens.len() / 2);
+            let (mut one, mut two) = (begin(&drafter, &ledger, prompt), begin(&drafter, &ledger, prompt));
+            for output in output.chunks(4) {
+                let limits = Limits::nodes(64);
+                let mut most = 0;
+                for &piece in &pieces {
+                    most = most.max(piece);
+                    one.start_draft(limits, most);
+                }
+                let cut = cut.min(most);
+                let grown = one.drafting.tree().len();
+                // all there is: nothing was left unexpanded for want of budget
+                let cut = if grown < most && cut >= grown { 64 } else { cut };
+                prop_assert_eq!(one.end_draft(cut), two.draft(Limits::nodes(cut)));
+                one.extend(output, None).unwrap();
+                two.extend(output, None).unwrap();
+                prop_assert!(one.model() == two.model());
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_memory_refuses_and_changes_nothing() {
+        let (drafter, tokens) = (drafter(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());
+        let ledger = Arc::new(Ledger::new(400_000));
+        let charge = || Charge::new(&ledger, usize::MAX);
+        assert!(drafter.begin(&vec![3; 100_000], &[], charge()).is_err());
+        assert_eq!(ledger.used(), 0);
+        let mut sequence = drafter.begin(&tokens[..1000], &[], charge()).unwrap();
+        let mut forks = Vec::new();
+        while let Ok(fork) = sequence.fork() {
+            forks.push(fork);
+        }
+        assert!(!forks.is_empty() && ledger.used() <= ledger.limit());
+        assert_eq!(sequence.check(), Ok(()));
+        sequence.draft(Limits::nodes(1024));
+        assert_eq!(sequence.check(), Ok(()));
+        drop(forks);
+        assert!(sequence.extend(&tokens, None).is_err());
+        assert_eq!(sequence.tokens(), &tokens[..1000]);
+        assert_eq!(sequence.check(), Ok(()));
+        assert!(ledger.peak() <= ledger.limit() && ledger.refused() >= 3);
+        drop(sequence);
+        assert_eq!(ledger.used(), 0);
+    }
+
+    #[test]
+    fn nothing_is_drafted_beyond_the_longest_length() {
+        let (drafter, ledger) = (drafter(), Arc::new(Ledger::new(usize::MAX)));
+        let mut sequence = begin(&drafter, &ledger, &[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1]);
+        for (max_length, depth) in [(16, 4), (14, 2), (13, 1), (12, 0), (11, 0), (5, 0)] {
+            sequence.set_max_length(max_length);
+            let tree = sequence.draft(Limits::nodes(32));
+            assert_eq!(tree.depths.iter().max().copied().unwrap_or(0), depth);
+        }
     }
 }

@@ -17,7 +17,7 @@ pub const TOP_K: usize = 8;
 /// Entries that share a bucket: an entry lives in the one of them that was written least recently.
 const WAYS: usize = 4;
 /// State, TOP_K tokens of 32 bits, TOP_K probabilities of 16 bits, and the time of writing.
-const WORDS: usize = 8;
+pub const WORDS: usize = 8;
 const TIME: usize = 7;
 const SCALE: f32 = 65535.0;
 
@@ -93,6 +93,9 @@ const RECENT: usize = 32;
 const FADING: f32 = 0.8;
 
 impl Recent {
+    /// Bytes that it may come to hold on the heap.
+    pub const MOST_BYTES: usize = (RECENT + TOP_K).next_power_of_two() * size_of::<(Token, f32)>();
+
     /// Takes account of one position: what was probable, and what came.
     pub fn update(&mut self, probable: impl Iterator<Item = (Token, f32)>, came: Token) {
         self.tokens.iter_mut().for_each(|held| held.1 *= FADING);
@@ -126,8 +129,55 @@ impl SoftTable {
         self.slots.get().is_none()
     }
 
+    /// Bytes that it may come to hold.
+    pub fn most_bytes(&self) -> usize {
+        self.buckets * WAYS * WORDS * size_of::<u64>()
+    }
+
     pub fn memory_bytes(&self) -> usize {
         self.slots.get().map_or(0, |slots| slots.len() * size_of::<u64>())
+    }
+
+    /// The entries, each with its place, to be put into a table of the same size.
+    pub fn entries(&self) -> Vec<(u64, [u64; WORDS])> {
+        let entries = self.slots.get().map_or(&[][..], |slots| slots).chunks_exact(WORDS);
+        let held = entries.zip(0..).filter_map(|(entry, place)| {
+            let state = entry[0].load(Ordering::Acquire);
+            if state >> 32 == 0 || state % 2 == 1 {
+                return None;
+            }
+            let mut words: [u64; WORDS] = std::array::from_fn(|word| entry[word].load(Ordering::Relaxed));
+            fence(Ordering::Acquire);
+            words[0] = state & !0xff_ffff;
+            (entry[0].load(Ordering::Relaxed) == state).then_some((place, words))
+        });
+        held.collect()
+    }
+
+    /// Puts entries of another table of the same size where they were. Left out are those that have no place here
+    /// or tokens from `limit` on.
+    pub fn restore(&self, entries: &[(u64, [u64; WORDS])], limit: Token) {
+        if self.buckets == 0 || entries.is_empty() {
+            return;
+        }
+        let slots = self.slots();
+        for (place, words) in entries {
+            let Some(entry) = usize::try_from(*place).ok().and_then(|place| slots.get(place * WORDS..))
+            else {
+                continue;
+            };
+            if words[1..5].iter().any(|&pair| pair >> 32 >= u64::from(limit) || pair as u32 >= limit) {
+                continue;
+            }
+            for (slot, &word) in entry.iter().zip(words) {
+                slot.store(word, Ordering::Relaxed);
+            }
+            self.clock.fetch_max(words[TIME].saturating_add(1), Ordering::Relaxed);
+        }
+    }
+
+    fn slots(&self) -> &[AtomicU64] {
+        self.slots.get_or_init(|| (0..self.buckets * WAYS * WORDS).map(|_| AtomicU64::new(0)).collect())
     }
 
     /// Remembers the target's distribution after `context`, which is given newest first.
@@ -142,8 +192,7 @@ impl SoftTable {
             words[5 + place / 4] |= prob << (16 * (place % 4));
         }
         words[TIME] = self.clock.fetch_add(1, Ordering::Relaxed);
-        let slots =
-            self.slots.get_or_init(|| (0..self.buckets * WAYS * WORDS).map(|_| AtomicU64::new(0)).collect());
+        let slots = self.slots();
         for_each_order(context, |order, key| {
             write(&slots[self.bucket(key)..][..WAYS * WORDS], tag(order, key), &words);
         });

@@ -103,12 +103,40 @@ impl DraftTree {
     }
 
     /// Removes all nodes and keeps the memory.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.token_ids.clear();
         self.parents.clear();
         self.depths.clear();
         self.probs.clear();
         self.sources.clear();
+    }
+
+    /// Becomes a copy of another tree and keeps the memory.
+    pub fn copy_from(&mut self, other: &Self) {
+        self.clear();
+        self.token_ids.extend_from_slice(&other.token_ids);
+        self.parents.extend_from_slice(&other.parents);
+        self.depths.extend_from_slice(&other.depths);
+        self.probs.extend_from_slice(&other.probs);
+        self.sources.extend_from_slice(&other.sources);
+    }
+
+    /// Keeps the first `nodes` nodes.
+    pub fn truncate(&mut self, nodes: usize) {
+        self.token_ids.truncate(nodes);
+        self.parents.truncate(nodes);
+        self.depths.truncate(nodes);
+        self.probs.truncate(nodes);
+        self.sources.truncate(nodes);
+    }
+
+    /// Gives back the memory that is not in use.
+    pub(crate) fn shrink(&mut self) {
+        self.token_ids.shrink_to_fit();
+        self.parents.shrink_to_fit();
+        self.depths.shrink_to_fit();
+        self.probs.shrink_to_fit();
+        self.sources.shrink_to_fit();
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {

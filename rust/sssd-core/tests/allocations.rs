@@ -1,9 +1,10 @@
 //! Drafting is on the critical path of every step: once warm, it takes no memory from the system.
 
+#![allow(clippy::unwrap_used)]
 use std::sync::Arc;
 
 use allocation_counter::measure;
-use sssd_core::{Corpus, Drafter, Knowledge, Match, Model, Token, TopK};
+use sssd_core::{Charge, Corpus, Drafter, Knowledge, Ledger, Limits, Match, Model, Token, TopK};
 
 /// A corpus in which everything is followed by a cycle.
 struct Cycle;
@@ -25,21 +26,25 @@ impl Corpus for Cycle {
     }
 }
 
+fn charge() -> Charge {
+    Charge::new(&Arc::new(Ledger::new(usize::MAX)), usize::MAX)
+}
+
 #[test]
 fn drafts_allocate_nothing_once_warm() {
     let knowledge = Knowledge::new(Model::default(), 1 << 20, 1 << 20);
-    let drafter = Drafter::new(vec![], Some(Arc::new(Cycle)), knowledge);
+    let drafter = Drafter::new(vec![], Some(Arc::new(Cycle)), knowledge, charge()).unwrap();
     let mut text = (0u32..).map(|n| (n.wrapping_mul(n) / 7 + n / 3) % 40);
     let earlier: Vec<Token> = text.by_ref().take(2000).collect();
-    drafter.begin(&earlier, &[]).finish();
+    drafter.begin(&earlier, &[], charge()).unwrap().finish();
     let prompt: Vec<Token> = text.by_ref().take(1000).collect();
-    let mut sequence = drafter.begin(&prompt, &earlier[..500]);
+    let mut sequence = drafter.begin(&prompt, &earlier[..500], charge()).unwrap();
     let (mut most, mut nodes) = (0, 0);
     for (step, token) in text.take(1200).enumerate() {
         let ids: [Token; 8] = std::array::from_fn(|n| token + n as Token);
-        sequence.extend(&[token], Some(TopK { k: 8, ids: &ids, probs: &[0.1; 8] }));
+        sequence.extend(&[token], Some(TopK { k: 8, ids: &ids, probs: &[0.1; 8] })).unwrap();
         let used = measure(|| {
-            nodes += sequence.draft(64, 0.0).len();
+            nodes += sequence.draft(Limits::nodes(64)).len();
         });
         // the sizes that drafts need are met within the first half
         if step >= 600 {

@@ -1,6 +1,7 @@
 //! `sssd.Datastore` and `sssd.DatastoreBuilder`.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
@@ -342,7 +343,8 @@ pub struct PyDatastoreBuilder {
 }
 
 impl PyDatastoreBuilder {
-    fn with<T: Send>(
+    /// Lets `work` add to the file.
+    pub fn with<T: Send>(
         &self,
         py: Python<'_>,
         work: impl FnOnce(&mut Builder) -> sssd_store::Result<T> + Send,
@@ -529,18 +531,9 @@ fn checked_fingerprint(py: Python<'_>, bytes: &[u8]) -> PyResult<Fingerprint> {
     })
 }
 
-fn raised(py: Python<'_>, failure: Error) -> PyErr {
+pub fn raised(py: Python<'_>, failure: Error) -> PyErr {
     let class = match &failure {
-        Error::Io { path, source } => {
-            return match source.raw_os_error() {
-                Some(code) => {
-                    let reason = source.to_string();
-                    let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-                    PyOSError::new_err((code, reason, path.clone().into_os_string()))
-                }
-                None => PyOSError::new_err(failure.to_string()),
-            };
-        }
+        Error::Io { path, source } => return os_error(path, source),
         Error::Corrupt { .. } => "CorruptDatastoreError",
         Error::Version { .. } => "DatastoreVersionError",
         Error::Mismatch { .. } => "VocabularyMismatchError",
@@ -549,4 +542,16 @@ fn raised(py: Python<'_>, failure: Error) -> PyErr {
         _ => "InternalError",
     };
     error(py, class, failure.to_string())
+}
+
+/// The `OSError` with number, reason and path.
+pub fn os_error(path: &Path, source: &io::Error) -> PyErr {
+    match source.raw_os_error() {
+        Some(code) => {
+            let reason = source.to_string();
+            let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
+            PyOSError::new_err((code, reason, path.as_os_str().to_owned()))
+        }
+        None => PyOSError::new_err(format!("{}: {source}", path.display())),
+    }
 }

@@ -1,12 +1,16 @@
 //! `sssd.Drafter` and `sssd.Sequence`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Corpus, Drafter, Knowledge, MAX_NODES, MAX_TOKEN, Model, SOURCES, Sequence};
+use sssd_core::{Corpus, Drafter, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, SOURCES, Sequence};
+use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
 use crate::datastore::PyDatastore;
 use crate::errors::error;
@@ -33,24 +37,33 @@ const WEIGHTS: &str = "weights.v2";
 ///     live_bytes: memory for the tokens of finished requests (the live store), about 40 bytes a token, taken with the
 ///         first of them; 0 keeps none.
 ///     soft_bytes: memory for the target's own most probable tokens, taken with the first of them; 0 keeps none.
+///     max_bytes: limit of all memory: sequences, and ``live_bytes`` and ``soft_bytes`` of each namespace. No limit if
+///         left out. See ``memory``.
+///     max_sequence_bytes: limit of each sequence's memory.
+///     threads: threads of a batch call, the caller's included; by default the number of cores, at most 8. They are
+///         started when first needed.
+///     namespace_ttl: seconds after which a named namespace without sequences is forgotten; never if left out.
 ///
 /// Raises:
 ///     InvalidArgumentError: ``vocab_size`` is not in 1..2^31, or a size is negative.
 ///     InvalidTokenError: an end token is outside the vocabulary.
 ///     VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
 ///     OSError, DatastoreError: the datastore cannot be opened.
+///     MemoryLimitError: ``max_bytes`` is less than ``live_bytes`` and ``soft_bytes``.
 #[pyclass(frozen, name = "Drafter", module = "sssd")]
 pub struct PyDrafter {
-    drafter: Arc<Drafter>,
-    vocab_size: Option<u32>,
+    pub engine: Arc<Engine>,
+    pub vocab_size: Option<u32>,
 }
 
 #[pymethods]
 impl PyDrafter {
     #[new]
     #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap",
-                        live_bytes=64 << 20, soft_bytes=16 << 20))]
-    fn new(
+                        live_bytes=64 << 20, soft_bytes=16 << 20, max_bytes=None, max_sequence_bytes=None,
+                        threads=None, namespace_ttl=None))]
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
         py: Python<'_>,
         vocab_size: Option<i128>,
         end_token_ids: Option<&Bound<'_, PyAny>>,
@@ -58,6 +71,10 @@ impl PyDrafter {
         load: &str,
         live_bytes: i128,
         soft_bytes: i128,
+        max_bytes: Option<i128>,
+        max_sequence_bytes: Option<i128>,
+        threads: Option<i128>,
+        namespace_ttl: Option<f64>,
     ) -> PyResult<Self> {
         let vocab_size = match vocab_size {
             Some(size) if !(1..=i128::from(MAX_TOKEN) + 1).contains(&size) => {
@@ -75,9 +92,36 @@ impl PyDrafter {
                 Err(error(py, "InvalidArgumentError", message))
             }
         };
-        let (live, soft) = (bytes("live_bytes", live_bytes)?, bytes("soft_bytes", soft_bytes)?);
-        let knowledge = Knowledge::new(Model::default(), live, soft);
-        Ok(Self { drafter: Arc::new(Drafter::new(end_tokens, store, knowledge)), vocab_size })
+        let limit =
+            |name: &str, limit: Option<i128>| limit.map_or(Ok(usize::MAX), |limit| bytes(name, limit));
+        let threads = match threads {
+            None => thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_DEFAULT_THREADS)),
+            Some(threads @ 1..=MOST_THREADS) => threads as usize,
+            Some(threads) => {
+                let message = format!("threads must be between 1 and {MOST_THREADS}, got {threads}");
+                return Err(error(py, "InvalidArgumentError", message));
+            }
+        };
+        let namespace_ttl = match namespace_ttl.map(Duration::try_from_secs_f64).transpose() {
+            Ok(ttl) => ttl,
+            Err(_) => {
+                let message = "namespace_ttl must be a number of seconds, not negative";
+                return Err(error(py, "InvalidArgumentError", message));
+            }
+        };
+        let options = Options {
+            end_tokens,
+            store,
+            live_bytes: bytes("live_bytes", live_bytes)?,
+            soft_bytes: bytes("soft_bytes", soft_bytes)?,
+            max_bytes: limit("max_bytes", max_bytes)?,
+            max_request_bytes: limit("max_sequence_bytes", max_sequence_bytes)?,
+            threads,
+            namespace_ttl,
+        };
+        let engine = Engine::new(options).map_err(|full| memory_full(py, &full))?;
+        watch_forks(py)?;
+        Ok(Self { engine: Arc::new(engine), vocab_size })
     }
 
     /// Starts a sequence (a request).
@@ -86,21 +130,49 @@ impl PyDrafter {
     ///     prompt_ids: its tokens so far, any one-dimensional sequence or array of integers; may be empty.
     ///     prediction: tokens that the output is expected to resemble, such as the file that is to be edited. Drafts
     ///         follow it from the start of the output and find it again after differences; it need not be right.
+    ///     namespace: whose live store, target's probabilities and weights to use and to add to: a tenant, a model, an
+    ///         adapter. Made when first named. Nothing is shared with other namespaces but the datastore.
+    ///     max_length: the most tokens that the sequence may have; nothing is drafted beyond.
+    ///     background: return at once and let another thread index the prompt. Until it is done ``ready`` is False and
+    ///         drafts are empty; other calls wait. With ``threads=1`` the first of these does the work.
     ///
     /// Raises:
     ///     InvalidTokenError: an id is not an integer or outside the vocabulary.
-    #[pyo3(signature = (prompt_ids, prediction=None))]
+    ///     InvalidArgumentError: ``max_length`` is negative.
+    ///     MemoryLimitError: the sequence or its namespace does not fit into the limits.
+    #[pyo3(signature = (prompt_ids, prediction=None, *, namespace="", max_length=None, background=false))]
     fn begin(
         &self,
         prompt_ids: &Bound<'_, PyAny>,
         prediction: Option<&Bound<'_, PyAny>>,
+        namespace: &str,
+        max_length: Option<i128>,
+        background: bool,
     ) -> PyResult<PySequence> {
         let py = prompt_ids.py();
         let prompt = tokens(prompt_ids, self.vocab_size)?;
         let prediction = prediction.map_or(Ok(Vec::new()), |ids| tokens(ids, self.vocab_size))?;
-        let drafter = Arc::clone(&self.drafter);
-        let sequence = enter(py, true, || drafter.begin(&prompt, &prediction))?;
-        Ok(PySequence { sequence: Mutex::new(Some(sequence)), vocab_size: self.vocab_size })
+        let max_length = max_length.map(|length| not_negative(py, "max_length", length)).transpose()?;
+        let engine = &self.engine;
+        let request = if background {
+            let begun =
+                call(py, true, || engine.begin_in_background(namespace, prompt, &prediction, max_length))?;
+            begun.map_err(|full| memory_full(py, &full))?
+        } else {
+            let mut signal = Ok(());
+            let begun = call(py, true, || {
+                engine.begin(namespace, &prompt, &prediction, max_length, || {
+                    signal = Python::attach(|py| py.check_signals());
+                    signal.is_err()
+                })
+            })?;
+            signal?;
+            match begun.map_err(|full| memory_full(py, &full))? {
+                Some(request) => request,
+                None => return Err(error(py, "InternalError", "interrupted without a reason")),
+            }
+        };
+        Ok(self.sequence(request))
     }
 
     /// How drafts fared, by source: ``{"drafts": int, "sources": {name: {"drafted": int, "accepted": int,
@@ -111,7 +183,8 @@ impl PyDrafter {
     /// running sequences are added every 64 drafts.
     #[getter]
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = py.detach(|| self.drafter.stats());
+        let drafter = self.default(py)?;
+        let stats = call(py, true, || drafter.stats())?;
         let sources = PyDict::new(py);
         for (name, source) in SOURCES.iter().zip(&stats.sources) {
             let counts = PyDict::new(py);
@@ -130,7 +203,7 @@ impl PyDrafter {
     ///
     /// Next sequences start with it. It holds no tokens.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        state_dict(py, &self.drafter.model())
+        state_dict(py, &self.default(py)?.model())
     }
 
     /// Replaces what the predictor has learned, for sequences begun from now on.
@@ -145,7 +218,7 @@ impl PyDrafter {
         let weights = weights.as_ref().and_then(|weights| weights.cast::<PyBytes>().ok());
         match weights.and_then(|weights| Model::from_bytes(weights.as_bytes())) {
             Some(model) => {
-                self.drafter.set_model(model);
+                self.default(state.py())?.set_model(model);
                 Ok(())
             }
             None => {
@@ -157,21 +230,24 @@ impl PyDrafter {
 
     /// Forgets what the predictor has learned: sequences begun from now on start with the weights that ship with
     /// sssd.
-    fn reset(&self) {
-        self.drafter.set_model(Model::default());
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        self.default(py)?.set_model(Model::default());
+        Ok(())
     }
 
     /// Bytes of memory that its sequences share: live store, target's probabilities, weights. A datastore is not
     /// counted.
     #[getter]
-    fn memory_bytes(&self, py: Python<'_>) -> usize {
-        py.detach(|| self.drafter.memory_bytes())
+    fn memory_bytes(&self, py: Python<'_>) -> PyResult<usize> {
+        let drafter = self.default(py)?;
+        call(py, true, || drafter.memory_bytes())
     }
 
     /// Tokens in the live store.
     #[getter]
-    fn live_tokens(&self, py: Python<'_>) -> usize {
-        py.detach(|| self.drafter.live_len().0)
+    fn live_tokens(&self, py: Python<'_>) -> PyResult<usize> {
+        let drafter = self.default(py)?;
+        call(py, true, || drafter.live_len().0)
     }
 
     /// Number of token ids, or None if not given.
@@ -183,7 +259,7 @@ impl PyDrafter {
     /// Tokens that end a sequence, int32 [n].
     #[getter]
     fn end_token_ids<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
-        int32(py, self.drafter.end_tokens().iter().map(|&token| token as i32))
+        int32(py, self.engine.options().end_tokens.iter().map(|&token| token as i32))
     }
 
     fn __repr__(&self) -> String {
@@ -193,6 +269,20 @@ impl PyDrafter {
         }
     }
 }
+
+impl PyDrafter {
+    fn default(&self, py: Python<'_>) -> PyResult<Arc<Drafter>> {
+        self.engine.namespace("").map_err(|full| memory_full(py, &full))
+    }
+
+    fn sequence(&self, request: Arc<Request>) -> PySequence {
+        PySequence { request, engine: Arc::clone(&self.engine), vocab_size: self.vocab_size }
+    }
+}
+
+const MOST_THREADS: i128 = 256;
+/// More threads than this have too little to do in a batch.
+const MOST_DEFAULT_THREADS: usize = 8;
 
 /// No machine has more, and sums of it do not overflow.
 const MOST_BYTES: usize = 1 << 40;
@@ -231,7 +321,8 @@ fn corpus(datastore: &Bound<'_, PyAny>, load: &str, vocab_size: Option<u32>) -> 
 /// Calls from several threads are safe and take turns.
 #[pyclass(frozen, name = "Sequence", module = "sssd")]
 pub struct PySequence {
-    sequence: Mutex<Option<Sequence>>,
+    pub request: Arc<Request>,
+    pub engine: Arc<Engine>,
     vocab_size: Option<u32>,
 }
 
@@ -249,6 +340,7 @@ impl PySequence {
     ///     InvalidTokenError: an id is not an integer or outside the vocabulary; nothing is appended.
     ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
     ///         1; nothing is appended.
+    ///     MemoryLimitError: the sequence would not fit into the limits; nothing is appended.
     ///     ClosedError: the sequence is closed.
     #[pyo3(signature = (token_ids, topk_ids=None, topk_probs=None))]
     fn extend(
@@ -260,7 +352,90 @@ impl PySequence {
         let tokens = tokens(token_ids, self.vocab_size)?;
         let top = top(topk_ids, topk_probs, tokens.len(), self.vocab_size)?;
         let soft = top.as_ref().map(|top| top.view());
-        self.with(token_ids.py(), tokens.len() > DETACH_TOKENS, |sequence| sequence.extend(&tokens, soft))
+        let py = token_ids.py();
+        let detach = tokens.len() > DETACH_TOKENS || self.request.is_busy();
+        let done = call(py, detach, || self.engine.extend(&self.request, &tokens, soft))?;
+        done.map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Appends tokens that the target model has not produced: more of the prompt, as it is prefilled in pieces, or
+    /// what a user or a tool adds later. For the prompt it makes no difference how many pieces it comes in.
+    ///
+    /// Args:
+    ///     token_ids: any one-dimensional sequence or array of integers.
+    ///
+    /// Raises:
+    ///     As ``extend``.
+    fn prefill(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tokens = tokens(token_ids, self.vocab_size)?;
+        let detach = tokens.len() > DETACH_TOKENS;
+        let py = token_ids.py();
+        let done = self.with(py, detach, |sequence| sequence.prefill(&tokens))?;
+        done.map_err(|full| memory_full(py, &full))
+    }
+
+    /// Takes the newest tokens back, as if they had never come: a rejected overlap step, a beam that is given up.
+    /// What the weights, the live store and the target's probabilities have learned stays learned. Takes time
+    /// proportional to the number of tokens taken back.
+    ///
+    /// Args:
+    ///     length: tokens that remain, at most as many as there are.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: there are fewer tokens.
+    ///     MemoryLimitError: tokens shared with a fork cannot be taken back within the limits; nothing changes.
+    ///     ClosedError: the sequence is closed.
+    fn truncate(&self, py: Python<'_>, length: i128) -> PyResult<()> {
+        let done = self.with(py, true, |sequence| {
+            let held = sequence.tokens().len();
+            match usize::try_from(length) {
+                Ok(length) if length <= held => sequence.truncate(length).map_err(Ok),
+                _ => Err(Err(held)),
+            }
+        })?;
+        done.map_err(|refused| match refused {
+            Ok(full) => memory_full(py, &full),
+            Err(held) => {
+                let message =
+                    format!("length must be between 0 and the sequence's {held} tokens, got {length}");
+                error(py, "InvalidArgumentError", message)
+            }
+        })
+    }
+
+    /// Another sequence with the same tokens, weights and namespace: a beam, a further sample of the same prompt. The
+    /// two share the index of what they have in common; the time is proportional to what was appended or taken
+    /// back since the last fork, and four bytes per token are copied. What came of the last draft is learned by
+    /// this sequence only.
+    ///
+    /// Raises:
+    ///     MemoryLimitError: the fork does not fit into the limits.
+    ///     ClosedError: the sequence is closed.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        let fork = call(py, true, || self.engine.fork(&self.request))?;
+        let request = fork.map_err(|failure| request_error(py, &failure))?;
+        Ok(Self { request, engine: Arc::clone(&self.engine), vocab_size: self.vocab_size })
+    }
+
+    /// Whether the prompt is indexed; see ``Drafter.begin(background=True)``.
+    ///
+    /// Raises:
+    ///     ClosedError: the sequence is closed.
+    #[getter]
+    fn ready(&self, py: Python<'_>) -> PyResult<bool> {
+        let ready = call(py, true, || self.request.with_ready(|_| ()))?;
+        ready.map(|ready| ready.is_some()).map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Compares everything the sequence holds with what it should hold. For tests; takes milliseconds per thousand
+    /// tokens.
+    ///
+    /// Raises:
+    ///     InternalError: something is wrong; the message says what.
+    ///     ClosedError: the sequence is closed.
+    fn check_integrity(&self, py: Python<'_>) -> PyResult<()> {
+        let checked = self.with(py, true, |sequence| sequence.check())?;
+        checked.map_err(|problem| error(py, "InternalError", problem))
     }
 
     /// Hands over the target's probabilities after every node of a verified tree, accepted or not.
@@ -296,25 +471,25 @@ impl PySequence {
     /// Args:
     ///     max_nodes: the node budget, 0 to 1024. The tree has fewer nodes if fewer are worth drafting.
     ///     min_prob: least probability of a node, 0 to 1.
+    ///     max_depth: no node is deeper; the longest path that is of use.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``max_nodes`` or ``min_prob`` is out of range.
+    ///     InvalidArgumentError: ``max_nodes``, ``min_prob`` or ``max_depth`` is out of range.
     ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001))]
-    fn draft(&self, py: Python<'_>, max_nodes: i128, min_prob: f32) -> PyResult<PyDraftTree> {
-        if !(0.0..=1.0).contains(&min_prob) {
-            let message = format!("min_prob must be between 0 and 1, got {min_prob}");
-            return Err(error(py, "InvalidArgumentError", message));
-        }
-        match usize::try_from(max_nodes) {
-            Ok(nodes) if nodes <= MAX_NODES => {
-                self.with(py, true, |sequence| sequence.draft(nodes, min_prob).clone()).map(PyDraftTree)
-            }
-            _ => {
-                let message = format!("max_nodes must be between 0 and {MAX_NODES}, got {max_nodes}");
-                Err(error(py, "InvalidArgumentError", message))
-            }
-        }
+    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None))]
+    fn draft(
+        &self,
+        py: Python<'_>,
+        max_nodes: i128,
+        min_prob: f32,
+        max_depth: Option<i128>,
+    ) -> PyResult<PyDraftTree> {
+        let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
+        let min_prob = probability(py, "min_prob", min_prob)?;
+        let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
+        let limits = Limits { max_nodes, max_depth, min_prob };
+        let tree = call(py, true, || self.engine.draft(&self.request, limits))?;
+        tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
     }
 
     /// Hands the tokens so far to the live store, for other sequences of the drafter. ``finish`` does it by itself.
@@ -328,27 +503,20 @@ impl PySequence {
     /// Ends the request and frees the sequence. Later sequences of the drafter learn from it: its tokens go to the
     /// live store and what the predictor has learned is merged. Finishing or closing again does nothing.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        enter(py, true, || {
-            if let Ok(mut sequence) = self.sequence.lock()
-                && let Some(sequence) = sequence.take()
-            {
-                sequence.finish();
-            }
-        })
+        let done = call(py, true, || self.engine.finish(&self.request))?;
+        done.map_err(|failure| request_error(py, &failure))
     }
 
-    /// Frees the sequence; nothing is learned from it, as after an abort. Further calls raise ``ClosedError``; closing again does nothing.
-    fn close(&self, py: Python<'_>) {
-        py.detach(|| match self.sequence.lock() {
-            Ok(mut sequence) => *sequence = None,
-            Err(poisoned) => *poisoned.into_inner() = None,
-        });
+    /// Frees the sequence; nothing is learned from it, as after an abort. Further calls raise ``ClosedError``; closing
+    /// again does nothing.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        call(py, true, || self.request.close())
     }
 
     /// Whether ``close`` has been called.
     #[getter]
-    fn closed(&self, py: Python<'_>) -> bool {
-        py.detach(|| self.sequence.lock().map_or(true, |sequence| sequence.is_none()))
+    fn closed(&self, py: Python<'_>) -> PyResult<bool> {
+        call(py, true, || self.request.closed())
     }
 
     /// All tokens so far, int32 [len].
@@ -391,8 +559,7 @@ impl PySequence {
         if kind.is_none() {
             return self.finish(py);
         }
-        self.close(py);
-        Ok(())
+        self.close(py)
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -411,17 +578,88 @@ impl PySequence {
         detach: bool,
         work: impl FnOnce(&mut Sequence) -> T + Send,
     ) -> PyResult<T> {
-        let busy = !detach && matches!(self.sequence.try_lock(), Err(TryLockError::WouldBlock));
-        let result = enter(py, detach || busy, || {
-            let mut sequence =
-                self.sequence.lock().map_err(|_| "this sequence met an internal error; begin it anew")?;
-            sequence.as_mut().map(work).ok_or("")
-        })?;
-        result.map_err(|problem| match problem {
-            "" => error(py, "ClosedError", "the sequence is closed; begin a new one"),
-            problem => error(py, "InternalError", problem),
-        })
+        let result = call(py, detach || self.request.is_busy(), || self.request.with(work))?;
+        result.map_err(|failure| request_error(py, &failure))
     }
+}
+
+/// The exception for what is wrong with a request.
+pub fn request_error(py: Python<'_>, failure: &RequestError) -> PyErr {
+    match failure {
+        RequestError::Closed => error(py, "ClosedError", failure.to_string()),
+        RequestError::Failed(_) => error(py, "InternalError", failure.to_string()),
+        RequestError::Memory(full) => memory_full(py, full),
+    }
+}
+
+pub fn memory_full(py: Python<'_>, full: &MemoryFull) -> PyErr {
+    error(py, "MemoryLimitError", full.to_string())
+}
+
+/// A node budget.
+pub fn node_budget(py: Python<'_>, name: &str, nodes: i128) -> PyResult<usize> {
+    usize::try_from(nodes).ok().filter(|&nodes| nodes <= MAX_NODES).ok_or_else(|| {
+        let message = format!("{name} must be between 0 and {MAX_NODES}, got {nodes}");
+        error(py, "InvalidArgumentError", message)
+    })
+}
+
+/// A number that says how many.
+pub fn not_negative(py: Python<'_>, name: &str, value: i128) -> PyResult<usize> {
+    usize::try_from(value)
+        .map_err(|_| error(py, "InvalidArgumentError", format!("{name} must not be negative, got {value}")))
+}
+
+/// A probability.
+pub fn probability(py: Python<'_>, name: &str, value: f32) -> PyResult<f32> {
+    if (0.0..=1.0).contains(&value) {
+        return Ok(value);
+    }
+    Err(error(py, "InvalidArgumentError", format!("{name} must be between 0 and 1, got {value}")))
+}
+
+/// Runs `work` on a drafter: as `enter`, and not while the process forks.
+pub fn call<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    if !detach && let Some(_pass) = gate::try_enter() {
+        return enter(py, false, work);
+    }
+    enter(py, true, || {
+        let _pass = gate::enter();
+        work()
+    })
+}
+
+/// From the first drafter on, forks wait for calls in other threads.
+fn watch_forks(py: Python<'_>) -> PyResult<()> {
+    static WATCHED: PyOnceLock<()> = PyOnceLock::new();
+    WATCHED.get_or_try_init(py, || {
+        let hooks = PyDict::new(py);
+        hooks.set_item("before", wrap_pyfunction!(before_fork, py)?)?;
+        hooks.set_item("after_in_parent", wrap_pyfunction!(after_fork, py)?)?;
+        hooks.set_item("after_in_child", wrap_pyfunction!(after_fork_in_child, py)?)?;
+        let os = py.import("os")?;
+        // not on Windows
+        if os.hasattr("register_at_fork")? {
+            os.call_method("register_at_fork", (), Some(&hooks))?;
+        }
+        Ok::<(), PyErr>(())
+    })?;
+    Ok(())
+}
+
+#[pyfunction]
+fn before_fork(py: Python<'_>) {
+    py.detach(gate::close);
+}
+
+#[pyfunction]
+fn after_fork() {
+    gate::open();
+}
+
+#[pyfunction]
+fn after_fork_in_child() {
+    gate::open_in_child();
 }
 
 /// Runs `work`, without the GIL if `detach`. A panic becomes `InternalError` and poisons what `work` had locked.

@@ -1,9 +1,11 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
+mod batch;
 mod budget;
 mod datastore;
 mod drafter;
 mod errors;
+mod state;
 mod tokens;
 mod tree;
 
@@ -15,6 +17,8 @@ use pyo3::types::PyTuple;
 mod _core {
     use super::*;
 
+    #[pymodule_export]
+    use batch::PyDraftBatch;
     #[pymodule_export]
     use budget::PyPassCosts;
     #[pymodule_export]

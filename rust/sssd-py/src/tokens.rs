@@ -9,10 +9,16 @@ use crate::errors::error;
 
 /// Token ids from any one-dimensional sequence or array of integers, each checked to be in the vocabulary.
 pub fn tokens(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<Token>> {
-    let limit = vocab_size.map_or(MAX_TOKEN, |size| size - 1);
     let mut out = Vec::new();
-    match read(ids, &mut |id| push(&mut out, id, limit)) {
-        Ok(()) => Ok(out),
+    tokens_into(ids, vocab_size, &mut out)?;
+    Ok(out)
+}
+
+/// The same, appended to `out`.
+pub fn tokens_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
+    let limit = vocab_size.map_or(MAX_TOKEN, |size| size - 1);
+    match read(ids, &mut |id| push(out, id, limit)) {
+        Ok(()) => Ok(()),
         Err(Refused::Raised(raised)) => Err(raised),
         Err(Refused::Id(id)) => Err(error(ids.py(), "InvalidTokenError", bad_id(id, out.len(), vocab_size))),
         Err(Refused::Kind(kind)) => Err(error(
@@ -26,14 +32,20 @@ pub fn tokens(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<T
 /// Integers that may be negative, such as parents; the same inputs as [`tokens`].
 pub fn integers(values: &Bound<'_, PyAny>, name: &str) -> PyResult<Vec<i64>> {
     let mut out = Vec::new();
+    integers_into(values, name, &mut |value| out.push(value))?;
+    Ok(out)
+}
+
+/// The same, given to `act` one by one.
+pub fn integers_into(values: &Bound<'_, PyAny>, name: &str, act: &mut dyn FnMut(i64)) -> PyResult<()> {
     let result = read(values, &mut |value| match i64::try_from(value) {
         Ok(value) => {
-            out.push(value);
+            act(value);
             Ok(())
         }
         Err(_) => Err(Refused::Id(value)),
     });
-    result.map(|()| out).map_err(|refused| match refused {
+    result.map_err(|refused| match refused {
         Refused::Raised(raised) => raised,
         Refused::Id(_) | Refused::Kind(_) => error(
             values.py(),
@@ -53,6 +65,11 @@ pub struct Top {
 impl Top {
     pub fn view(&self) -> TopK<'_> {
         TopK { k: self.k, ids: &self.ids, probs: &self.probs }
+    }
+
+    /// `k`, ids and probabilities.
+    pub fn into_parts(self) -> (usize, Vec<Token>, Vec<f32>) {
+        (self.k, self.ids, self.probs)
     }
 }
 

@@ -1,0 +1,67 @@
+"""A drafter's counters for Prometheus: ``pip install 'sssd[prometheus]'``.
+
+prometheus_client.REGISTRY.register(sssd.metrics.Collector(drafter))
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector as BaseCollector
+
+from sssd._core import Drafter
+
+_COUNTERS = {
+    "begun": "Sequences begun.",
+    "finished": "Sequences finished.",
+    "failed": "Sequences that met an internal error.",
+    "tokens": "Tokens appended.",
+}
+_HISTOGRAMS = {
+    "nodes": "Nodes of each draft.",
+    "accepted": "Accepted tokens of each draft.",
+    "draft_seconds": "Time of each single draft.",
+    "batch_seconds": "Time of each batch call.",
+    "batch_sequences": "Sequences of each batch call.",
+}
+
+
+class Collector(BaseCollector):
+    """Reads a drafter's numbers whenever Prometheus asks; drafting pays nothing for it.
+
+    Args:
+        drafter: What to read.
+        prefix: Start of all names.
+    """
+
+    def __init__(self, drafter: Drafter, prefix: str = "sssd") -> None:
+        self.drafter = drafter
+        self.prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields all metrics."""
+        metrics = self.drafter.metrics
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"{self.prefix}_{name}", text, value=metrics[name])
+        for name, text in _HISTOGRAMS.items():
+            held = metrics[name]
+            family = HistogramMetricFamily(f"{self.prefix}_{name}", text)
+            total, buckets = 0, []
+            for bound, count in zip(held["bounds"], held["counts"], strict=True):
+                total += count
+                buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
+            family.add_metric([], buckets, sum_value=held["sum"])
+            yield family
+        memory = self.drafter.memory
+        for name in ("used", "shared", "sequences"):
+            text = f"Bytes of memory: {name}."
+            yield GaugeMetricFamily(f"{self.prefix}_memory_{name}_bytes", text, value=memory[name])
+        yield CounterMetricFamily(
+            f"{self.prefix}_memory_refused", "Requests for memory that did not fit.", value=memory["refused"]
+        )
+        for kind in ("drafted", "accepted"):
+            counter = CounterMetricFamily(
+                f"{self.prefix}_source_{kind}", f"Nodes {kind}, by source.", labels=["source"]
+            )
+            for source, counts in self.drafter.stats["sources"].items():
+                counter.add_metric([source], counts[kind])
+            yield counter

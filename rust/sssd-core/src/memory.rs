@@ -1,0 +1,174 @@
+//! A limit in bytes, and who holds how much of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use thiserror::Error;
+
+/// The limit would be exceeded; nothing was changed.
+#[derive(Clone, Copy, Debug, Error, PartialEq)]
+#[error(
+    "{wanted} more bytes would exceed the {scope} limit of {limit} bytes, of which {used} are in use; finish or \
+     close sequences, or raise the limit"
+)]
+pub struct MemoryFull {
+    /// Whose limit: `"drafter's"` or `"request's"`.
+    pub scope: &'static str,
+    /// Bytes asked for.
+    pub wanted: usize,
+    /// Bytes held.
+    pub used: usize,
+    /// Bytes allowed.
+    pub limit: usize,
+}
+
+/// One part in so many of a limit is kept for requests that run: new ones do not get it.
+const KEPT: usize = 8;
+
+/// Counts bytes against a limit.
+#[derive(Debug)]
+pub struct Ledger {
+    limit: usize,
+    used: AtomicUsize,
+    peak: AtomicUsize,
+    refused: AtomicU64,
+}
+
+impl Ledger {
+    /// Allows at most `limit` bytes.
+    pub fn new(limit: usize) -> Self {
+        Self { limit, used: AtomicUsize::new(0), peak: AtomicUsize::new(0), refused: AtomicU64::new(0) }
+    }
+
+    /// Bytes allowed.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Bytes held.
+    pub fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes ever held.
+    pub fn peak(&self) -> usize {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    /// How often bytes were refused.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, wanted: usize, entering: bool) -> Result<(), MemoryFull> {
+        let limit = if entering { self.limit - self.limit / KEPT } else { self.limit };
+        let fits = |used: usize| used.checked_add(wanted).filter(|&sum| sum <= limit);
+        match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
+            Ok(before) => {
+                self.peak.fetch_max(before + wanted, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(used) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                Err(MemoryFull { scope: "drafter's", wanted, used, limit: self.limit })
+            }
+        }
+    }
+
+    fn subtract(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Bytes held by one owner; given back when dropped.
+#[derive(Debug)]
+pub struct Charge {
+    ledger: Arc<Ledger>,
+    bytes: usize,
+    limit: usize,
+    entering: bool,
+}
+
+impl Charge {
+    /// Holds nothing yet, and never more than `limit` bytes. Until it is admitted, part of the ledger's limit is
+    /// kept for those who are.
+    pub fn new(ledger: &Arc<Ledger>, limit: usize) -> Self {
+        Self { ledger: Arc::clone(ledger), bytes: 0, limit, entering: true }
+    }
+
+    /// From now on the whole limit is open to it.
+    pub fn admit(&mut self) {
+        self.entering = false;
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Another owner under the same limits, who holds nothing yet.
+    pub fn sibling(&self) -> Self {
+        Self::new(&self.ledger, self.limit)
+    }
+
+    /// Holds exactly `bytes` from now on.
+    pub fn resize(&mut self, bytes: usize) -> Result<(), MemoryFull> {
+        match bytes.checked_sub(self.bytes) {
+            None => self.ledger.subtract(self.bytes - bytes),
+            Some(0) => return Ok(()),
+            Some(wanted) if bytes > self.limit => {
+                self.ledger.refused.fetch_add(1, Ordering::Relaxed);
+                return Err(MemoryFull { scope: "request's", wanted, used: self.bytes, limit: self.limit });
+            }
+            Some(wanted) => self.ledger.add(wanted, self.entering)?,
+        }
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    /// Hands `bytes` of what it holds to another owner.
+    pub fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { ledger: Arc::clone(&self.ledger), bytes, limit: self.limit, entering: self.entering }
+    }
+
+    /// Takes over what another owner holds, beyond its own limit if need be.
+    pub fn merge(&mut self, mut other: Self) {
+        self.bytes += std::mem::take(&mut other.bytes);
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.ledger.subtract(self.bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn charges_keep_both_limits_and_give_back_what_they_hold() {
+        let ledger = Arc::new(Ledger::new(100));
+        let (mut one, mut two) = (Charge::new(&ledger, 80), Charge::new(&ledger, 80));
+        one.admit();
+        two.resize(80).unwrap();
+        one.resize(20).unwrap();
+        two.resize(0).unwrap();
+        one.resize(20).unwrap();
+        assert!(two.resize(70).is_err(), "part is kept for those who run");
+        two.admit();
+        one.resize(70).unwrap();
+        assert_eq!(one.resize(81).unwrap_err().scope, "request's");
+        assert_eq!(two.resize(31).unwrap_err().scope, "drafter's");
+        two.resize(30).unwrap();
+        let part = one.split(50);
+        assert_eq!((one.bytes(), part.bytes(), ledger.used()), (20, 50, 100));
+        drop((one, two));
+        assert_eq!((ledger.used(), ledger.peak(), ledger.refused()), (50, 100, 3));
+        drop(part);
+        assert_eq!(ledger.used(), 0);
+    }
+}

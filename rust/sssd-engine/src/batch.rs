@@ -1,0 +1,345 @@
+//! One engine step for many requests: append what the target produced, draft, and share the budget out.
+//!
+//! A [`Step`] is a set of buffers that is filled, run and read again and again; nothing is allocated once they have
+//! grown. The threads that run it take its items from a counter, so the order of work is free and its result is
+//! not: each request depends on itself alone, and the budget is shared out when all are there.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
+use std::thread::{self, Thread};
+
+use sssd_core::{DraftTree, Limits, Token, TopK};
+
+use crate::crew::Crew;
+use crate::request::{Request, RequestError};
+
+/// Fewer items than this for each thread are not worth waking one up.
+const ITEMS_PER_THREAD: usize = 4;
+/// Turns that the caller waits awake for the last items.
+const SPINS: usize = 2000;
+
+/// What is asked of a step.
+#[derive(Default)]
+pub struct Work {
+    /// The requests, none twice.
+    pub requests: Vec<Arc<Request>>,
+    /// Whether tokens are appended: those of request `i` are `tokens[offsets[i]..offsets[i + 1]]`.
+    pub extend: bool,
+    /// Tokens that the target has produced.
+    pub tokens: Vec<Token>,
+    /// One more than there are requests.
+    pub offsets: Vec<usize>,
+    /// The target's most probable tokens at each of `tokens`: ids and probabilities, `k` each; or `k` is 0.
+    pub k: usize,
+    /// `k` ids for each token.
+    pub top_ids: Vec<Token>,
+    /// `k` probabilities for each token.
+    pub top_probs: Vec<f32>,
+    /// Whether trees are drafted.
+    pub draft: bool,
+    /// What each request may have; a budget of 0 nodes turns a request off.
+    pub plans: Vec<Plan>,
+    /// Nodes of all trees together.
+    pub total_nodes: Option<usize>,
+    /// Where results come to stand, one for each request or more.
+    slots: Vec<Mutex<Slot>>,
+    stage: Stage,
+    /// The requests of this stage.
+    todo: Vec<u32>,
+    keys: Vec<u64>,
+}
+
+/// What one request may have of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Nodes that it gets whatever others could do with them, as far as it can draft so many.
+    pub min_nodes: usize,
+    /// The rest.
+    pub limits: Limits,
+}
+
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Stage {
+    #[default]
+    First,
+    /// Drafts again, and more, for those that could do with it.
+    More,
+}
+
+#[derive(Default)]
+struct Slot {
+    tree: DraftTree,
+    /// The draft that `tree` is a copy of.
+    draft: u64,
+    /// Nodes that it was to grow to.
+    target: usize,
+    /// Nodes that it was given.
+    nodes: usize,
+    accepted: Option<usize>,
+    failure: Option<RequestError>,
+}
+
+/// What went wrong with one request of a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failure {
+    /// Its place in the batch.
+    pub index: usize,
+    /// What it was.
+    pub error: RequestError,
+}
+
+/// A step and its buffers.
+#[derive(Default)]
+pub struct Step {
+    work: RwLock<Work>,
+    /// The next item to be taken, and the items that are not done.
+    next: AtomicUsize,
+    left: AtomicUsize,
+    caller: Mutex<Option<Thread>>,
+}
+
+static BATCHES: AtomicU64 = AtomicU64::new(1);
+
+impl Work {
+    /// Forgets what the last step was about and keeps the memory.
+    pub fn clear(&mut self) {
+        self.requests.clear();
+        self.tokens.clear();
+        self.offsets.clear();
+        self.top_ids.clear();
+        self.top_probs.clear();
+        self.plans.clear();
+        self.total_nodes = None;
+        (self.extend, self.draft, self.k) = (false, false, 0);
+    }
+
+    /// The place of a request that is there twice.
+    pub fn repeated(&self) -> Option<usize> {
+        let batch = BATCHES.fetch_add(1, Ordering::Relaxed);
+        self.requests.iter().position(|request| !request.join(batch))
+    }
+
+    /// What went wrong, in order.
+    pub fn failures(&self) -> impl Iterator<Item = Failure> {
+        self.slots().enumerate().filter_map(|(index, slot)| {
+            let error = lock(slot).failure.clone()?;
+            Some(Failure { index, error })
+        })
+    }
+
+    /// Calls `act` with each tree, empty where there is none.
+    pub fn trees(&self, mut act: impl FnMut(usize, &DraftTree)) {
+        self.slots().enumerate().for_each(|(index, slot)| act(index, &lock(slot).tree));
+    }
+
+    /// Accepted tokens of each request that was appended to after a draft.
+    pub(crate) fn accepted(&self) -> impl Iterator<Item = usize> {
+        self.slots().filter_map(|slot| lock(slot).accepted)
+    }
+
+    fn slots(&self) -> impl Iterator<Item = &Mutex<Slot>> {
+        self.slots[..self.requests.len()].iter()
+    }
+
+    fn prepare(&mut self) {
+        while self.slots.len() < self.requests.len() {
+            self.slots.push(Mutex::default());
+        }
+        for slot in &mut self.slots[..self.requests.len()] {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+            slot.tree.clear();
+            (slot.failure, slot.accepted, slot.nodes) = (None, None, 0);
+        }
+        self.stage = Stage::First;
+        self.todo.clear();
+        self.todo.extend(0..self.requests.len() as u32);
+        if let ([plan], Some(total)) = (&mut self.plans[..], self.total_nodes) {
+            plan.limits.max_nodes = plan.limits.max_nodes.min(total);
+            self.total_nodes = None;
+        }
+        if let (true, Some(total)) = (self.draft, self.total_nodes) {
+            // a little more than an equal share: few requests have to come again
+            let share = total.div_ceil(self.requests.len().max(1));
+            let share = share + share / 2 + 1;
+            for (slot, plan) in self.slots.iter_mut().zip(&self.plans) {
+                let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+                slot.target = share.max(plan.min_nodes).min(plan.limits.max_nodes);
+            }
+        } else {
+            for (slot, plan) in self.slots.iter_mut().zip(&self.plans) {
+                slot.get_mut().unwrap_or_else(PoisonError::into_inner).target = plan.limits.max_nodes;
+            }
+        }
+    }
+
+    /// Does one request's part of the stage.
+    fn run(&self, item: usize) {
+        let mut slot = lock(&self.slots[item]);
+        let slot = &mut *slot;
+        let request = &self.requests[item];
+        if let Err(failure) = self.serve(request, item, slot) {
+            slot.tree.clear();
+            slot.failure = Some(failure);
+        }
+    }
+
+    fn serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
+        if self.extend && self.stage == Stage::First {
+            let range = self.offsets[item]..self.offsets[item + 1];
+            let tokens = &self.tokens[range.clone()];
+            let rows = range.start * self.k..range.end * self.k;
+            let soft = (self.k > 0).then(|| TopK {
+                k: self.k,
+                ids: &self.top_ids[rows.clone()],
+                probs: &self.top_probs[rows],
+            });
+            request.with(|sequence| {
+                if sequence.awaits_outcome() && !tokens.is_empty() {
+                    slot.accepted = Some(tokens.len() - 1);
+                }
+                sequence.extend(tokens, soft)
+            })??;
+        }
+        if self.draft {
+            let limits = self.plans[item].limits;
+            request.with_ready(|sequence| {
+                slot.draft = sequence.start_draft(limits, slot.target);
+                let shared = self.total_nodes.is_some();
+                let tree = if shared { sequence.tree() } else { sequence.end_draft(limits.max_nodes) };
+                slot.tree.copy_from(tree);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Gives the most probable nodes to their requests, and lists the requests that might do with more than they
+    /// have drafted.
+    fn share(&mut self, total: usize) {
+        let Self { slots, plans, keys, todo, .. } = self;
+        let mut left = total;
+        keys.clear();
+        for (item, (slot, plan)) in slots.iter_mut().zip(&*plans).enumerate() {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+            slot.nodes = plan.min_nodes.min(slot.tree.len());
+            left = left.saturating_sub(slot.nodes);
+            // most probable first, then in the order of requests and nodes: a tree's start comes before its rest
+            let rest = slot.tree.probs.iter().skip(slot.nodes).enumerate();
+            keys.extend(rest.map(|(node, prob)| {
+                u64::from(prob.to_bits()) << 32 | u64::from(!((item as u32) << 11 | node as u32))
+            }));
+        }
+        if left < keys.len() {
+            if left > 0 {
+                keys.select_nth_unstable_by(left - 1, |a, b| b.cmp(a));
+            }
+            keys.truncate(left);
+        }
+        for key in &*keys {
+            let item = (!(*key as u32) >> 11) as usize;
+            slots[item].get_mut().unwrap_or_else(PoisonError::into_inner).nodes += 1;
+        }
+        todo.clear();
+        for (item, (slot, plan)) in slots.iter_mut().zip(&*plans).enumerate() {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let stopped = slot.tree.len() == slot.target && slot.target < plan.limits.max_nodes;
+            if stopped && slot.nodes == slot.tree.len() && slot.nodes > 0 {
+                slot.target = (2 * slot.target).min(plan.limits.max_nodes);
+                todo.push(item as u32);
+            }
+        }
+    }
+
+    /// Cuts the drafts to what they were given.
+    fn cut(&mut self) {
+        for (item, request) in self.requests.iter().enumerate() {
+            let slot = self.slots[item].get_mut().unwrap_or_else(PoisonError::into_inner);
+            let max_nodes = self.plans[item].limits.max_nodes;
+            // a tree that could not grow any further is that of the whole budget
+            let whole = slot.nodes == slot.tree.len() && slot.nodes < slot.target;
+            let budget = if whole { max_nodes } else { slot.nodes };
+            let cut = request.with_ready(|sequence| {
+                if sequence.drafts() == slot.draft {
+                    sequence.end_draft(budget);
+                }
+            });
+            slot.tree.truncate(slot.nodes);
+            if let Err(failure) = cut
+                && slot.failure.is_none()
+            {
+                slot.tree.clear();
+                slot.failure = Some(failure);
+            }
+        }
+    }
+}
+
+impl Step {
+    /// Takes items until there are none.
+    pub(crate) fn work(&self) {
+        let work = self.work.read().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let taken = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(&item) = work.todo.get(taken) else { return };
+            work.run(item as usize);
+            if self.left.fetch_sub(1, Ordering::AcqRel) == 1
+                && let Some(caller) = &*lock(&self.caller)
+            {
+                caller.unpark();
+            }
+        }
+    }
+
+    /// The buffers, to fill or read them. Waits for helpers that come late.
+    pub fn lock(&self) -> RwLockWriteGuard<'_, Work> {
+        self.work.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does what was asked for.
+    pub(crate) fn run(self: &Arc<Self>, crew: &Crew) {
+        let mut work = self.lock();
+        work.prepare();
+        if work.requests.len() == 1 {
+            return work.run(0);
+        }
+        let total = work.total_nodes.filter(|_| work.draft);
+        self.stage(work, crew);
+        let Some(total) = total else { return };
+        loop {
+            let mut work = self.lock();
+            work.share(total);
+            if work.todo.is_empty() {
+                return work.cut();
+            }
+            work.stage = Stage::More;
+            self.stage(work, crew);
+        }
+    }
+
+    /// Has the items done. The counters start anew before anybody can see the items: a helper may come late, from an
+    /// earlier stage or step.
+    fn stage(self: &Arc<Self>, work: RwLockWriteGuard<'_, Work>, crew: &Crew) {
+        let items = work.todo.len();
+        self.left.store(items, Ordering::Relaxed);
+        self.next.store(0, Ordering::Relaxed);
+        drop(work);
+        let helpers = (items / ITEMS_PER_THREAD).saturating_sub(1);
+        if crew.threads() > 1 && helpers > 0 {
+            *lock(&self.caller) = Some(thread::current());
+            crew.help(self, helpers);
+        }
+        self.work();
+        let mut turns = 0;
+        while self.left.load(Ordering::Acquire) > 0 {
+            turns += 1;
+            if turns < SPINS {
+                std::hint::spin_loop();
+            } else {
+                thread::park();
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

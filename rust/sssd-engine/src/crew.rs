@@ -1,0 +1,118 @@
+//! A few threads that help with steps and index prompts in the background.
+//!
+//! Plain threads that wait for jobs: a step shares its items by a counter, so a helper that comes late finds
+//! nothing to do and nobody waits for it, which a task pool with scopes cannot promise. Nothing is allocated to
+//! hand over a job.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::batch::Step;
+use crate::gate;
+use crate::request::Request;
+
+/// Jobs that may wait for one thread.
+const QUEUE: usize = 64;
+
+pub enum Job {
+    Help(Arc<Step>),
+    Fill(Arc<Request>),
+}
+
+/// Started when first needed, and again in a forked child.
+pub struct Crew {
+    threads: usize,
+    hired: Mutex<Hired>,
+}
+
+#[derive(Default)]
+struct Hired {
+    generation: u32,
+    helpers: Vec<SyncSender<Job>>,
+    next: usize,
+}
+
+impl Crew {
+    /// `threads` in all, the caller's included.
+    pub fn new(threads: usize) -> Self {
+        Self { threads, hired: Mutex::default() }
+    }
+
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Asks at most `helpers` threads for help with a step.
+    pub fn help(&self, step: &Arc<Step>, helpers: usize) {
+        let helpers = helpers.min(self.threads - 1);
+        if helpers > 0 {
+            self.with(|hired| {
+                for helper in &hired.helpers[..helpers.min(hired.helpers.len())] {
+                    // a full queue is a busy thread
+                    let _ = helper.try_send(Job::Help(Arc::clone(step)));
+                }
+            });
+        }
+    }
+
+    /// Has the prompt of a request indexed in the background; false if nobody can.
+    pub fn fill(&self, request: &Arc<Request>) -> bool {
+        self.threads > 1
+            && self.with(|hired| {
+                hired.next += 1;
+                let helpers = hired.helpers.len().max(1);
+                let helper = hired.helpers.get(hired.next % helpers);
+                helper.is_some_and(|helper| helper.try_send(Job::Fill(Arc::clone(request))).is_ok())
+            })
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut Hired) -> T) -> T {
+        let mut hired = self.hired.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = gate::generation();
+        if hired.generation != generation {
+            // threads of a parent process: their channels are not to be touched
+            std::mem::forget(std::mem::take(&mut hired.helpers));
+            hired.generation = generation;
+        }
+        if hired.helpers.is_empty() {
+            hired.helpers = (1..self.threads).map_while(hire).collect();
+        }
+        work(&mut hired)
+    }
+}
+
+/// A thread that ends when the crew does; nothing if the system has none to spare.
+fn hire(number: usize) -> Option<SyncSender<Job>> {
+    let (sender, receiver) = sync_channel(QUEUE);
+    let thread = thread::Builder::new().name(format!("sssd-{number}"));
+    thread.spawn(move || work(&receiver)).ok().map(|_| sender)
+}
+
+fn work(jobs: &Receiver<Job>) {
+    let mut filling = VecDeque::new();
+    loop {
+        let job = match jobs.try_recv() {
+            Err(TryRecvError::Empty) if filling.is_empty() => {
+                jobs.recv().map_err(|_| TryRecvError::Disconnected)
+            }
+            job => job,
+        };
+        match job {
+            Ok(Job::Help(step)) => {
+                let _pass = gate::enter();
+                step.work();
+            }
+            Ok(Job::Fill(request)) => filling.push_back(request),
+            // steps come first
+            Err(TryRecvError::Empty) => {
+                let _pass = gate::enter();
+                if filling.front().is_none_or(|request: &Arc<Request>| request.fill()) {
+                    filling.pop_front();
+                }
+            }
+            Err(TryRecvError::Disconnected) => return,
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! What a serving engine talks to: requests come and go, namespaces keep what they teach, and everything that is
+//! held is counted.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use sssd_core::{Charge, Corpus, Drafter, Knowledge, Ledger, Limits, MemoryFull, Model, Token, TopK};
+
+use crate::batch::Step;
+use crate::crew::Crew;
+use crate::metrics::Metrics;
+use crate::request::{Request, RequestError};
+use crate::state::NamespaceState;
+
+/// Steps kept for reuse: as many as run at the same time.
+const IDLE_STEPS: usize = 16;
+/// Prompts longer than this are indexed in pieces.
+const PIECE: usize = 1 << 16;
+
+/// What an engine is made with.
+pub struct Options {
+    /// Nothing is drafted after these.
+    pub end_tokens: Vec<Token>,
+    /// A corpus that all namespaces see.
+    pub store: Option<Arc<dyn Corpus>>,
+    /// Memory for the live store of each namespace.
+    pub live_bytes: usize,
+    /// Memory for the target's probabilities of each namespace.
+    pub soft_bytes: usize,
+    /// Memory for everything.
+    pub max_bytes: usize,
+    /// Memory for each request.
+    pub max_request_bytes: usize,
+    /// Threads of a batch, the caller's included.
+    pub threads: usize,
+    /// Named namespaces without requests are forgotten after this time.
+    pub namespace_ttl: Option<Duration>,
+}
+
+/// Many requests, in namespaces.
+pub struct Engine {
+    options: Options,
+    ledger: Arc<Ledger>,
+    namespaces: Mutex<BTreeMap<String, Namespace>>,
+    crew: Crew,
+    idle: Mutex<Vec<Arc<Step>>>,
+    metrics: Metrics,
+}
+
+struct Namespace {
+    drafter: Arc<Drafter>,
+    used: Instant,
+}
+
+/// What a namespace holds.
+#[derive(Clone, Debug)]
+pub struct NamespaceInfo {
+    /// Its name; the one that requests have by default has none.
+    pub name: String,
+    /// Requests that are running.
+    pub requests: usize,
+    /// Tokens in its live store.
+    pub live_tokens: usize,
+    /// Bytes that it shares among its requests.
+    pub memory_bytes: usize,
+    /// Time since a request was begun or found running.
+    pub idle: Duration,
+}
+
+/// Bytes in use, and the limit.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Bytes allowed.
+    pub limit: usize,
+    /// Bytes charged: those of requests, and the limits of what namespaces share.
+    pub used: usize,
+    /// The most bytes ever charged.
+    pub peak: usize,
+    /// Bytes charged for what namespaces share.
+    pub shared: usize,
+    /// How often bytes were refused.
+    pub refused: u64,
+}
+
+impl Engine {
+    /// An engine with the default namespace.
+    pub fn new(options: Options) -> Result<Self, MemoryFull> {
+        let engine = Self {
+            ledger: Arc::new(Ledger::new(options.max_bytes)),
+            namespaces: Mutex::default(),
+            crew: Crew::new(options.threads.max(1)),
+            idle: Mutex::default(),
+            metrics: Metrics::default(),
+            options,
+        };
+        engine.namespace("")?;
+        Ok(engine)
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// What it has done.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// What requests of a namespace share; made if it is not there.
+    pub fn namespace(&self, name: &str) -> Result<Arc<Drafter>, MemoryFull> {
+        let mut namespaces = lock(&self.namespaces);
+        self.expire(&mut namespaces);
+        if let Some(namespace) = namespaces.get_mut(name) {
+            namespace.used = Instant::now();
+            return Ok(Arc::clone(&namespace.drafter));
+        }
+        let Options { end_tokens, store, live_bytes, soft_bytes, .. } = &self.options;
+        let knowledge = Knowledge::new(Model::default(), *live_bytes, *soft_bytes);
+        let charge = Charge::new(&self.ledger, usize::MAX);
+        let drafter = Arc::new(Drafter::new(end_tokens.clone(), store.clone(), knowledge, charge)?);
+        let namespace = Namespace { drafter: Arc::clone(&drafter), used: Instant::now() };
+        namespaces.insert(name.to_owned(), namespace);
+        Ok(drafter)
+    }
+
+    /// What requests of a namespace share, if it is there.
+    pub fn find_namespace(&self, name: &str) -> Option<Arc<Drafter>> {
+        let mut namespaces = lock(&self.namespaces);
+        self.expire(&mut namespaces);
+        namespaces.get(name).map(|namespace| Arc::clone(&namespace.drafter))
+    }
+
+    /// What all namespaces have learned.
+    pub fn state(&self) -> Vec<NamespaceState> {
+        let namespaces = lock(&self.namespaces);
+        let drafters: Vec<_> =
+            namespaces.iter().map(|(name, held)| (name.clone(), Arc::clone(&held.drafter))).collect();
+        drop(namespaces);
+        let state = |(name, drafter): (String, Arc<Drafter>)| NamespaceState {
+            name,
+            weights: drafter.model().to_bytes(),
+            documents: drafter.documents(),
+            soft: drafter.soft_entries(),
+        };
+        drafters.into_iter().map(state).collect()
+    }
+
+    /// Makes a namespace with what one has learned, in place of what it knew; ids are below `limit`. False if the
+    /// weights are not those of this release.
+    pub fn restore(&self, state: &NamespaceState, limit: Token) -> Result<bool, MemoryFull> {
+        let Some(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
+        self.remove_namespace(&state.name);
+        let drafter = self.namespace(&state.name)?;
+        drafter.restore(model, &state.documents, &state.soft, limit);
+        Ok(true)
+    }
+
+    /// Forgets the namespaces whose time is up.
+    fn expire(&self, namespaces: &mut BTreeMap<String, Namespace>) {
+        let Some(ttl) = self.options.namespace_ttl else { return };
+        let now = Instant::now();
+        namespaces.retain(|name, namespace| {
+            if namespace.drafter.sequences() > 0 {
+                namespace.used = now;
+            }
+            name.is_empty() || now.duration_since(namespace.used) < ttl
+        });
+    }
+
+    /// All namespaces, by name.
+    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
+        let mut namespaces = lock(&self.namespaces);
+        self.expire(&mut namespaces);
+        let info = |(name, namespace): (&String, &Namespace)| NamespaceInfo {
+            name: name.clone(),
+            requests: namespace.drafter.sequences(),
+            live_tokens: namespace.drafter.live_len().0,
+            memory_bytes: namespace.drafter.memory_bytes(),
+            idle: namespace.used.elapsed(),
+        };
+        namespaces.iter().map(info).collect()
+    }
+
+    /// Forgets what a namespace has learned; false if there is none of that name. Its running requests go on with
+    /// what they know, and hand it on to nobody.
+    pub fn remove_namespace(&self, name: &str) -> bool {
+        lock(&self.namespaces).remove(name).is_some()
+    }
+
+    /// Bytes in use.
+    pub fn memory(&self) -> Memory {
+        let namespaces = lock(&self.namespaces);
+        let shared = namespaces.values().map(|namespace| namespace.drafter.most_bytes());
+        Memory {
+            limit: self.ledger.limit(),
+            used: self.ledger.used(),
+            peak: self.ledger.peak(),
+            shared: shared.sum(),
+            refused: self.ledger.refused(),
+        }
+    }
+
+    /// Starts a request. `interrupted` is asked between pieces of a long prompt whether to give up; then there is no
+    /// request.
+    pub fn begin(
+        &self,
+        namespace: &str,
+        prompt: &[Token],
+        prediction: &[Token],
+        max_length: Option<usize>,
+        mut interrupted: impl FnMut() -> bool,
+    ) -> Result<Option<Arc<Request>>, MemoryFull> {
+        let mut sequence = self.start(namespace, prediction, max_length)?;
+        for piece in prompt.chunks(PIECE) {
+            sequence.prefill(piece)?;
+            if piece.len() == PIECE && interrupted() {
+                return Ok(None);
+            }
+        }
+        sequence.admit();
+        Ok(Some(Arc::new(Request::new(sequence))))
+    }
+
+    /// Starts a request whose prompt is indexed in the background. Until then its drafts are empty.
+    pub fn begin_in_background(
+        &self,
+        namespace: &str,
+        prompt: Vec<Token>,
+        prediction: &[Token],
+        max_length: Option<usize>,
+    ) -> Result<Arc<Request>, MemoryFull> {
+        let mut sequence = self.start(namespace, prediction, max_length)?;
+        let mut charge = Charge::new(&self.ledger, self.options.max_request_bytes);
+        charge.resize(prompt.capacity() * size_of::<Token>())?;
+        sequence.admit();
+        let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
+        self.crew.fill(&request);
+        Ok(request)
+    }
+
+    fn start(
+        &self,
+        namespace: &str,
+        prediction: &[Token],
+        max_length: Option<usize>,
+    ) -> Result<sssd_core::Sequence, MemoryFull> {
+        let charge = Charge::new(&self.ledger, self.options.max_request_bytes);
+        let mut sequence = self.namespace(namespace)?.begin(&[], prediction, charge)?;
+        sequence.set_max_length(max_length.unwrap_or(usize::MAX));
+        Metrics::count(&self.metrics.begun, 1);
+        Ok(sequence)
+    }
+
+    /// Another request with the same history.
+    pub fn fork(&self, request: &Request) -> Result<Arc<Request>, RequestError> {
+        let fork = request.with(|sequence| sequence.fork())??;
+        Metrics::count(&self.metrics.begun, 1);
+        Ok(Arc::new(Request::new(fork)))
+    }
+
+    /// Ends a request; later ones of its namespace learn from it. Finishing a closed one does nothing.
+    pub fn finish(&self, request: &Request) -> Result<(), RequestError> {
+        match request.take() {
+            Ok(sequence) => {
+                sequence.finish();
+                Metrics::count(&self.metrics.finished, 1);
+                Ok(())
+            }
+            Err(RequestError::Closed) => Ok(()),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Appends tokens to one request.
+    pub fn extend(
+        &self,
+        request: &Request,
+        tokens: &[Token],
+        soft: Option<TopK>,
+    ) -> Result<(), RequestError> {
+        let drafted = request.with(|sequence| {
+            let drafted = sequence.awaits_outcome();
+            sequence.extend(tokens, soft).map(|()| drafted)
+        });
+        let drafted = self.noted(drafted)??;
+        Metrics::count(&self.metrics.tokens, tokens.len() as u64);
+        if drafted && !tokens.is_empty() {
+            self.metrics.accepted.add(tokens.len() as u64 - 1);
+        }
+        Ok(())
+    }
+
+    /// Drafts for one request.
+    pub fn draft(&self, request: &Request, limits: Limits) -> Result<sssd_core::DraftTree, RequestError> {
+        let start = Instant::now();
+        let tree =
+            self.noted(request.with_ready(|sequence| sequence.draft(limits).clone()))?.unwrap_or_default();
+        Metrics::time(&self.metrics.draft_ns, start.elapsed());
+        self.metrics.nodes.add(tree.len() as u64);
+        Ok(tree)
+    }
+
+    fn noted<T>(&self, done: Result<T, RequestError>) -> Result<T, RequestError> {
+        if let Err(RequestError::Failed(_)) = &done {
+            Metrics::count(&self.metrics.failed, 1);
+        }
+        done
+    }
+
+    /// Buffers for a step, empty.
+    pub fn idle_step(&self) -> Arc<Step> {
+        lock(&self.idle).pop().unwrap_or_default()
+    }
+
+    /// Does a step that has been filled.
+    pub fn run(&self, step: &Arc<Step>) {
+        let start = Instant::now();
+        step.run(&self.crew);
+        Metrics::time(&self.metrics.step_ns, start.elapsed());
+        let work = step.lock();
+        self.metrics.batch.add(work.requests.len() as u64);
+        if work.extend {
+            Metrics::count(&self.metrics.tokens, work.tokens.len() as u64);
+            work.accepted().for_each(|accepted| self.metrics.accepted.add(accepted as u64));
+        }
+        if work.draft {
+            work.trees(|_, tree| self.metrics.nodes.add(tree.len() as u64));
+        }
+        let failed = work.failures().filter(|failure| matches!(failure.error, RequestError::Failed(_)));
+        Metrics::count(&self.metrics.failed, failed.count() as u64);
+    }
+
+    /// Takes the buffers of a step back.
+    pub fn put_back(&self, step: Arc<Step>) {
+        step.lock().clear();
+        let mut idle = lock(&self.idle);
+        if idle.len() < IDLE_STEPS {
+            idle.push(step);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,19 @@
+//! Many requests at once, on the critical path of a serving engine: batches on a few threads, budgets shared by
+//! probability, memory within limits, knowledge kept apart by namespace, and saved.
+//!
+//! No Python here, and no prediction: that is `sssd-core`.
+#![forbid(unsafe_code)]
+
+mod batch;
+mod crew;
+mod engine;
+pub mod gate;
+mod metrics;
+mod request;
+mod state;
+
+pub use batch::{Failure, Plan, Step, Work};
+pub use engine::{Engine, Memory, NamespaceInfo, Options};
+pub use metrics::{Histogram, Metrics};
+pub use request::{Request, RequestError};
+pub use state::{FILE as STATE_FILE, NamespaceState, State, StateError};

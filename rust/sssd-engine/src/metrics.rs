@@ -1,0 +1,73 @@
+//! Counters and histograms: a handful of relaxed additions per call.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Counts by powers of two: bucket `i` holds values below `2^i` that no earlier bucket holds.
+#[derive(Debug)]
+pub struct Histogram {
+    buckets: [AtomicU64; Histogram::BUCKETS],
+    sum: AtomicU64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self { buckets: [const { AtomicU64::new(0) }; Self::BUCKETS], sum: AtomicU64::new(0) }
+    }
+}
+
+impl Histogram {
+    /// Number of buckets; the last one takes everything else.
+    pub const BUCKETS: usize = 32;
+
+    /// Adds one value.
+    pub fn add(&self, value: u64) {
+        self.buckets[Self::bucket(value)].fetch_add(1, Ordering::Relaxed);
+        self.sum.fetch_add(value, Ordering::Relaxed);
+    }
+
+    fn bucket(value: u64) -> usize {
+        ((u64::BITS - value.leading_zeros()) as usize).min(Self::BUCKETS - 1)
+    }
+
+    /// Counts by bucket, and the sum of all values.
+    pub fn read(&self) -> ([u64; Self::BUCKETS], u64) {
+        let counts = std::array::from_fn(|at| self.buckets[at].load(Ordering::Relaxed));
+        (counts, self.sum.load(Ordering::Relaxed))
+    }
+}
+
+/// What a drafter has done.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Requests begun, finished (their knowledge kept), closed or dropped by a panic.
+    pub begun: AtomicU64,
+    /// Requests whose knowledge was kept.
+    pub finished: AtomicU64,
+    /// Requests that panicked.
+    pub failed: AtomicU64,
+    /// Tokens appended.
+    pub tokens: AtomicU64,
+    /// Nodes of each draft.
+    pub nodes: Histogram,
+    /// Tokens beyond the first of each extension that followed a draft: those that were accepted.
+    pub accepted: Histogram,
+    /// Nanoseconds of each single draft.
+    pub draft_ns: Histogram,
+    /// Nanoseconds of each batch call.
+    pub step_ns: Histogram,
+    /// Requests of each batch call.
+    pub batch: Histogram,
+}
+
+impl Metrics {
+    /// Adds to a counter.
+    pub fn count(counter: &AtomicU64, more: u64) {
+        counter.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Adds a time.
+    pub fn time(histogram: &Histogram, time: Duration) {
+        histogram.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+}

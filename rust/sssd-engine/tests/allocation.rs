@@ -1,0 +1,72 @@
+//! A step allocates nothing once its buffers have grown.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use sssd_core::{Limits, Token};
+use sssd_engine::{Engine, Options, Plan};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: hands everything on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn steps_allocate_nothing_after_a_while() {
+    for (threads, total) in [(1, None), (2, None), (2, Some(160))] {
+        let engine = Engine::new(Options {
+            end_tokens: vec![],
+            store: None,
+            live_bytes: 0,
+            soft_bytes: 0,
+            max_bytes: usize::MAX,
+            max_request_bytes: usize::MAX,
+            threads,
+            namespace_ttl: None,
+        })
+        .unwrap();
+        let prompt: Vec<Token> = (0..1000).map(|i| i % 40).collect();
+        let requests: Vec<_> =
+            (0..16).map(|_| engine.begin("", &prompt, &[], None, || false).unwrap().unwrap()).collect();
+        let step = |extend: bool| {
+            let step = engine.idle_step();
+            let mut work = step.lock();
+            (work.extend, work.draft, work.total_nodes) = (extend, true, total);
+            work.requests.extend(requests.iter().map(Arc::clone));
+            work.offsets.extend(0..=requests.len());
+            work.tokens.extend(requests.iter().map(|_| 7));
+            let limits = Limits { max_nodes: 16, max_depth: 8, min_prob: 0.0 };
+            work.plans.extend(requests.iter().map(|_| Plan { min_nodes: 1, limits }));
+            drop(work);
+            engine.run(&step);
+            engine.put_back(step);
+        };
+        // a request's own memory grows with its tokens, by and by; what it drafts with and the step do not
+        (0..50).for_each(|_| step(true));
+        (0..50).for_each(|_| step(false));
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        (0..100).for_each(|_| step(false));
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "{threads} threads, {total:?} nodes");
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        (0..100).for_each(|_| step(true));
+        let grown = ALLOCATIONS.load(Ordering::Relaxed) - before;
+        assert!(grown <= 16 * 3, "{grown} allocations for 100 tokens of 16 requests");
+    }
+}

@@ -1,0 +1,267 @@
+//! Batches against single calls, whatever the threads and whoever fails.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use sssd_core::{Corpus, DraftTree, Limits, Match, Token};
+use sssd_engine::{Engine, Options, Plan, Request, RequestError, Step};
+
+const END: Token = 9;
+
+fn options(threads: usize) -> Options {
+    Options {
+        end_tokens: vec![END],
+        store: None,
+        live_bytes: 0,
+        soft_bytes: 0,
+        max_bytes: usize::MAX,
+        max_request_bytes: usize::MAX,
+        threads,
+        namespace_ttl: None,
+    }
+}
+
+fn engine(threads: usize) -> Engine {
+    Engine::new(options(threads)).unwrap()
+}
+
+fn begin(engine: &Engine, prompt: &[Token]) -> Arc<Request> {
+    engine.begin("", prompt, &[], None, || false).unwrap().unwrap()
+}
+
+fn limits(max_nodes: usize) -> Limits {
+    Limits { max_nodes, max_depth: 6, min_prob: 0.001 }
+}
+
+/// What one step is asked.
+struct Ask<'a> {
+    requests: &'a [Arc<Request>],
+    tokens: &'a [Vec<Token>],
+    plans: Vec<Plan>,
+    total: Option<usize>,
+}
+
+fn run(engine: &Engine, ask: &Ask) -> (Vec<DraftTree>, Vec<(usize, RequestError)>) {
+    let step: Arc<Step> = engine.idle_step();
+    let mut work = step.lock();
+    (work.extend, work.draft) = (true, true);
+    work.requests.extend(ask.requests.iter().cloned());
+    work.offsets.push(0);
+    for tokens in ask.tokens {
+        work.tokens.extend(tokens);
+        let end = work.tokens.len();
+        work.offsets.push(end);
+    }
+    work.plans.extend(&ask.plans);
+    work.total_nodes = ask.total;
+    drop(work);
+    engine.run(&step);
+    let work = step.lock();
+    let mut trees = Vec::new();
+    work.trees(|_, tree| trees.push(tree.clone()));
+    let failures = work.failures().map(|failure| (failure.index, failure.error)).collect();
+    drop(work);
+    engine.put_back(step);
+    (trees, failures)
+}
+
+/// The sizes that trees get from a heap of their nodes.
+fn shares(trees: &[DraftTree], plans: &[Plan], total: usize) -> Vec<usize> {
+    let mut sizes: Vec<usize> =
+        trees.iter().zip(plans).map(|(tree, plan)| plan.min_nodes.min(tree.len())).collect();
+    while sizes.iter().sum::<usize>() < total {
+        let next = (0..trees.len()).filter(|&i| sizes[i] < trees[i].len());
+        let prob = |&i: &usize| trees[i].probs[sizes[i]];
+        // the first of equals
+        let Some(best) = next.rev().max_by(|a, b| prob(a).total_cmp(&prob(b))) else { break };
+        sizes[best] += 1;
+    }
+    sizes
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn a_batch_is_what_single_calls_are(
+        threads in 1usize..4,
+        prompts in prop::collection::vec(prop::collection::vec(0u32..9, 1..120), 1..24),
+        outputs in prop::collection::vec(prop::collection::vec(prop::collection::vec(0u32..9, 0..6), 24), 1..6),
+        budget in 0usize..24,
+    ) {
+        let (together, alone) = (engine(threads), engine(1));
+        let requests: Vec<_> = prompts.iter().map(|prompt| begin(&together, prompt)).collect();
+        let twins: Vec<_> = prompts.iter().map(|prompt| begin(&alone, prompt)).collect();
+        for tokens in &outputs {
+            let plans = vec![Plan { min_nodes: 0, limits: limits(budget) }; requests.len()];
+            let ask = Ask { requests: &requests, tokens: &tokens[..requests.len()], plans, total: None };
+            let (trees, failures) = run(&together, &ask);
+            prop_assert!(failures.is_empty());
+            for ((twin, tokens), tree) in twins.iter().zip(tokens).zip(&trees) {
+                alone.extend(twin, tokens, None).unwrap();
+                prop_assert_eq!(&alone.draft(twin, limits(budget)).unwrap(), tree);
+            }
+        }
+    }
+
+    #[test]
+    fn a_shared_budget_goes_to_the_most_probable_nodes(
+        threads in 1usize..3,
+        prompts in prop::collection::vec(prop::collection::vec(0u32..9, 1..120), 1..16),
+        outputs in prop::collection::vec(prop::collection::vec(prop::collection::vec(0u32..9, 0..6), 16), 1..5),
+        bounds in prop::collection::vec((0usize..4, 0usize..40), 16),
+        total in 64usize..200,
+    ) {
+        let (together, alone) = (engine(threads), engine(1));
+        let requests: Vec<_> = prompts.iter().map(|prompt| begin(&together, prompt)).collect();
+        let twins: Vec<_> = prompts.iter().map(|prompt| begin(&alone, prompt)).collect();
+        let plans: Vec<_> = bounds[..requests.len()]
+            .iter()
+            .map(|&(min_nodes, max_nodes)| Plan { min_nodes, limits: limits(max_nodes) })
+            .collect();
+        for tokens in &outputs {
+            let tokens = &tokens[..requests.len()];
+            let ask = Ask { requests: &requests, tokens, plans: plans.clone(), total: Some(total) };
+            let (trees, failures) = run(&together, &ask);
+            prop_assert!(failures.is_empty());
+            let mut whole = Vec::new();
+            for ((twin, tokens), plan) in twins.iter().zip(tokens).zip(&plans) {
+                alone.extend(twin, tokens, None).unwrap();
+                whole.push(alone.draft(twin, plan.limits).unwrap());
+            }
+            let sizes = shares(&whole, &plans, total);
+            prop_assert!(trees.iter().map(DraftTree::len).sum::<usize>() <= total);
+            for (at, tree) in trees.iter().enumerate() {
+                prop_assert_eq!(tree.len(), sizes[at]);
+                // and what is learned is what is learned from a draft of that size
+                if sizes[at] < whole[at].len() {
+                    whole[at] = alone.draft(&twins[at], limits(sizes[at])).unwrap();
+                }
+                prop_assert_eq!(tree, &whole[at]);
+            }
+        }
+    }
+}
+
+/// A corpus that panics for contexts that end with 8.
+struct Mine;
+
+impl Corpus for Mine {
+    fn matches(&self, context: &[Token], _: usize, _: usize, _: &mut Vec<Match>) {
+        assert!(context.last() != Some(&8), "stepped on a mine");
+    }
+
+    fn continuation(&self, _: u64, _: &mut [Token]) -> usize {
+        0
+    }
+
+    fn successors(&self, _: Token, _: &mut Vec<(Token, f32)>) {}
+}
+
+#[test]
+fn a_panic_ends_one_request_and_no_other() {
+    std::panic::set_hook(Box::new(|_| {}));
+    for threads in [1, 3] {
+        let engine = Engine::new(Options { store: Some(Arc::new(Mine)), ..options(threads) }).unwrap();
+        let requests: Vec<_> = (0..32).map(|_| begin(&engine, &[1, 2, 3, 1, 2])).collect();
+        let used = engine.memory().used;
+        let mut tokens = vec![vec![3]; 32];
+        tokens[5] = vec![8];
+        tokens[30] = vec![8];
+        let plans = vec![Plan { min_nodes: 0, limits: limits(4) }; 32];
+        let ask = Ask { requests: &requests, tokens: &tokens, plans, total: None };
+        let (trees, failures) = run(&engine, &ask);
+        assert_eq!(failures.iter().map(|failure| failure.0).collect::<Vec<_>>(), [5, 30]);
+        assert!(matches!(&failures[0].1, RequestError::Failed(why) if why.contains("mine")));
+        assert!(trees.iter().enumerate().all(|(i, tree)| tree.is_empty() == [5, 30].contains(&i)));
+        // the memory of what failed is given back, and the others go on
+        assert!(engine.memory().used < used + 32 * 100_000);
+        let (trees, failures) = run(&engine, &ask);
+        assert_eq!(failures.len(), 2);
+        assert!(!trees[0].is_empty());
+        assert_eq!(engine.finish(&requests[5]), Err(failures[0].1.clone()));
+        requests.iter().for_each(|request| request.close());
+        assert_eq!(engine.memory().used, engine.memory().shared);
+    }
+}
+
+#[test]
+fn prompts_are_indexed_in_the_background() {
+    let prompt: Vec<Token> = (0..200_000u64).map(|i| (i * i % 4999) as Token).collect();
+    for threads in [1, 2] {
+        let engine = Engine::new(Options { end_tokens: vec![], ..options(threads) }).unwrap();
+        let request = engine.begin_in_background("", prompt.clone(), &[], None).unwrap();
+        if threads > 1 {
+            let start = Instant::now();
+            while request.with_ready(|_| ()).unwrap().is_none() && start.elapsed() < Duration::from_secs(60) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(request.with_ready(|_| ()).unwrap().is_some());
+        } else {
+            assert!(engine.draft(&request, limits(8)).unwrap().is_empty());
+        }
+        engine.extend(&request, &[prompt[0]], None).unwrap();
+        let twin = engine.begin("", &prompt, &[], None, || false).unwrap().unwrap();
+        engine.extend(&twin, &[prompt[0]], None).unwrap();
+        assert_eq!(engine.draft(&request, limits(64)), engine.draft(&twin, limits(64)));
+        drop((request, twin));
+        // the helper lets go of the request a moment after it is ready
+        let start = Instant::now();
+        while engine.memory().used > engine.memory().shared && start.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(engine.memory().used, engine.memory().shared);
+    }
+}
+
+#[test]
+fn namespaces_keep_to_themselves_and_end() {
+    let options =
+        Options { live_bytes: 1 << 20, namespace_ttl: Some(Duration::from_millis(20)), ..options(1) };
+    let engine = Engine::new(options).unwrap();
+    let begin = |namespace: &str, prompt: &[Token]| {
+        engine.begin(namespace, prompt, &[], None, || false).unwrap().unwrap()
+    };
+    engine.finish(&begin("a", &[1, 2, 3, 4, 5])).unwrap();
+    let drafted = |namespace: &str| engine.draft(&begin(namespace, &[1, 2, 3]), limits(8)).unwrap().len();
+    assert!(drafted("a") > 0);
+    assert_eq!((drafted("b"), drafted("")), (0, 0));
+    let running = begin("a", &[1]);
+    std::thread::sleep(Duration::from_millis(40));
+    let names = || engine.namespaces().into_iter().map(|info| info.name).collect::<Vec<_>>();
+    assert_eq!(names(), ["", "a"], "b had no request for its time to live");
+    drop(running);
+    assert!(engine.remove_namespace("a") && !engine.remove_namespace("a"));
+    assert_eq!(drafted("a"), 0, "what was learned is gone");
+    std::thread::sleep(Duration::from_millis(40));
+    assert_eq!(names(), [""]);
+    assert_eq!(engine.memory().used, engine.memory().shared);
+}
+
+/// Helpers that come late, after the step that called them, find a step of another size in the same buffers.
+#[test]
+fn late_helpers_do_nothing_twice() {
+    let engine = engine(4);
+    std::thread::scope(|scope| {
+        for callers in 0..3 {
+            let engine = &engine;
+            scope.spawn(move || {
+                let requests: Vec<_> = (0..24).map(|_| begin(engine, &[1, 2, 3])).collect();
+                let mut lengths = [3; 24];
+                for round in 0..3000 {
+                    let count = 8 + (round * 7 + callers) % 17;
+                    let plans = vec![Plan { min_nodes: 0, limits: limits(2) }; count];
+                    let tokens = vec![vec![round as Token % 9]; count];
+                    let total = (round % 2 == 0).then_some(20);
+                    let ask = Ask { requests: &requests[..count], tokens: &tokens, plans, total };
+                    assert!(run(engine, &ask).1.is_empty());
+                    lengths[..count].iter_mut().for_each(|length| *length += 1);
+                    let held =
+                        requests.iter().map(|request| request.with(|sequence| sequence.tokens().len()));
+                    assert!(held.map(Result::unwrap).eq(lengths), "round {round}");
+                }
+            });
+        }
+    });
+}

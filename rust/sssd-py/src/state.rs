@@ -1,0 +1,213 @@
+//! Namespaces, memory, metrics and saved state of `sssd.Drafter`.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use sssd_core::MAX_TOKEN;
+use sssd_engine::{Histogram, State, StateError};
+
+use crate::datastore::{PyDatastoreBuilder, os_error};
+use crate::drafter::{PyDrafter, call, memory_full};
+use crate::errors::error;
+use crate::tokens::int32;
+
+#[pymethods]
+impl PyDrafter {
+    /// Bytes of memory: ``{"limit": int | None, "used": int, "peak": int, "shared": int, "sequences": int, "refused":
+    /// int}``.
+    ///
+    /// ``used`` never exceeds ``limit``. It counts ``shared``, what the namespaces' live stores, target's
+    /// probabilities and weights may come to hold, and ``sequences``, what each sequence holds and its weights may
+    /// come to; what forks share counts once. Not counted: the datastore, a few kilobytes for each thread and
+    /// namespace, and a draft in the making. ``refused`` counts what did not fit.
+    #[getter]
+    fn memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let memory = call(py, true, || self.engine.memory())?;
+        let out = PyDict::new(py);
+        out.set_item("limit", (memory.limit != usize::MAX).then_some(memory.limit))?;
+        out.set_item("used", memory.used)?;
+        out.set_item("peak", memory.peak)?;
+        out.set_item("shared", memory.shared)?;
+        out.set_item("sequences", memory.used.saturating_sub(memory.shared))?;
+        out.set_item("refused", memory.refused)?;
+        Ok(out)
+    }
+
+    /// Counters and histograms since the drafter was made, as plain numbers.
+    ///
+    /// Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. Histograms, each ``{"bounds":
+    /// [...], "counts": [...], "sum": number}``: ``nodes`` of each draft; ``accepted`` tokens of each draft;
+    /// ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
+    /// ``counts[i]`` values are at most ``bounds[i]`` and above the bound before; the last bound is infinite.
+    ///
+    /// A name for an exporter: ``sssd.metrics``.
+    #[getter]
+    fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let metrics = self.engine.metrics();
+        let out = PyDict::new(py);
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        out.set_item("begun", count(&metrics.begun))?;
+        out.set_item("finished", count(&metrics.finished))?;
+        out.set_item("failed", count(&metrics.failed))?;
+        out.set_item("tokens", count(&metrics.tokens))?;
+        out.set_item("nodes", histogram(py, &metrics.nodes, 1.0)?)?;
+        out.set_item("accepted", histogram(py, &metrics.accepted, 1.0)?)?;
+        out.set_item("draft_seconds", histogram(py, &metrics.draft_ns, 1e9)?)?;
+        out.set_item("batch_seconds", histogram(py, &metrics.step_ns, 1e9)?)?;
+        out.set_item("batch_sequences", histogram(py, &metrics.batch, 1.0)?)?;
+        Ok(out)
+    }
+
+    /// The namespaces that are there, by name: ``{name: {"sequences": int, "live_tokens": int, "memory_bytes": int,
+    /// "idle_seconds": float}}``. The default one is named ``""``.
+    fn namespaces<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let out = PyDict::new(py);
+        for info in call(py, true, || self.engine.namespaces())? {
+            let entry = PyDict::new(py);
+            entry.set_item("sequences", info.requests)?;
+            entry.set_item("live_tokens", info.live_tokens)?;
+            entry.set_item("memory_bytes", info.memory_bytes)?;
+            entry.set_item("idle_seconds", info.idle.as_secs_f64())?;
+            out.set_item(info.name, entry)?;
+        }
+        Ok(out)
+    }
+
+    /// Forgets what a namespace has learned. Its running sequences go on with what they know and hand it on to nobody.
+    ///
+    /// Returns:
+    ///     Whether there was one of that name.
+    fn remove_namespace(&self, py: Python<'_>, name: &str) -> PyResult<bool> {
+        call(py, true, || self.engine.remove_namespace(name))
+    }
+
+    /// Writes what the drafter has learned from finished sequences, of all namespaces, into a folder: live stores,
+    /// target's probabilities, weights. Atomic: whatever happens, the folder has the old state or the new one.
+    ///
+    /// Args:
+    ///     folder: made if need be. It may hold one state.
+    ///
+    /// Raises:
+    ///     OSError: the folder cannot be written.
+    fn save(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        let options = self.engine.options();
+        let namespaces = call(py, true, || self.engine.state())?;
+        let state = State {
+            vocab_size: self.vocab_size.unwrap_or(0).into(),
+            end_tokens: options.end_tokens.clone(),
+            live_bytes: options.live_bytes as u64,
+            soft_bytes: options.soft_bytes as u64,
+            namespaces,
+        };
+        py.detach(|| state.save(&folder)).map_err(|failure| state_error(py, &failure))
+    }
+
+    /// A drafter that knows what another one has saved.
+    ///
+    /// Args:
+    ///     folder: as given to ``save``.
+    ///     options: of the new drafter, as in ``Drafter(...)``. ``vocab_size``, ``end_token_ids``, ``live_bytes`` and
+    ///         ``soft_bytes`` are those of the saved one unless given; a datastore is always to be given. With other
+    ///         ``soft_bytes`` the target's probabilities are left out.
+    ///
+    /// Raises:
+    ///     OSError: the file cannot be read.
+    ///     CorruptStateError: it is damaged or no saved state.
+    ///     StateVersionError: another release wrote it.
+    ///     VocabularyMismatchError: ``vocab_size`` is not that of the saved drafter.
+    ///     As ``Drafter``.
+    #[staticmethod]
+    #[pyo3(signature = (folder, **options))]
+    fn load<'py>(
+        py: Python<'py>,
+        folder: PathBuf,
+        options: Option<&Bound<'py, PyDict>>,
+    ) -> PyResult<Bound<'py, Self>> {
+        let state = py.detach(|| State::load(&folder)).map_err(|failure| state_error(py, &failure))?;
+        let options = options.map_or_else(|| Ok(PyDict::new(py)), |given| given.copy())?;
+        let vocab_size = (state.vocab_size > 0).then_some(state.vocab_size);
+        if let (Some(given), Some(saved)) = (options.get_item("vocab_size")?, vocab_size)
+            && !given.is_none()
+            && given.extract::<u64>().ok() != Some(saved)
+        {
+            let message = format!("the saved drafter has {saved} token ids, not {given}");
+            return Err(error(py, "VocabularyMismatchError", message));
+        }
+        let end_tokens = int32(py, state.end_tokens.iter().map(|&token| token as i32));
+        for (name, value) in [
+            ("vocab_size", vocab_size.into_pyobject(py)?.into_any()),
+            ("end_token_ids", end_tokens.into_any()),
+            ("live_bytes", state.live_bytes.into_pyobject(py)?.into_any()),
+            ("soft_bytes", state.soft_bytes.into_pyobject(py)?.into_any()),
+        ] {
+            if !options.contains(name)? {
+                options.set_item(name, value)?;
+            }
+        }
+        let drafter = py.get_type::<Self>().call((), Some(&options))?.cast_into::<Self>()?;
+        let (engine, limit) = (&drafter.get().engine, drafter.get().vocab_size.unwrap_or(MAX_TOKEN));
+        let same_soft = engine.options().soft_bytes as u64 == state.soft_bytes;
+        for mut namespace in state.namespaces {
+            if !same_soft {
+                namespace.soft.clear();
+            }
+            let restored = call(py, true, || engine.restore(&namespace, limit))?;
+            if !restored.map_err(|full| memory_full(py, &full))? {
+                let message = format!("{}: the weights are not those of this release", folder.display());
+                return Err(error(py, "StateVersionError", message));
+            }
+        }
+        Ok(drafter)
+    }
+
+    /// Adds a namespace's live store to a datastore in the making, to be mapped by other processes when it is
+    /// finished::
+    ///
+    ///     with DatastoreBuilder("learned.sssd", vocab_size=...) as builder:
+    ///         drafter.freeze(builder)
+    ///
+    /// Returns:
+    ///     The number of documents. Runs of tokens that several requests had in common are there once.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: there is no such namespace.
+    ///     As ``DatastoreBuilder.add``.
+    #[pyo3(signature = (builder, *, namespace=""))]
+    fn freeze(&self, builder: &Bound<'_, PyDatastoreBuilder>, namespace: &str) -> PyResult<usize> {
+        let py = builder.py();
+        let Some(drafter) = call(py, true, || self.engine.find_namespace(namespace))? else {
+            return Err(error(py, "InvalidArgumentError", format!("there is no namespace '{namespace}'")));
+        };
+        let documents = call(py, true, || drafter.documents())?;
+        builder
+            .get()
+            .with(py, |builder| documents.iter().try_for_each(|(tokens, _)| builder.add_document(tokens)))?;
+        Ok(documents.len())
+    }
+}
+
+fn histogram<'py>(py: Python<'py>, histogram: &Histogram, unit: f64) -> PyResult<Bound<'py, PyDict>> {
+    let (counts, sum) = histogram.read();
+    let used = counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1);
+    // bucket i holds values below 2^i
+    let bound = |at: usize| ((1u64 << at) - 1) as f64 / unit;
+    let bounds = PyList::new(py, (0..used).map(bound))?;
+    bounds.append(f64::INFINITY)?;
+    let counts = PyList::new(py, &counts[..used])?;
+    counts.append(0)?;
+    let out = PyDict::new(py);
+    out.set_item("bounds", bounds)?;
+    out.set_item("counts", counts)?;
+    out.set_item("sum", sum as f64 / unit)?;
+    Ok(out)
+}
+
+fn state_error(py: Python<'_>, failure: &StateError) -> PyErr {
+    match failure {
+        StateError::Io { path, source } => os_error(path, source),
+        StateError::Corrupt { .. } => error(py, "CorruptStateError", failure.to_string()),
+        StateError::Version { .. } => error(py, "StateVersionError", failure.to_string()),
+    }
+}

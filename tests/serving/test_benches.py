@@ -1,0 +1,40 @@
+"""The serving benches run, and the soak finds nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHES = Path(__file__).parents[2] / "benches"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHES / script), *map(str, arguments)]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+
+
+@pytest.mark.slow
+def test_the_soak(tmp_path):
+    rng, trace, figures = np.random.default_rng(0), tmp_path / "trace.jsonl", tmp_path / "figures.json"
+    with trace.open("w") as lines:
+        for _ in range(20):
+            passage = rng.integers(0, 200, 300)
+            response = np.where(rng.random(300) < 0.05, rng.integers(0, 200, 300), passage)
+            record = {"prompt_ids": passage.tolist(), "response_ids": response.tolist()}
+            lines.write(json.dumps(record) + "\n")
+    run("soak.py", trace, "--requests", 300, "--json", figures)
+    found = json.loads(figures.read_text())
+    assert found["finished"] + found["aborted"] == found["requests"] == 300
+    assert found["drafts_equal_to_the_twins"] > 300
+    assert found["memory_left_over"] == 0
+
+
+@pytest.mark.slow
+def test_the_step_benchmark(tmp_path):
+    figures = tmp_path / "figures.json"
+    run("serving.py", "--json", figures, "--batch", 8, "--context", 200, "--steps", 60)
+    found = json.loads(figures.read_text())
+    assert all(found[f"step_ms_{way}"] > 0 for way in ("one_thread", "two_threads", "single_calls"))

@@ -361,6 +361,23 @@ class TestBudget:
             budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=1)
         assert spent / steps < 1.0 + 0.02 * true_factor
 
+    def test_pauses_end_once_drafts_pay_again(self):
+        """Nothing comes true for long, then everything does."""
+        known = curve(seconds=[[[1, 1], [1.5, 1.5], [2, 2]]] * 2)
+        budget = self.settled(known)
+        row = budget.row()
+        drafted = []
+        for step in range(6000):
+            limit = budget.limits([row], 100)[0]
+            (count,) = budget.allocate([chain(*[0.9] * min(limit, 8)) if limit else None], 100, [row])
+            drafted.append(count > 0)
+            came_true = step >= 3000
+            seconds = known.time(1, 1 + count, 100)
+            tokens = 1 + (count if came_true else 0)
+            budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
+        assert sum(drafted[:3000]) < 300
+        assert sum(drafted[4000:]) > 1900
+
     def test_finds_out_that_wide_passes_are_cheap(self):
         """A curve that says drafting never pays is corrected once passes turn out cheap."""
         steep = curve(seconds=[[[1, 1], [7, 7], [60, 60]]] * 2)

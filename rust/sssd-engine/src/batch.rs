@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use std::thread::{self, Thread};
 
-use sssd_core::{DraftTree, Limits, Token, TopK};
+use sssd_core::{DraftTree, Limits, PassCosts, Token, TopK};
 
 use crate::crew::Crew;
 use crate::request::{Request, RequestError};
@@ -41,6 +41,8 @@ pub struct Work {
     pub plans: Vec<Plan>,
     /// Nodes of all trees together.
     pub total_nodes: Option<usize>,
+    /// What passes cost, and what a second is worth in tokens: then trees are as large as pays.
+    pub cost: Option<(PassCosts, f64)>,
     /// Where results come to stand, one for each request or more.
     slots: Vec<Mutex<Slot>>,
     stage: Stage,
@@ -109,7 +111,7 @@ impl Work {
         self.top_ids.clear();
         self.top_probs.clear();
         self.plans.clear();
-        self.total_nodes = None;
+        (self.total_nodes, self.cost) = (None, None);
         (self.extend, self.draft, self.k) = (false, false, 0);
     }
 
@@ -204,7 +206,7 @@ impl Work {
             let limits = self.plans[item].limits;
             request.with_ready(|sequence| {
                 slot.draft = sequence.start_draft(limits, slot.target);
-                let shared = self.total_nodes.is_some();
+                let shared = self.total_nodes.is_some() || self.cost.is_some();
                 let tree = if shared { sequence.tree() } else { sequence.end_draft(limits.max_nodes) };
                 slot.tree.copy_from(tree);
             })?;
@@ -246,6 +248,19 @@ impl Work {
                 slot.target = (2 * slot.target).min(plan.limits.max_nodes);
                 todo.push(item as u32);
             }
+        }
+    }
+
+    /// Gives each request as many nodes as pay, of all requests together the most probable first.
+    fn price(&mut self, cost: &PassCosts, rate: f64) {
+        let trees = self.slots.iter_mut().take(self.requests.len());
+        let slots: Vec<&mut Slot> =
+            trees.map(|slot| slot.get_mut().unwrap_or_else(PoisonError::into_inner)).collect();
+        let probs: Vec<&[f32]> = slots.iter().map(|slot| &slot.tree.probs[..]).collect();
+        // a rate that is none was refused before; nothing pays then
+        let counts = cost.allocate(&probs, rate).unwrap_or_else(|_| vec![0; slots.len()]);
+        for ((slot, count), plan) in slots.into_iter().zip(counts).zip(&self.plans) {
+            slot.nodes = count.max(plan.min_nodes.min(slot.tree.len()));
         }
     }
 
@@ -298,6 +313,13 @@ impl Step {
     pub(crate) fn run(self: &Arc<Self>, crew: &Crew) {
         let mut work = self.lock();
         work.prepare();
+        if let (true, Some((cost, rate))) = (work.draft, work.cost.take()) {
+            work.cost = Some((cost.clone(), rate));
+            self.stage(work, crew);
+            let mut work = self.lock();
+            work.price(&cost, rate);
+            return work.cut();
+        }
         if work.requests.len() == 1 {
             return work.run(0);
         }

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
-use sssd_core::{DraftTree, Limits, MAX_NODES};
+use sssd_core::{CostError, DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Work};
 
+use crate::budget::PyPassCosts;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
 use crate::errors::error;
 use crate::tokens::{integers, integers_into, tokens_into, top};
@@ -224,6 +225,8 @@ struct Asked<'a, 'py> {
     min_nodes: Option<&'a Bound<'py, PyAny>>,
     max_depth: Option<&'a Bound<'py, PyAny>>,
     min_prob: f32,
+    cost: Option<&'a PyPassCosts>,
+    rate: Option<f64>,
     out: Option<&'a Bound<'py, PyDraftBatch>>,
 }
 
@@ -271,6 +274,9 @@ impl PyDrafter {
     ///     min_nodes: nodes that a tree gets before others are considered, if it can have so many; one number or [n].
     ///     max_depth: no node is deeper; one number or [n]. ``max_length`` of a sequence holds as well.
     ///     min_prob: least probability of a node.
+    ///     cost: what passes cost: then all trees together are as large as pays, as ``PassCosts.allocate`` has it,
+    ///         with at most ``max_nodes`` each; not together with ``total_nodes``.
+    ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
     ///     out: where to put the trees; by default a new ``DraftBatch``.
     ///
     /// Returns:
@@ -281,7 +287,7 @@ impl PyDrafter {
     ///         drafted.
     ///     BatchError: sequences are closed or met an internal error. Its ``batch`` has the trees of the others.
     #[pyo3(signature = (sequences, max_nodes=None, *, total_nodes=None, min_nodes=None, max_depth=None,
-                        min_prob=0.001, out=None))]
+                        min_prob=0.001, cost=None, rate=None, out=None))]
     #[allow(clippy::too_many_arguments)]
     fn draft_batch<'py>(
         &self,
@@ -291,9 +297,12 @@ impl PyDrafter {
         min_nodes: Option<&Bound<'py, PyAny>>,
         max_depth: Option<&Bound<'py, PyAny>>,
         min_prob: f32,
+        cost: Option<PyRef<'py, PyPassCosts>>,
+        rate: Option<f64>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
-        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, out };
+        let cost = cost.as_deref();
+        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, out };
         self.run(sequences, None, Some(&asked))?.ok_or_else(|| unreachable(sequences.py()))
     }
 
@@ -302,7 +311,8 @@ impl PyDrafter {
     /// Args, Returns, Raises:
     ///     As the two.
     #[pyo3(signature = (sequences, token_ids, offsets, max_nodes=None, *, total_nodes=None, min_nodes=None,
-                        max_depth=None, min_prob=0.001, topk_ids=None, topk_probs=None, out=None))]
+                        max_depth=None, min_prob=0.001, cost=None, rate=None, topk_ids=None, topk_probs=None,
+                        out=None))]
     #[allow(clippy::too_many_arguments)]
     fn step<'py>(
         &self,
@@ -314,12 +324,15 @@ impl PyDrafter {
         min_nodes: Option<&Bound<'py, PyAny>>,
         max_depth: Option<&Bound<'py, PyAny>>,
         min_prob: f32,
+        cost: Option<PyRef<'py, PyPassCosts>>,
+        rate: Option<f64>,
         topk_ids: Option<&Bound<'py, PyAny>>,
         topk_probs: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
         let produced = Produced { token_ids, offsets, topk_ids, topk_probs };
-        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, out };
+        let cost = cost.as_deref();
+        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, out };
         self.run(sequences, Some(&produced), Some(&asked))?.ok_or_else(|| unreachable(sequences.py()))
     }
 }
@@ -446,6 +459,20 @@ fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResul
     })?;
     let sum: usize = work.plans.iter().map(|plan| plan.limits.max_nodes).sum();
     let least: usize = work.plans.iter().map(|plan| plan.min_nodes.min(plan.limits.max_nodes)).sum();
+    if let Some(cost) = asked.cost {
+        let rate = asked.rate.unwrap_or(n as f64 / cost.0.plain_seconds());
+        if asked.total_nodes.is_some() {
+            return Err(refuse("give total_nodes or cost, not both".into()));
+        }
+        if !(rate.is_finite() && rate >= 0.0) {
+            return Err(refuse(CostError::Rate(rate).to_string()));
+        }
+        work.cost = Some((cost.0.clone(), rate));
+        return Ok(sum);
+    }
+    if asked.rate.is_some() {
+        return Err(refuse("rate needs cost".into()));
+    }
     work.total_nodes = asked.total_nodes.map(|total| not_negative(py, "total_nodes", total)).transpose()?;
     match work.total_nodes {
         Some(total) if least > total => {

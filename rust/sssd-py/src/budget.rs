@@ -60,6 +60,6 @@ impl PyPassCosts {
     }
 }
 
-fn invalid(py: Python<'_>, reason: &CostError) -> PyErr {
+pub fn invalid(py: Python<'_>, reason: &CostError) -> PyErr {
     error(py, "InvalidArgumentError", reason.to_string())
 }

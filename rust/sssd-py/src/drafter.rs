@@ -12,6 +12,7 @@ use pyo3::types::{PyBytes, PyDict};
 use sssd_core::{Corpus, Drafter, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, SOURCES, Sequence};
 use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
+use crate::budget::{PyPassCosts, invalid};
 use crate::datastore::PyDatastore;
 use crate::errors::error;
 use crate::tokens::{int32, tokens, top};
@@ -472,24 +473,33 @@ impl PySequence {
     ///     max_nodes: the node budget, 0 to 1024. The tree has fewer nodes if fewer are worth drafting.
     ///     min_prob: least probability of a node, 0 to 1.
     ///     max_depth: no node is deeper; the longest path that is of use.
+    ///     cost: what passes cost: then the tree is as large as pays, as ``PassCosts.allocate`` has it.
+    ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``max_nodes``, ``min_prob`` or ``max_depth`` is out of range.
+    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range.
     ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None))]
+    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None))]
+    #[allow(clippy::too_many_arguments)]
     fn draft(
         &self,
         py: Python<'_>,
         max_nodes: i128,
         min_prob: f32,
         max_depth: Option<i128>,
+        cost: Option<PyRef<'_, PyPassCosts>>,
+        rate: Option<f64>,
     ) -> PyResult<PyDraftTree> {
         let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob };
         let tree = call(py, true, || self.engine.draft(&self.request, limits))?;
-        tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
+        let tree = tree.map_err(|failure| request_error(py, &failure))?;
+        let Some(cost) = cost else { return Ok(PyDraftTree(tree)) };
+        let rate = rate.unwrap_or(1.0 / cost.0.plain_seconds());
+        let counts = cost.0.allocate(&[&tree.probs], rate).map_err(|reason| invalid(py, &reason))?;
+        Ok(PyDraftTree(tree.first(counts[0])))
     }
 
     /// Hands the tokens so far to the live store, for other sequences of the drafter. ``finish`` does it by itself.

@@ -30,7 +30,7 @@ BUDGET = 32
 RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 3 * 4 * 7 * 4 * 2) * 17
 """Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
-MOST_COUNT = 30
+MOST_COUNT = 150
 SHARE = 0.1
 AGES, KINDS = 9, 12
 SETTLING = 1000

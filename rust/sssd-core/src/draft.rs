@@ -23,8 +23,8 @@ const REQUEST_SAMPLES: usize = 64;
 const LOWER_SAMPLES: usize = 8;
 /// Longest context looked up at nodes other than the root, as an index of [`ORDERS`].
 const LOWER_ORDERS: usize = 2;
-/// The newest occurrence counts more than older ones.
-const NEWEST_WEIGHT: f32 = 1.5;
+/// Less probable nodes are not worth that look-up.
+const WORTH_LOWER: f32 = 0.02;
 /// Occurrences looked at in the datastore for each match length, and the longest match.
 const STORE_SAMPLES: usize = 64;
 const STORE_LENGTH: usize = 8;
@@ -268,9 +268,11 @@ impl Drafting {
     fn grow(&mut self, nodes: usize, inputs: &Inputs) {
         while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
             if let Some(node) = self.newest.take() {
-                let Candidate { token, depth, .. } = self.candidates[node as usize];
+                let Candidate { token, depth, path, .. } = self.candidates[node as usize];
                 if (depth as usize) < inputs.limits.max_depth && !inputs.end_tokens.contains(&token) {
-                    self.gather_lower(node, inputs.index);
+                    if path >= WORTH_LOWER {
+                        self.gather_lower(node, inputs.index);
+                    }
                     self.expand(node, inputs);
                 }
             }
@@ -320,13 +322,11 @@ impl Drafting {
         let mut longer = MAX_LENGTH + 1;
         for order in (0..ORDERS.len()).rev() {
             let mut position = index.previous(order, last as u32);
-            let mut weight = NEWEST_WEIGHT;
             while position != NONE && self.samples.len() < REQUEST_SAMPLES && steps > 0 {
                 steps -= 1;
                 let length = index.match_length(position, &context[..known]);
                 if (1..longer).contains(&length) {
-                    self.add_request_sample(0, source::REQUEST, index, position, length, weight);
-                    weight = 1.0;
+                    self.add_request_sample(0, source::REQUEST, index, position, length);
                 }
                 position = index.previous(order, position);
             }
@@ -355,7 +355,7 @@ impl Drafting {
                 steps -= 1;
                 let length = index.match_length(position, &context[..known]);
                 if (1..longer).contains(&length) {
-                    self.add_request_sample(node, source::LOWER, index, position, length, 1.0);
+                    self.add_request_sample(node, source::LOWER, index, position, length);
                 }
                 position = index.previous(order, position);
             }
@@ -370,12 +370,11 @@ impl Drafting {
         index: &Index,
         position: u32,
         length: usize,
-        weight: f32,
     ) {
         let (cursor, end) = (position + 1, index.tokens().len() as u32);
         let length = length as u16;
         let (source, rest) = (source as u8, 0);
-        let sample = Sample { cursor, end, next: NONE, length, source, ended: true, weight, rest };
+        let sample = Sample { cursor, end, next: NONE, length, source, ended: true, weight: 1.0, rest };
         self.add_sample(candidate, sample);
     }
 

@@ -40,6 +40,8 @@ const LEAST_REFINED: f32 = 0.003;
 const MOST_GAIN: f32 = 2.0;
 /// Contexts to have room for at a node, so that few drafts need more.
 const CONTEXTS: usize = 24;
+/// Class of matches that need no shorter contexts beside them.
+const COPY: u8 = 7;
 /// Slots of the token table; more than the candidates that one expansion can have.
 const SLOTS: usize = 2048;
 const NO_CLASS: u8 = u8::MAX;
@@ -268,9 +270,10 @@ impl Drafting {
     fn grow(&mut self, nodes: usize, inputs: &Inputs) {
         while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
             if let Some(node) = self.newest.take() {
-                let Candidate { token, depth, path, .. } = self.candidates[node as usize];
+                let Candidate { token, depth, path, classes, .. } = self.candidates[node as usize];
+                let copied = matches!(classes[source::REQUEST], COPY..NO_CLASS);
                 if (depth as usize) < inputs.limits.max_depth && !inputs.end_tokens.contains(&token) {
-                    if path >= WORTH_LOWER {
+                    if path >= WORTH_LOWER && !copied {
                         self.gather_lower(node, inputs.index);
                     }
                     self.expand(node, inputs);

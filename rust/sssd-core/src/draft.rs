@@ -271,7 +271,8 @@ impl Drafting {
         while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
             if let Some(node) = self.newest.take() {
                 let Candidate { token, depth, path, classes, .. } = self.candidates[node as usize];
-                let copied = matches!(classes[source::REQUEST], COPY..NO_CLASS);
+                let class = classes[source::REQUEST];
+                let copied = class != NO_CLASS && class >= COPY;
                 if (depth as usize) < inputs.limits.max_depth && !inputs.end_tokens.contains(&token) {
                     if path >= WORTH_LOWER && !copied {
                         self.gather_lower(node, inputs.index);

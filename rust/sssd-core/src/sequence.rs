@@ -105,6 +105,10 @@ impl Sequence {
     ) -> Result<(), MemoryFull> {
         let before = self.tokens().len();
         self.index.settle(&mut self.charge);
+        if tokens.is_empty() {
+            // taking the base back may have changed what is held
+            return self.settle();
+        }
         for (chunk, tokens) in tokens.chunks(CHUNK).enumerate() {
             let past = grown(self.past.capacity(), self.past.len(), tokens.len());
             let bytes =

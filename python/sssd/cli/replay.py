@@ -14,8 +14,6 @@ from sssd import SOURCES, Datastore, Drafter
 from sssd.cli.arguments import budgets, tokenizer
 from sssd.replay import Replay, read_trace, trace_name
 
-LIVE_BYTES = 64 << 20
-SOFT_BYTES = 16 << 20
 PRIVATE_SOFT_BYTES = 1 << 20
 """Room for one request's distributions, where every request has a drafter of its own."""
 
@@ -66,12 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
                 drafter = None
                 for request in requests:
                     if drafter is None or not live:
-                        drafter = Drafter(
-                            end_token_ids=arguments.end_token_id,
-                            datastore=datastore,
-                            live_bytes=LIVE_BYTES if live else 0,
-                            soft_bytes=SOFT_BYTES if live else PRIVATE_SOFT_BYTES,
-                        )
+                        drafter = _drafter(arguments.end_token_id, datastore, live)
                     replay.run(drafter, request)
                     progress.advance(task)
                 rows.append(replay.row(trace_name(path)))
@@ -86,14 +79,17 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps({"results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
+def _drafter(end_token_ids: list[int] | None, datastore: Datastore | None, live: bool) -> Drafter:
+    if live:
+        return Drafter(end_token_ids=end_token_ids, datastore=datastore)
+    return Drafter(
+        end_token_ids=end_token_ids, datastore=datastore, live_bytes=0, soft_bytes=PRIVATE_SOFT_BYTES
+    )
+
+
 def _sources(rows: list[dict[str, Any]]) -> Table:
     """Which source carried the nodes, over all traces, by budget."""
-    table = Table(
-        box=None, header_style="bold", title="Nodes by the source that carried them", title_justify="left"
-    )
-    table.add_column("source")
-    for name in ("budget", "drafted", "accepted", "expected", "accepted %"):
-        table.add_column(name, justify="right")
+    table = _counts_table("Nodes by the source that carried them", "source")
     for budget in dict.fromkeys(row["budget"] for row in rows):
         parts = [row["sources"] for row in rows if row["budget"] == budget]
         for source in SOURCES:
@@ -103,16 +99,19 @@ def _sources(rows: list[dict[str, Any]]) -> Table:
 
 def _reliability(rows: list[dict[str, Any]]) -> Table:
     """Predicted against measured shares of accepted nodes, over all traces, by budget."""
-    table = Table(
-        box=None, header_style="bold", title="Reliability of node probabilities", title_justify="left"
-    )
-    table.add_column("probability")
-    for name in ("budget", "drafted", "accepted", "expected", "accepted %"):
-        table.add_column(name, justify="right")
+    table = _counts_table("Reliability of node probabilities", "probability")
     for budget in dict.fromkeys(row["budget"] for row in rows):
         tables = [row["reliability"] for row in rows if row["budget"] == budget]
         for bins in zip(*tables, strict=True):
             _add_counts(table, [f"{bins[0]['from']:.2f} to {bins[0]['to']:.2f}", str(budget)], list(bins))
+    return table
+
+
+def _counts_table(title: str, first: str) -> Table:
+    table = Table(box=None, header_style="bold", title=title, title_justify="left")
+    table.add_column(first)
+    for name in ("budget", "drafted", "accepted", "expected", "accepted %"):
+        table.add_column(name, justify="right")
     return table
 
 

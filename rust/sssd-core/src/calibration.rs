@@ -46,6 +46,13 @@ impl Default for Calibration {
     }
 }
 
+/// The knot below a probability, and how far it lies towards the next one.
+fn position(prob: f32) -> (usize, f32) {
+    let at = scale(prob) * STEP;
+    let knot = at as usize;
+    (knot, at - knot as f32)
+}
+
 impl Calibration {
     /// Sets what the model says of each kind, before a draft.
     pub fn start(&mut self, biases: &[f32]) {
@@ -56,9 +63,7 @@ impl Calibration {
 
     /// The corrected probability of a token with this kind of evidence.
     pub fn correct(&self, kind: usize, prob: f32) -> f32 {
-        let at = scale(prob) * STEP;
-        let knot = at as usize;
-        let above = at - knot as f32;
+        let (knot, above) = position(prob);
         let knots = self.knots[knot].odds * (1.0 - above) + self.knots[knot + 1].odds * above;
         let odds = prob * knots * self.odds[kind];
         odds / (1.0 - prob + odds)
@@ -69,9 +74,7 @@ impl Calibration {
         let corrected = self.correct(kind, prob);
         let error = f32::from(u8::from(came_true)) - corrected;
         let variance = corrected * (1.0 - corrected);
-        let at = scale(prob) * STEP;
-        let knot = at as usize;
-        let above = at - knot as f32;
+        let (knot, above) = position(prob);
         let [lower, upper] = &mut self.knots[knot..knot + 2] else { return error };
         for (bias, share) in [(lower, 1.0 - above), (upper, above), (&mut self.kinds[kind], 1.0)] {
             bias.gradient += share * error;

@@ -185,19 +185,13 @@ pub struct Drafting {
     samples: Vec<Sample>,
     candidates: Vec<Candidate>,
     evidence: Vec<Evidence>,
-    frontier: Frontier,
-    matches: Vec<Match>,
-    /// Tokens read from the datastore.
-    read: Vec<Token>,
-    successors: Vec<(Token, f32)>,
     /// The blended sources' contexts at each expanded node, longest first: class and cell.
     contexts: Vec<(u8, EscapeCell)>,
     /// Tokens that the target held probable, with probability and class.
     soft: Vec<(Token, f32, u8)>,
-    /// Sample, candidate and class of each vote in the expansion at hand.
-    votes: Vec<(u32, u32, u8)>,
-    table: TokenTable,
     tree: DraftTree,
+    /// Lent for the time of a draft.
+    scratch: Scratch,
     /// The newest node, until it is expanded: there may be no room for its children.
     newest: Option<u32>,
     /// What the tree and its learning are to come to: those of a draft of so many nodes.
@@ -209,39 +203,32 @@ pub struct Drafting {
 }
 
 /// Memory that is of no use between drafts: one set serves many sequences and stays near the processor.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Scratch {
     frontier: Frontier,
     matches: Vec<Match>,
+    /// Tokens read from the datastore.
     read: Vec<Token>,
     successors: Vec<(Token, f32)>,
+    /// Sample, candidate and class of each vote in the expansion at hand.
     votes: Vec<(u32, u32, u8)>,
     table: TokenTable,
 }
 
 impl Drafting {
-    fn exchange(&mut self, scratch: &mut Scratch) {
-        std::mem::swap(&mut self.frontier, &mut scratch.frontier);
-        std::mem::swap(&mut self.matches, &mut scratch.matches);
-        std::mem::swap(&mut self.read, &mut scratch.read);
-        std::mem::swap(&mut self.successors, &mut scratch.successors);
-        std::mem::swap(&mut self.votes, &mut scratch.votes);
-        std::mem::swap(&mut self.table, &mut scratch.table);
-    }
-
     /// Drafts a tree of at most `nodes` nodes, the best of those that `inputs` allow.
     pub fn draft(&mut self, nodes: usize, inputs: &Inputs, scratch: &mut Scratch) {
-        self.exchange(scratch);
+        std::mem::swap(&mut self.scratch, scratch);
         self.start(inputs);
         self.grow(nodes, inputs);
-        self.exchange(scratch);
+        std::mem::swap(&mut self.scratch, scratch);
     }
 
     fn start(&mut self, inputs: &Inputs) {
         self.samples.clear();
         self.candidates.clear();
         self.evidence.clear();
-        self.read.clear();
+        self.scratch.read.clear();
         self.soft.clear();
         self.contexts.clear();
         self.contexts.reserve(CONTEXTS * inputs.limits.max_nodes);
@@ -251,7 +238,7 @@ impl Drafting {
         self.followed = None;
         self.age = inputs.age;
         let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
-        self.frontier.reset(max_nodes, min_prob);
+        self.scratch.frontier.reset(max_nodes, min_prob);
         match inputs.index.tokens().last() {
             Some(last) if max_nodes > 0 && max_depth > 0 && !inputs.end_tokens.contains(last) => {
                 self.candidates.push(Candidate::new(*last, NONE, 0));
@@ -280,7 +267,7 @@ impl Drafting {
                     self.expand(node, inputs);
                 }
             }
-            let Some(best) = self.frontier.pop() else { return };
+            let Some(best) = self.scratch.frontier.pop() else { return };
             let Candidate { token, parent, path, .. } = self.candidates[best as usize];
             self.candidates[best as usize].node = self.tree.len() as i32;
             let source = self.carrier(best);
@@ -404,7 +391,7 @@ impl Drafting {
         let Some(corpus) = inputs.corpus(source as u8) else { return };
         let tokens = &inputs.index.tokens()[inputs.predicted..];
         let context = &tokens[tokens.len().saturating_sub(length)..];
-        let mut matches = std::mem::take(&mut self.matches);
+        let mut matches = std::mem::take(&mut self.scratch.matches);
         matches.clear();
         corpus.matches(context, length, samples, &mut matches);
         for found in &matches {
@@ -421,15 +408,15 @@ impl Drafting {
             self.read_on(&mut sample, corpus, FIRST_READ);
             self.add_sample(0, sample);
         }
-        self.matches = matches;
+        self.scratch.matches = matches;
     }
 
     /// Reads the sample's next tokens from its corpus.
     fn read_on(&mut self, sample: &mut Sample, corpus: &dyn Corpus, count: usize) {
-        let start = self.read.len();
-        self.read.resize(start + count, 0);
-        let read = corpus.continuation(sample.rest, &mut self.read[start..]);
-        self.read.truncate(start + read);
+        let start = self.scratch.read.len();
+        self.scratch.read.resize(start + count, 0);
+        let read = corpus.continuation(sample.rest, &mut self.scratch.read[start..]);
+        self.scratch.read.truncate(start + read);
         sample.cursor = start as u32;
         sample.end = (start + read) as u32;
         sample.rest += read as u64;
@@ -445,14 +432,14 @@ impl Drafting {
     /// Predicts what follows `node` and puts the predicted tokens on the frontier.
     fn expand(&mut self, node: u32, inputs: &Inputs) {
         let start = self.candidates.len();
-        self.table.clear();
+        self.scratch.table.clear();
         let mut evidence = Evidence::default();
         self.vote(node, inputs);
         let classes = self.blend(start, inputs.model, &mut evidence);
         self.soften(node, inputs, &mut evidence);
-        self.successors.clear();
+        self.scratch.successors.clear();
         if let Some(store) = inputs.store {
-            store.successors(self.candidates[node as usize].token, &mut self.successors);
+            store.successors(self.candidates[node as usize].token, &mut self.scratch.successors);
         }
         self.weigh(start, &classes, inputs.model, &mut evidence);
         self.add_soft(node, &evidence);
@@ -467,7 +454,7 @@ impl Drafting {
 
     /// Hands each sample of `node` on to the candidate for its next token.
     fn vote(&mut self, node: u32, inputs: &Inputs) {
-        self.votes.clear();
+        self.scratch.votes.clear();
         let mut next = self.candidates[node as usize].samples;
         while next != NONE {
             let current = next;
@@ -484,7 +471,7 @@ impl Drafting {
             }
             let source = usize::from(sample.source);
             let token = match source {
-                source::STORE | source::LIVE => self.read[sample.cursor as usize],
+                source::STORE | source::LIVE => self.scratch.read[sample.cursor as usize],
                 _ => inputs.index.token(sample.cursor),
             };
             let child = self.child(node, token);
@@ -502,7 +489,7 @@ impl Drafting {
             .min(MAX_LENGTH as u16);
             sample.next = std::mem::replace(&mut candidate.samples, current);
             self.samples[current as usize] = sample;
-            self.votes.push((current, child, class));
+            self.scratch.votes.push((current, child, class));
         }
     }
 
@@ -519,7 +506,7 @@ impl Drafting {
         let mut longest = [None; source::SAMPLED];
         // most sources and classes have nothing to say: a bit for each class that has
         let mut held = [0u32; source::SAMPLED];
-        for &(sample, _, class) in &self.votes {
+        for &(sample, _, class) in &self.scratch.votes {
             let sample = &self.samples[sample as usize];
             let source = usize::from(sample.source);
             counts[source][usize::from(class)] += sample.weight;
@@ -562,7 +549,7 @@ impl Drafting {
                 }
             }
         }
-        for &(sample, child, class) in &self.votes {
+        for &(sample, child, class) in &self.scratch.votes {
             let sample = &self.samples[sample as usize];
             let source = usize::from(sample.source);
             self.candidates[child as usize].probs[source] +=
@@ -591,7 +578,7 @@ impl Drafting {
             let peak = said.iter().map(|&(_, prob, _)| prob).fold(0.0, f32::max);
             evidence.gates[source::SOFT] = Some(Model::gate_cell(source::SOFT, usize::from(class), peak));
         }
-        if let Some(&(_, peak)) = self.successors.first() {
+        if let Some(&(_, peak)) = self.scratch.successors.first() {
             evidence.gates[source::SUCCESSORS] = Some(Model::gate_cell(source::SUCCESSORS, 0, peak));
         }
         let mut total = 0.0;
@@ -657,10 +644,10 @@ impl Drafting {
         let reach = self.candidates[node as usize].path * evidence.weights[source::SOFT] * MOST_GAIN;
         for at in evidence.soft.0..evidence.soft.1 {
             let (token, prob, class) = self.soft[at as usize];
-            let child = if reach * prob >= self.frontier.floor() {
+            let child = if reach * prob >= self.scratch.frontier.floor() {
                 Some(self.child(node, token))
             } else {
-                self.table.find(token, &self.candidates).ok()
+                self.scratch.table.find(token, &self.candidates).ok()
             };
             if let Some(child) = child {
                 let candidate = &mut self.candidates[child as usize];
@@ -683,12 +670,12 @@ impl Drafting {
     /// Adds the last token's usual successors, as far as they may become nodes.
     fn add_successors(&mut self, node: u32, evidence: &Evidence) {
         let reach = self.candidates[node as usize].path * evidence.weights[source::SUCCESSORS] * MOST_GAIN;
-        for i in 0..self.successors.len() {
-            let (token, share) = self.successors[i];
-            let child = if reach * share >= self.frontier.floor() {
+        for i in 0..self.scratch.successors.len() {
+            let (token, share) = self.scratch.successors[i];
+            let child = if reach * share >= self.scratch.frontier.floor() {
                 Some(self.child(node, token))
             } else {
-                self.table.find(token, &self.candidates).ok()
+                self.scratch.table.find(token, &self.candidates).ok()
             };
             if let Some(child) = child {
                 let candidate = &mut self.candidates[child as usize];
@@ -722,19 +709,19 @@ impl Drafting {
         let scale = above / total.max(1.0);
         for (child, candidate) in (start as u32..).zip(&mut self.candidates[start..]) {
             candidate.path *= scale;
-            self.frontier.push(child, candidate.path);
+            self.scratch.frontier.push(child, candidate.path);
         }
     }
 
     /// The candidate for `token` under `node`, created if it is new.
     fn child(&mut self, node: u32, token: Token) -> u32 {
-        match self.table.find(token, &self.candidates) {
+        match self.scratch.table.find(token, &self.candidates) {
             Ok(candidate) => candidate,
             Err(slot) => {
                 let depth = self.candidates[node as usize].depth + 1;
                 let candidate = self.candidates.len() as u32;
                 self.candidates.push(Candidate::new(token, node, depth));
-                self.table.insert(slot, candidate);
+                self.scratch.table.insert(slot, candidate);
                 candidate
             }
         }

@@ -3,7 +3,6 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::Token;
 use crate::live::LiveStore;
 use crate::model::{Model, source};
 use crate::soft::SoftTable;
@@ -83,10 +82,6 @@ impl Knowledge {
 
     pub(crate) fn count(&self, stats: &Stats) {
         lock(&self.stats).add(stats);
-    }
-
-    pub(crate) fn commit(&self, tokens: &[Token]) {
-        self.live.commit(tokens);
     }
 
     /// Bytes of memory that it may come to hold.

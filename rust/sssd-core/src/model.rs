@@ -1,12 +1,13 @@
 //! What the predictor has learned: how far to trust which evidence. Constant size, updated only from tokens that
 //! the target model really produced.
 //!
-//! Three tables, in the order in which a prediction passes them:
+//! Four tables, in the order in which a prediction passes them:
 //! - *escapes*: the probability that the next token is none of those seen after contexts of a kind (prediction by
 //!   partial matching, with the escape probabilities learned as in PPMII's secondary estimation);
 //! - *gates*: the weight of each source in the mixture, a softmax trained by gradient on the log-likelihood;
 //! - *refinements*: from the mixed probability of a token and which sources hold it to the share of such tokens
-//!   that came true (adaptive probability maps, as in context-mixing compressors).
+//!   that came true (adaptive probability maps, as in context-mixing compressors);
+//! - *ages*: a bias on the log-odds by age of the output and kind of evidence.
 
 /// Where evidence comes from. Blended sources come first: they predict after contexts of several lengths, which
 /// pass the escapes.

@@ -309,7 +309,7 @@ impl Sequence {
         let tokens = &self.index.tokens()[self.predicted..];
         if self.committed < tokens.len() {
             // enough of the old to find the new by
-            self.shared.knowledge.commit(&tokens[self.committed.saturating_sub(8)..]);
+            self.shared.knowledge.live.commit(&tokens[self.committed.saturating_sub(8)..]);
             self.committed = tokens.len();
         }
     }
@@ -342,9 +342,12 @@ impl Sequence {
 
     /// Charges what is held alone.
     fn settle(&mut self) -> Result<(), MemoryFull> {
+        self.charge.resize(self.own_bytes())
+    }
+
+    fn own_bytes(&self) -> usize {
         let past = self.past.capacity() * size_of::<Aligned>();
-        let bytes = self.index.memory_bytes().0 + past + self.other_bytes();
-        self.charge.resize(bytes)
+        self.index.memory_bytes().0 + past + self.other_bytes()
     }
 
     /// Bytes charged to the sequence alone.
@@ -355,8 +358,7 @@ impl Sequence {
     /// Compares what is held with what it should be, in time proportional to the square of the length or more.
     pub fn check(&self) -> Result<(), String> {
         self.index.check()?;
-        let past = self.past.capacity() * size_of::<Aligned>();
-        let bytes = self.index.memory_bytes().0 + past + self.other_bytes();
+        let bytes = self.own_bytes();
         if self.charge.bytes() != bytes {
             return Err(format!("{} bytes are charged for {bytes}", self.charge.bytes()));
         }

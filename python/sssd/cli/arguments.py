@@ -1,10 +1,23 @@
-"""Argument types that several commands share."""
+"""Arguments that several commands share."""
 
 import argparse
 from pathlib import Path
 
 from sssd.errors import InvalidArgumentError
 from sssd.replay import Tokenize
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what commands that replay traces take."""
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
+    parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
+    parser.add_argument(
+        "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
+    )
+    parser.add_argument(
+        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file; repeatable"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
 def budgets(text: str) -> list[int]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sssd import SOURCES, Datastore, Drafter
-from sssd.cli.arguments import budgets, tokenizer
+from sssd.cli.arguments import add_trace_arguments, budgets, tokenizer
 from sssd.replay import Replay, read_trace, trace_name
 
 PRIVATE_SOFT_BYTES = 1 << 20
@@ -27,11 +26,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "shared, unless --share says so. Recorded top-k probabilities (topk_ids, topk_probs) and predicted "
         "outputs (prediction_ids) are handed to the drafter.",
     )
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
+    add_trace_arguments(parser)
     parser.add_argument("--budgets", type=budgets, default=[4, 8, 16, 32, 64], help="node budgets, e.g. 4,16")
-    parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
-    parser.add_argument("--end-token-id", type=int, action="append", help="draft nothing after this")
-    parser.add_argument("--datastore", type=Path, action="append", help="datastore file; repeatable")
     parser.add_argument(
         "--share",
         choices=["nothing", "live"],
@@ -42,7 +38,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--reliability", action="store_true", help="also print how far probabilities came true"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser
 
 

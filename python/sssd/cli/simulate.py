@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections import defaultdict
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sssd import Datastore
-from sssd.cli.arguments import tokenizer
+from sssd.cli.arguments import add_trace_arguments, tokenizer
 from sssd.cli.replay import PRIVATE_SOFT_BYTES
 from sssd.hardware import CostCurve
 from sssd.hardware.simulate import RULES, sequences, simulate_rules
@@ -28,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "Prints speed-ups over autoregressive decoding: of fixed budgets, of the SSSD paper's rule, of this "
         "package's rule (sssd), and of drafts that are always right (perfect).",
     )
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON Lines, plain, .gz or .xz")
+    add_trace_arguments(parser)
     parser.add_argument(
         "--cost",
         required=True,
@@ -38,12 +37,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--batch", type=_batches, default=[1, 4, 16, 64], metavar="N,N", help="default: 1,4,16,64"
     )
-    parser.add_argument("--tokenizer", help="tokenizer.json or model folder, for traces that hold text")
-    parser.add_argument(
-        "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
-    )
-    parser.add_argument("--datastore", type=Path, action="append", metavar="FILE", help="repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     return parser
 
 

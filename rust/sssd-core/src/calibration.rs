@@ -49,7 +49,7 @@ impl Default for Calibration {
 /// The knot below a probability, and how far it lies towards the next one.
 fn position(prob: f32) -> (usize, f32) {
     let at = scale(prob) * STEP;
-    let knot = at as usize;
+    let knot = usize::from(at as u8);
     (knot, at - knot as f32)
 }
 

@@ -14,15 +14,17 @@ use crate::frontier::Frontier;
 use crate::index::{Index, NONE, ORDERS};
 use crate::knowledge::Stats;
 use crate::live::LiveStore;
-use crate::model::{CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, Occurrence, Support, class, source};
+use crate::model::{
+    CLASSES, EscapeCell, GateCell, MAX_LENGTH, Model, NO_CLASS, Occurrence, Support, class, source,
+};
 use crate::soft::{Recent, SOFT_ORDERS, SoftTable};
 use crate::tree::{DraftTree, ROOT};
 
 /// Occurrences looked at in the request, at the root and at each further node.
 const REQUEST_SAMPLES: usize = 64;
 const LOWER_SAMPLES: usize = 8;
-/// Longest context looked up at nodes other than the root, as an index of [`ORDERS`].
-const LOWER_ORDERS: usize = 2;
+/// Longest context looked up at nodes other than the root.
+const LOWER_LENGTH: usize = 2;
 /// Less probable nodes are not worth that look-up.
 const WORTH_LOWER: f32 = 0.02;
 /// Occurrences looked at in the datastore for each match length, and the longest match.
@@ -44,7 +46,6 @@ const CONTEXTS: usize = 24;
 const COPY: u8 = 7;
 /// Slots of the token table; more than the candidates that one expansion can have.
 const SLOTS: usize = 2048;
-const NO_CLASS: u8 = u8::MAX;
 
 /// What one draft is made from.
 #[derive(Clone, Copy)]
@@ -111,65 +112,102 @@ struct Sample {
     rest: u64,
 }
 
-/// A token that may follow a node; a node itself once it is the most probable one left.
+impl Sample {
+    /// Reads the next tokens from the corpus.
+    fn read_on(&mut self, read: &mut Vec<Token>, corpus: &dyn Corpus, count: usize) {
+        let start = read.len();
+        read.resize(start + count, 0);
+        let found = corpus.continuation(self.rest, &mut read[start..]);
+        read.truncate(start + found);
+        self.cursor = start as u32;
+        self.end = (start + found) as u32;
+        self.rest += found as u64;
+        self.ended = found < count;
+    }
+}
+
+/// A sample's voice for what follows a node.
+#[derive(Clone, Copy)]
+struct Vote {
+    candidate: u32,
+    weight: f32,
+    source: u8,
+    class: u8,
+}
+
+/// The votes of an expansion by source and class.
+#[derive(Default)]
+struct Tally {
+    counts: [[f32; CLASSES]; source::SAMPLED],
+    /// A bit for each class that has any.
+    held: [u32; source::SAMPLED],
+}
+
+/// Where a candidate's evidence begins.
+#[derive(Clone, Copy)]
+struct Origin {
+    /// First of its samples.
+    samples: u32,
+    /// Newest occurrence of its own last tokens in the request, once it is likely enough to be looked for.
+    lower: u32,
+}
+
+const NOWHERE: Origin = Origin { samples: NONE, lower: NONE };
+
+/// A token that may follow a node; a node itself once it is the most probable one left. One line of the cache.
 #[derive(Clone, Copy)]
 struct Candidate {
     token: Token,
     parent: u32,
-    /// Its index in the tree.
-    node: i32,
-    depth: u32,
     /// Probability given the parent, before refinement.
     mixed: f32,
     /// The same after refinement by the model.
     refined: f32,
     /// Probability of the path from the root.
     path: f32,
-    occurrence: Occurrence,
-    /// For each source, the class of the longest context that the token followed.
-    classes: [u8; source::COUNT],
+    /// What its children are made of, once it has been expanded.
+    evidence: u32,
+    /// Its index in the tree.
+    node: i16,
+    depth: u16,
     /// Probability given by each source.
     probs: [f32; source::COUNT],
-    /// First of its samples.
-    samples: u32,
-    /// Its children and the evidence for them, once it has been expanded.
-    children: (u32, u32),
-    evidence: u32,
+    /// For each source, the class of the longest context that the token followed.
+    classes: [u8; source::COUNT],
+    occurrence: Occurrence,
 }
 
+const _: () = assert!(size_of::<Candidate>() == 64);
+
 impl Candidate {
-    fn new(token: Token, parent: u32, depth: u32) -> Self {
+    fn new(token: Token, parent: u32, depth: u16) -> Self {
         Self {
             token,
             parent,
-            node: ROOT,
-            depth,
             mixed: 0.0,
             refined: 0.0,
             path: 1.0,
-            occurrence: Occurrence::Never,
-            classes: [NO_CLASS; source::COUNT],
-            probs: [0.0; source::COUNT],
-            samples: NONE,
-            children: (0, 0),
             evidence: NONE,
+            node: ROOT as i16,
+            depth,
+            probs: [0.0; source::COUNT],
+            classes: [NO_CLASS; source::COUNT],
+            occurrence: Occurrence::Never,
         }
     }
 
     fn support(&self, evidence: &Evidence) -> Support {
-        let class = |source: usize| (self.classes[source] != NO_CLASS).then_some(self.classes[source]);
-        Support {
-            classes: std::array::from_fn(class),
-            speaks: std::array::from_fn(|source| evidence.gates[source].is_some()),
-            occurrence: self.occurrence,
-            successor: class(source::SUCCESSORS).is_some(),
-        }
+        Support { classes: self.classes, speaks: evidence.speaks, occurrence: self.occurrence }
     }
 }
 
 /// What the prediction after an expanded node was made of, kept for learning.
 #[derive(Clone, Default)]
 struct Evidence {
+    /// The node's children in `Drafting::candidates`.
+    children: (u32, u32),
+    /// A bit for each source that has anything to say.
+    speaks: u8,
     /// Where the contexts of each blended source begin in `Drafting::contexts`, and where the last ones end.
     contexts: [u32; source::BLENDED + 1],
     /// What the target held probable after such contexts, in `Drafting::soft`.
@@ -182,7 +220,6 @@ struct Evidence {
 /// is known.
 #[derive(Clone, Default)]
 pub struct Drafting {
-    samples: Vec<Sample>,
     candidates: Vec<Candidate>,
     evidence: Vec<Evidence>,
     /// The blended sources' contexts at each expanded node, longest first: class and cell.
@@ -190,6 +227,8 @@ pub struct Drafting {
     /// Tokens that the target held probable, with probability and class.
     soft: Vec<(Token, f32, u8)>,
     tree: DraftTree,
+    /// Nodes that the live store speaks for, and a position in the document.
+    credits: Vec<(u32, u64)>,
     /// Lent for the time of a draft.
     scratch: Scratch,
     /// The newest node, until it is expanded: there may be no room for its children.
@@ -206,12 +245,15 @@ pub struct Drafting {
 #[derive(Clone, Default)]
 pub struct Scratch {
     frontier: Frontier,
+    samples: Vec<Sample>,
+    /// Where each candidate's evidence begins.
+    origins: Vec<Origin>,
     matches: Vec<Match>,
     /// Tokens read from the datastore.
     read: Vec<Token>,
     successors: Vec<(Token, f32)>,
-    /// Sample, candidate and class of each vote in the expansion at hand.
-    votes: Vec<(u32, u32, u8)>,
+    /// Those of the expansion at hand.
+    votes: Vec<Vote>,
     table: TokenTable,
 }
 
@@ -225,9 +267,11 @@ impl Drafting {
     }
 
     fn start(&mut self, inputs: &Inputs) {
-        self.samples.clear();
         self.candidates.clear();
         self.evidence.clear();
+        self.credits.clear();
+        self.scratch.samples.clear();
+        self.scratch.origins.clear();
         self.scratch.read.clear();
         self.soft.clear();
         self.contexts.clear();
@@ -242,6 +286,7 @@ impl Drafting {
         match inputs.index.tokens().last() {
             Some(last) if max_nodes > 0 && max_depth > 0 && !inputs.end_tokens.contains(last) => {
                 self.candidates.push(Candidate::new(*last, NONE, 0));
+                self.scratch.origins.push(NOWHERE);
                 self.gather_request(inputs.index);
                 self.gather_aligned(inputs);
                 self.gather_corpus(source::STORE, STORE_LENGTH, STORE_SAMPLES, inputs);
@@ -269,9 +314,10 @@ impl Drafting {
             }
             let Some(best) = self.scratch.frontier.pop() else { return };
             let Candidate { token, parent, path, .. } = self.candidates[best as usize];
-            self.candidates[best as usize].node = self.tree.len() as i32;
+            self.candidates[best as usize].node = self.tree.len() as i16;
             let source = self.carrier(best);
-            self.tree.push(token, self.candidates[parent as usize].node, path, source);
+            self.note_credit(best);
+            self.tree.push(token, i32::from(self.candidates[parent as usize].node), path, source);
             self.newest = Some(best);
         }
     }
@@ -313,7 +359,7 @@ impl Drafting {
         let mut longer = MAX_LENGTH + 1;
         for order in (0..ORDERS.len()).rev() {
             let mut position = index.previous(order, last as u32);
-            while position != NONE && self.samples.len() < REQUEST_SAMPLES && steps > 0 {
+            while position != NONE && self.scratch.samples.len() < REQUEST_SAMPLES && steps > 0 {
                 steps -= 1;
                 let length = index.match_length(position, &context[..known]);
                 if (1..longer).contains(&length) {
@@ -325,32 +371,22 @@ impl Drafting {
         }
     }
 
-    /// Collects occurrences in the request of the node's own last tokens, where they follow other tokens than
-    /// on the node's path: shorter contexts than those of the samples.
+    /// Collects occurrences in the request of the node's last two tokens, or of its one token at depth 1, where
+    /// they follow another token than on the node's path: shorter contexts than those of the samples.
     fn gather_lower(&mut self, node: u32, index: &Index) {
-        const LONGEST: usize = ORDERS[LOWER_ORDERS - 1];
-        let mut context = [0; LONGEST + 1];
-        let mut known = 0;
-        let mut above = node;
-        while known < context.len() && above != NONE {
-            context[known] = self.candidates[above as usize].token;
-            known += 1;
-            above = self.candidates[above as usize].parent;
-        }
-        let depth = self.candidates[node as usize].depth as usize;
-        let (first, mut steps) = (self.samples.len(), 2 * LOWER_SAMPLES);
-        let mut longer = (depth + 1).min(context.len());
-        for order in (0..LOWER_ORDERS).rev().filter(|&order| ORDERS[order] <= depth) {
-            let mut position = index.newest(order, &context[..known]);
-            while position != NONE && self.samples.len() < first + LOWER_SAMPLES && steps > 0 {
-                steps -= 1;
-                let length = index.match_length(position, &context[..known]);
-                if (1..longer).contains(&length) {
-                    self.add_request_sample(node, source::LOWER, index, position, length);
-                }
-                position = index.previous(order, position);
+        let own = self.candidates[node as usize];
+        let above = self.candidates[own.parent as usize];
+        let (length, order) = lower(own.depth);
+        let before = self.candidates.get(above.parent as usize).map_or(Token::MAX, |before| before.token);
+        let context = &[own.token, above.token, before][..=length];
+        let (first, mut steps) = (self.scratch.samples.len(), 2 * LOWER_SAMPLES);
+        let mut position = self.scratch.origins[node as usize].lower;
+        while position != NONE && self.scratch.samples.len() < first + LOWER_SAMPLES && steps > 0 {
+            steps -= 1;
+            if index.match_length(position, context) == length {
+                self.add_request_sample(node, source::LOWER, index, position, length);
             }
-            longer = ORDERS[order];
+            position = index.previous(order, position);
         }
     }
 
@@ -405,28 +441,16 @@ impl Drafting {
                 weight: found.weight,
                 rest: found.position,
             };
-            self.read_on(&mut sample, corpus, FIRST_READ);
+            sample.read_on(&mut self.scratch.read, corpus, FIRST_READ);
             self.add_sample(0, sample);
         }
         self.scratch.matches = matches;
     }
 
-    /// Reads the sample's next tokens from its corpus.
-    fn read_on(&mut self, sample: &mut Sample, corpus: &dyn Corpus, count: usize) {
-        let start = self.scratch.read.len();
-        self.scratch.read.resize(start + count, 0);
-        let read = corpus.continuation(sample.rest, &mut self.scratch.read[start..]);
-        self.scratch.read.truncate(start + read);
-        sample.cursor = start as u32;
-        sample.end = (start + read) as u32;
-        sample.rest += read as u64;
-        sample.ended = read < count;
-    }
-
     fn add_sample(&mut self, candidate: u32, mut sample: Sample) {
-        let first = &mut self.candidates[candidate as usize].samples;
-        sample.next = std::mem::replace(first, self.samples.len() as u32);
-        self.samples.push(sample);
+        let first = &mut self.scratch.origins[candidate as usize].samples;
+        sample.next = std::mem::replace(first, self.scratch.samples.len() as u32);
+        self.scratch.samples.push(sample);
     }
 
     /// Predicts what follows `node` and puts the predicted tokens on the frontier.
@@ -434,8 +458,8 @@ impl Drafting {
         let start = self.candidates.len();
         self.scratch.table.clear();
         let mut evidence = Evidence::default();
-        self.vote(node, inputs);
-        let classes = self.blend(start, inputs.model, &mut evidence);
+        let tally = self.vote(node, inputs);
+        let classes = self.blend(start, &tally, inputs.model, &mut evidence);
         self.soften(node, inputs, &mut evidence);
         self.scratch.successors.clear();
         if let Some(store) = inputs.store {
@@ -445,24 +469,23 @@ impl Drafting {
         self.add_soft(node, &evidence);
         self.add_successors(node, &evidence);
         self.refine(node, start, inputs, &evidence);
-        let expanded = &mut self.candidates[node as usize];
-        expanded.children = (start as u32, 0);
-        expanded.evidence = self.evidence.len() as u32;
-        self.candidates[node as usize].children.1 = self.candidates.len() as u32;
+        evidence.children = (start as u32, self.candidates.len() as u32);
+        self.candidates[node as usize].evidence = self.evidence.len() as u32;
         self.evidence.push(evidence);
     }
 
     /// Hands each sample of `node` on to the candidate for its next token.
-    fn vote(&mut self, node: u32, inputs: &Inputs) {
-        self.scratch.votes.clear();
-        let mut next = self.candidates[node as usize].samples;
-        while next != NONE {
-            let current = next;
-            let mut sample = self.samples[current as usize];
-            next = sample.next;
+    fn vote(&mut self, node: u32, inputs: &Inputs) -> Tally {
+        let Self { candidates, scratch, .. } = self;
+        let Scratch { samples, origins, read, votes, table, .. } = scratch;
+        let mut tally = Tally::default();
+        votes.clear();
+        let mut next = origins[node as usize].samples;
+        while let Some(sample) = samples.get_mut(next as usize) {
+            let current = std::mem::replace(&mut next, sample.next);
             if sample.cursor == sample.end {
                 match inputs.corpus(sample.source) {
-                    Some(corpus) if !sample.ended => self.read_on(&mut sample, corpus, NEXT_READ),
+                    Some(corpus) if !sample.ended => sample.read_on(read, corpus, NEXT_READ),
                     _ => continue,
                 }
                 if sample.cursor == sample.end {
@@ -471,13 +494,12 @@ impl Drafting {
             }
             let source = usize::from(sample.source);
             let token = match source {
-                source::STORE | source::LIVE => self.scratch.read[sample.cursor as usize],
+                source::STORE | source::LIVE => read[sample.cursor as usize],
                 _ => inputs.index.token(sample.cursor),
             };
-            let child = self.child(node, token);
+            let child = child(node, token, candidates, origins, table);
             let class = class(sample.length) as u8;
-            let candidate = &mut self.candidates[child as usize];
-            let held = &mut candidate.classes[source];
+            let held = &mut candidates[child as usize].classes[source];
             if *held == NO_CLASS || *held < class {
                 *held = class;
             }
@@ -487,10 +509,12 @@ impl Drafting {
                 _ => sample.length + 1,
             }
             .min(MAX_LENGTH as u16);
-            sample.next = std::mem::replace(&mut candidate.samples, current);
-            self.samples[current as usize] = sample;
-            self.scratch.votes.push((current, child, class));
+            sample.next = std::mem::replace(&mut origins[child as usize].samples, current);
+            tally.counts[source][usize::from(class)] += sample.weight;
+            tally.held[source] |= 1 << class;
+            votes.push(Vote { candidate: child, weight: sample.weight, source: sample.source, class });
         }
+        tally
     }
 
     /// Turns votes into the probability that each sampled source gives each candidate. Returns the longest class
@@ -498,26 +522,18 @@ impl Drafting {
     fn blend(
         &mut self,
         start: usize,
+        tally: &Tally,
         model: &Model,
         evidence: &mut Evidence,
     ) -> [Option<usize>; source::SAMPLED] {
-        let mut counts = [[0.0f32; CLASSES]; source::SAMPLED];
         let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
         let mut longest = [None; source::SAMPLED];
-        // most sources and classes have nothing to say: a bit for each class that has
-        let mut held = [0u32; source::SAMPLED];
-        for &(sample, _, class) in &self.scratch.votes {
-            let sample = &self.samples[sample as usize];
-            let source = usize::from(sample.source);
-            counts[source][usize::from(class)] += sample.weight;
-            held[source] |= 1 << class;
-        }
         // the vote of one occurrence of each class
         let mut value = [[0.0f32; CLASSES]; source::SAMPLED];
         for source in 0..source::SAMPLED {
             evidence.contexts[source] = self.contexts.len() as u32;
-            longest[source] = held[source].checked_ilog2().map(|class| class as usize);
-            if held[source] == 0 {
+            longest[source] = tally.held[source].checked_ilog2().map(|class| class as usize);
+            if tally.held[source] == 0 {
                 continue;
             }
             for candidate in &self.candidates[start..] {
@@ -528,10 +544,11 @@ impl Drafting {
             // a longer match in the request is a shorter one too; the datastore samples each length anew
             let nested = !matches!(source, source::STORE | source::ALIGNED);
             let (mut count, mut seen, mut rest) = (0.0, 0, 1.0);
-            let mut left = held[source];
+            let mut left = tally.held[source];
             while let Some(class) = left.checked_ilog2().map(|class| class as usize) {
                 left ^= 1 << class;
-                count = if nested { count + counts[source][class] } else { counts[source][class] };
+                count =
+                    if nested { count + tally.counts[source][class] } else { tally.counts[source][class] };
                 seen += distinct[source][class];
                 let cell = Model::escape_cell(source, class, count, seen);
                 let escape = model.escape(cell);
@@ -540,7 +557,7 @@ impl Drafting {
                 self.contexts.push((class as u8, cell));
             }
             if nested {
-                let (mut left, mut shorter) = (held[source], 0.0);
+                let (mut left, mut shorter) = (tally.held[source], 0.0);
                 while left != 0 {
                     let class = left.trailing_zeros() as usize;
                     left &= left - 1;
@@ -549,11 +566,10 @@ impl Drafting {
                 }
             }
         }
-        for &(sample, child, class) in &self.scratch.votes {
-            let sample = &self.samples[sample as usize];
-            let source = usize::from(sample.source);
-            self.candidates[child as usize].probs[source] +=
-                sample.weight * value[source][usize::from(class)];
+        for vote in &self.scratch.votes {
+            let source = usize::from(vote.source);
+            self.candidates[vote.candidate as usize].probs[source] +=
+                vote.weight * value[source][usize::from(vote.class)];
         }
         longest
     }
@@ -582,9 +598,12 @@ impl Drafting {
             evidence.gates[source::SUCCESSORS] = Some(Model::gate_cell(source::SUCCESSORS, 0, peak));
         }
         let mut total = 0.0;
-        for (weight, gate) in evidence.weights.iter_mut().zip(evidence.gates) {
-            *weight = gate.map_or(0.0, |cell| model.gate(cell).exp());
-            total += *weight;
+        for (source, gate) in evidence.gates.iter().enumerate() {
+            if let &Some(cell) = gate {
+                evidence.speaks |= 1 << source;
+                evidence.weights[source] = model.gate(cell).exp();
+                total += evidence.weights[source];
+            }
         }
         evidence.weights.iter_mut().for_each(|weight| *weight /= total.max(f32::MIN_POSITIVE));
     }
@@ -657,6 +676,20 @@ impl Drafting {
         }
     }
 
+    /// Notes which document of the live store speaks for the next node.
+    fn note_credit(&mut self, candidate: u32) {
+        if self.candidates[candidate as usize].classes[source::LIVE] == NO_CLASS {
+            return;
+        }
+        let mut next = self.scratch.origins[candidate as usize].samples;
+        while let Some(sample) = self.scratch.samples.get(next as usize) {
+            if usize::from(sample.source) == source::LIVE {
+                return self.credits.push((self.tree.len() as u32, sample.rest - 1));
+            }
+            next = sample.next;
+        }
+    }
+
     /// The source that contributes most to a candidate's probability.
     fn carrier(&self, candidate: u32) -> u8 {
         let candidate = &self.candidates[candidate as usize];
@@ -685,6 +718,10 @@ impl Drafting {
         }
     }
 
+    fn child(&mut self, node: u32, token: Token) -> u32 {
+        child(node, token, &mut self.candidates, &mut self.scratch.origins, &mut self.scratch.table)
+    }
+
     /// Mixes the sources, refines the result and puts the candidates on the frontier.
     fn refine(&mut self, node: u32, start: usize, inputs: &Inputs, evidence: &Evidence) {
         let above = self.candidates[node as usize].path;
@@ -707,24 +744,20 @@ impl Drafting {
             total += candidate.path;
         }
         let scale = above / total.max(1.0);
+        let Candidate { token: last, depth, .. } = self.candidates[node as usize];
+        let (length, order) = lower(depth + 1);
+        let mut seen = 0;
         for (child, candidate) in (start as u32..).zip(&mut self.candidates[start..]) {
             candidate.path *= scale;
             self.scratch.frontier.push(child, candidate.path);
-        }
-    }
-
-    /// The candidate for `token` under `node`, created if it is new.
-    fn child(&mut self, node: u32, token: Token) -> u32 {
-        match self.scratch.table.find(token, &self.candidates) {
-            Ok(candidate) => candidate,
-            Err(slot) => {
-                let depth = self.candidates[node as usize].depth + 1;
-                let candidate = self.candidates.len() as u32;
-                self.candidates.push(Candidate::new(token, node, depth));
-                self.scratch.table.insert(slot, candidate);
-                candidate
+            if candidate.path >= WORTH_LOWER {
+                // looked for early: the processor fetches the place before it is needed
+                let newest = inputs.index.newest(order, &[candidate.token, last][..length]);
+                seen ^= if newest == NONE { 0 } else { inputs.index.token(newest) };
+                self.scratch.origins[child as usize].lower = newest;
             }
         }
+        std::hint::black_box(seen);
     }
 
     /// Whether the outcome of the last draft is not known yet.
@@ -753,11 +786,11 @@ impl Drafting {
             let Some(at) = self.followed.take() else { return };
             let expanded = &self.candidates[at as usize];
             // the last node of a budget is not expanded, nor is what was cut off
-            if expanded.node >= self.budget as i32 - 1 {
+            if i32::from(expanded.node) >= self.budget as i32 - 1 {
                 return;
             }
             let Some(evidence) = self.evidence.get(expanded.evidence as usize) else { return };
-            let children = expanded.children.0..expanded.children.1;
+            let children = evidence.children.0..evidence.children.1;
             self.followed = children.clone().find(|&child| self.candidates[child as usize].token == token);
             let truth = self.followed.map(|child| &self.candidates[child as usize]);
             let soft = &self.soft[evidence.soft.0 as usize..evidence.soft.1 as usize];
@@ -798,18 +831,11 @@ impl Drafting {
                 && node < self.tree.len()
             {
                 stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
-                self.credit(truth.map_or(NONE, |truth| truth.samples), live);
+                self.credits
+                    .iter()
+                    .filter(|credit| credit.0 == node as u32)
+                    .for_each(|credit| live.credit(credit.1));
             }
-        }
-    }
-
-    /// Tells the live store that a document was of use.
-    fn credit(&self, mut sample: u32, live: &LiveStore) {
-        while let Some(at) = self.samples.get(sample as usize) {
-            if usize::from(at.source) == source::LIVE {
-                return live.credit(at.rest - 1);
-            }
-            sample = at.next;
         }
     }
 
@@ -817,13 +843,36 @@ impl Drafting {
         fn bytes<T>(items: &Vec<T>) -> usize {
             items.capacity() * size_of::<T>()
         }
-        bytes(&self.samples)
-            + bytes(&self.candidates)
+        bytes(&self.candidates)
             + bytes(&self.evidence)
             + bytes(&self.soft)
             + bytes(&self.contexts)
+            + bytes(&self.credits)
             + self.tree.memory_bytes()
     }
+}
+
+/// The length of the context that is looked up at a node, and its index in [`ORDERS`].
+fn lower(depth: u16) -> (usize, usize) {
+    let length = LOWER_LENGTH.min(usize::from(depth));
+    (length, ORDERS.partition_point(|&order| order < length))
+}
+
+/// The candidate for `token` under `node`, created if it is new.
+fn child(
+    node: u32,
+    token: Token,
+    candidates: &mut Vec<Candidate>,
+    origins: &mut Vec<Origin>,
+    table: &mut TokenTable,
+) -> u32 {
+    table.find(token, candidates).unwrap_or_else(|slot| {
+        let candidate = candidates.len() as u32;
+        candidates.push(Candidate::new(token, node, candidates[node as usize].depth + 1));
+        origins.push(NOWHERE);
+        table.insert(slot, candidate);
+        candidate
+    })
 }
 
 /// From token to candidate, for the expansion at hand; cleared in constant time.

@@ -48,6 +48,20 @@ struct Links {
     previous: [u32; NEAR],
 }
 
+/// Reads ahead of a draft what the draft will read, and so brings it near the processor. Several scouts that
+/// advance in turn wait for memory together.
+#[derive(Clone, Copy)]
+pub struct Scout {
+    position: u32,
+    left: u32,
+    /// What was read, so that nobody can leave the reads out.
+    seen: u32,
+}
+
+/// Tokens to be appended, and occurrences of the last one, that a scout looks at.
+const SCOUTED: usize = 4;
+const SCOUTS: u32 = 64;
+
 /// Positions with their chains, and the newest position of each context.
 #[derive(Clone, Default)]
 struct Layer {
@@ -226,6 +240,45 @@ impl Index {
             None => layer.links[at].previous[order],
             Some(far) => layer.far[at][far],
         }
+    }
+
+    /// Begins to read what appending `tokens` and drafting after them will read.
+    pub fn scout(&self, tokens: &[Token]) -> Scout {
+        const KNOWN: usize = ORDERS[ORDERS.len() - 1];
+        let tokens = &tokens[tokens.len().saturating_sub(SCOUTED)..];
+        let before = &self.tokens[self.tokens.len().saturating_sub(KNOWN)..];
+        let mut tail = [0; KNOWN + SCOUTED];
+        tail[..before.len()].copy_from_slice(before);
+        tail[before.len()..][..tokens.len()].copy_from_slice(tokens);
+        let tail = &tail[..before.len() + tokens.len()];
+        let mut scout = Scout { position: NONE, left: SCOUTS, seen: 0 };
+        for end in before.len() + 1..=tail.len() {
+            let (hashes, known) = hashes(&tail[..end]);
+            for layer in std::iter::once(&self.own).chain(self.base.iter().map(|base| &base.layer)) {
+                for (heads, &hash) in layer.heads.iter().zip(&hashes[..known]) {
+                    let slot = heads.slots.get(Heads::home(hash) & heads.slots.len().wrapping_sub(1));
+                    scout.seen ^= slot.map_or(0, |slot| slot.position);
+                }
+            }
+        }
+        if let Some(last) = tail.last() {
+            scout.position = self.newest(0, std::slice::from_ref(last));
+        }
+        scout
+    }
+
+    /// Goes on to the next earlier occurrence of the last token; false if there is none.
+    pub fn advance(&self, scout: &mut Scout) -> bool {
+        if scout.position == NONE || scout.left == 0 {
+            return false;
+        }
+        let (layer, at) = self.layer(scout.position);
+        // samples are compared with the tokens before, and read on
+        let next = layer.links.get(at + 1).map_or(0, |next| next.token);
+        scout.seen ^= layer.links[at.saturating_sub(3)].token ^ next;
+        scout.position = layer.links[at].previous[0];
+        scout.left -= 1;
+        true
     }
 
     /// The layer that has `position`, and where.
@@ -568,6 +621,10 @@ mod tests {
                     charge.resize(index.memory_bytes().0).unwrap();
                     prop_assert_eq!(index.tokens(), &history[..]);
                     prop_assert_eq!(index.check(), Ok(()));
+                    let mut scout = index.scout(&[1]);
+                    let steps = std::iter::repeat(()).take_while(|()| index.advance(&mut scout)).count();
+                    let occurrences = history.iter().filter(|&&token| token == 1).count();
+                    prop_assert_eq!(steps, occurrences.min(SCOUTS as usize));
                 }
                 // every byte is charged once
                 let own: usize = family.iter().map(|member| member.0.memory_bytes().0).sum();

@@ -24,6 +24,7 @@ pub use budget::{CostError, Layout, PassCosts};
 pub use corpus::{Corpus, Match};
 pub use draft::Limits;
 pub use drafter::Drafter;
+pub use index::Scout;
 pub use knowledge::{Knowledge, SourceStats, Stats};
 pub use memory::{Charge, Ledger, MemoryFull};
 pub use model::{Model, source::NAMES as SOURCES};

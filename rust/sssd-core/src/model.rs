@@ -72,14 +72,16 @@ pub fn class(length: u16) -> usize {
 /// Which kinds of evidence speak for a token.
 #[derive(Clone, Copy)]
 pub struct Support {
-    /// For each blended source, the class of the longest context that the token followed.
-    pub classes: [Option<u8>; source::BLENDED],
-    /// Whether the blended sources have anything to say, about this token or others.
-    pub speaks: [bool; source::BLENDED],
+    /// For each source, the class of the longest context that the token followed, or [`NO_CLASS`].
+    pub classes: [u8; source::COUNT],
+    /// A bit for each source that has anything to say, about this token or others.
+    pub speaks: u8,
     /// How recently the token itself occurred in the request, if no context speaks for it.
     pub occurrence: Occurrence,
-    pub successor: bool,
 }
+
+/// In place of a class: nothing matches.
+pub const NO_CLASS: u8 = u8::MAX;
 
 /// How long ago a token occurred in the request.
 #[derive(Clone, Copy, Default, PartialEq)]
@@ -103,21 +105,31 @@ impl Occurrence {
 }
 
 impl Support {
+    fn speaks(self, source: usize) -> bool {
+        self.speaks >> source & 1 != 0
+    }
+
+    fn holds(self, source: usize) -> bool {
+        self.classes[source] != NO_CLASS
+    }
+
+    /// What `table` has for the source's class: the first entry if it has none.
+    fn look(self, source: usize, table: &[u8; 16]) -> usize {
+        usize::from(table[usize::from(self.classes[source].wrapping_add(1) & 15)])
+    }
+
     /// Its row among the contexts of request and datastore.
     fn texts(self) -> usize {
-        let request = match (self.classes[source::REQUEST], self.occurrence) {
-            (None, Occurrence::Never) => 0,
-            (None, Occurrence::Long) => 6,
-            (None, Occurrence::Recent) => 7,
-            (None, Occurrence::Just) => 8,
-            (class, _) => group(class),
+        let request = match self.look(source::REQUEST, &GROUPS) {
+            0 => [0, 6, 7, 8][self.occurrence as usize],
+            group => group,
         };
-        let store = match self.speaks[source::STORE] {
+        let store = match self.speaks(source::STORE) {
             false => 0,
-            true => group(self.classes[source::STORE]).max(1),
+            true => self.look(source::STORE, &GROUPS).max(1),
         };
-        let lower = self.classes[source::LOWER].is_some();
-        ((request * 6 + store) * 2 + usize::from(lower)) * 2 + usize::from(self.successor)
+        let (lower, successor) = (self.holds(source::LOWER), self.holds(source::SUCCESSORS));
+        ((request * 6 + store) * 2 + usize::from(lower)) * 2 + usize::from(successor)
     }
 
     /// Its row among all: those of the other sources, if any of them speaks, are apart, since what has them to go
@@ -128,46 +140,35 @@ impl Support {
 
     /// The kind of evidence, for the request's own calibration.
     pub fn kind(self) -> usize {
-        let request = [0, 1, 2, 2, 3, 3][group(self.classes[source::REQUEST])];
+        let request = self.look(source::REQUEST, &[0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]);
         let others = [source::STORE, source::LIVE, source::SOFT];
-        let speaks = others.iter().any(|&source| self.speaks[source]);
-        let holds = others.iter().any(|&source| self.classes[source].is_some());
+        let speaks = others.iter().any(|&source| self.speaks(source));
+        let holds = others.iter().any(|&source| self.holds(source));
         request * 3 + usize::from(speaks) + usize::from(holds)
     }
 
     /// Its row among the contexts of the other sources, if any of them speaks.
     fn others(self) -> Option<usize> {
-        let [live, soft] =
-            [source::LIVE, source::SOFT].map(|source| match (self.speaks[source], self.classes[source]) {
-                (false, _) => 0,
-                (true, None) => 1,
-                (true, Some(class)) if source == source::SOFT => 2 + usize::from(class.min(4)),
-                (true, Some(class)) => 2 + usize::from(class > 2),
-            });
-        let live = live.saturating_sub(1);
-        let aligned = self.classes[source::ALIGNED]
-            .map_or(0, |class| [1, 1, 1, 1, 2, 2, 2, 3][usize::from(class.min(7))]);
-        let request = match (self.classes[source::REQUEST], self.occurrence) {
-            (None, Occurrence::Never) => 0,
-            (None, _) => 1,
-            (class, _) => 2 + usize::from(group(class) > 3),
+        let live = self.look(source::LIVE, &[0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]);
+        let aligned = self.look(source::ALIGNED, &[0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3]);
+        let soft = match self.speaks(source::SOFT) {
+            false => 0,
+            true => self.look(source::SOFT, &[1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]),
         };
-        let row =
-            (((live * 4 + aligned) * 7 + soft) * 4 + request) * 2 + usize::from(self.speaks[source::STORE]);
-        (live + aligned + soft > 0).then_some(row)
+        if live + aligned + soft == 0 {
+            return None;
+        }
+        let request = match self.look(source::REQUEST, &GROUPS) {
+            0 => usize::from(self.occurrence != Occurrence::Never),
+            group => 2 + usize::from(group > 3),
+        };
+        let store = usize::from(self.speaks(source::STORE));
+        Some((((live * 4 + aligned) * 7 + soft) * 4 + request) * 2 + store)
     }
 }
 
-/// 0 without a class, up to 5.
-fn group(class: Option<u8>) -> usize {
-    match class {
-        None => 0,
-        Some(class @ 0..=1) => usize::from(class) + 1,
-        Some(2..=3) => 3,
-        Some(4..=6) => 4,
-        Some(_) => 5,
-    }
-}
+/// Groups of classes, after the one of no class.
+const GROUPS: [u8; 16] = [0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5];
 
 /// Ages of an output: powers of two of tokens.
 const AGES: usize = 9;
@@ -327,7 +328,7 @@ impl Model {
 
     /// The cell of a source whose longest context is of `class` and whose best token has probability `peak`.
     pub fn gate_cell(source: usize, class: usize, peak: f32) -> GateCell {
-        let peak = ((peak * PEAKS as f32) as usize).min(PEAKS - 1);
+        let peak = usize::from((peak * PEAKS as f32) as u8).min(PEAKS - 1);
         GateCell(((source * CLASSES + class) * PEAKS + peak) as u16)
     }
 
@@ -345,14 +346,14 @@ impl Model {
     /// The probability of a token that the mixture gives `mixed` and that has this support.
     pub fn refine(&self, support: Support, mixed: f32) -> f32 {
         let scale = scale(mixed);
-        let step = scale as usize;
+        let step = usize::from(scale as u8);
         let above = scale - step as f32;
         let cell = support.row() * PROBABILITIES + step;
         self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
     }
 
     pub(crate) fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
-        let step = (scale(mixed) + 0.5) as usize;
+        let step = usize::from((scale(mixed) + 0.5) as u8);
         self.refinements[support.row() * PROBABILITIES + step].update(came_true, REFINEMENT_MEMORY);
     }
 

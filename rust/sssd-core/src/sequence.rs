@@ -6,7 +6,7 @@ use crate::aligned::Aligned;
 use crate::calibration::Calibration;
 use crate::draft::{Drafting, Inputs, Limits};
 use crate::drafter::Shared;
-use crate::index::{Index, grown};
+use crate::index::{Index, Scout, grown};
 use crate::knowledge::{Stats, lock};
 use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
@@ -199,6 +199,16 @@ impl Sequence {
             }
         }
         Ok(())
+    }
+
+    /// Begins to read what appending `tokens` and drafting after them will read.
+    pub fn scout(&self, tokens: &[Token]) -> Scout {
+        self.index.scout(tokens)
+    }
+
+    /// Reads on; false if there is nothing more to read.
+    pub fn advance(&self, scout: &mut Scout) -> bool {
+        self.index.advance(scout)
     }
 
     fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {

@@ -8,13 +8,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 use std::thread::{self, Thread};
 
-use sssd_core::{DraftTree, Limits, PassCosts, Token, TopK};
+use sssd_core::{DraftTree, Limits, PassCosts, Scout, Token, TopK};
 
 use crate::crew::Crew;
-use crate::request::{Request, RequestError};
+use crate::request::{Peek, Request, RequestError};
 
 /// Fewer items than this for each thread are not worth waking one up.
 const ITEMS_PER_THREAD: usize = 4;
+/// Items that a thread takes at a time, at most.
+const GROUP: usize = 8;
 /// Turns that the caller waits awake for the last items.
 const SPINS: usize = 2000;
 
@@ -46,8 +48,9 @@ pub struct Work {
     /// Where results come to stand, one for each request or more.
     slots: Vec<Mutex<Slot>>,
     stage: Stage,
-    /// The requests of this stage.
+    /// The requests of this stage, and how many of them a thread takes at a time.
     todo: Vec<u32>,
+    group: usize,
     keys: Vec<u64>,
 }
 
@@ -174,6 +177,40 @@ impl Work {
         }
     }
 
+    /// Has the processor fetch what the requests of a group will read. A request by itself spends half of its time
+    /// waiting for memory, one read after the other; those of several can wait together.
+    fn scout(&self, group: &[u32]) {
+        let mut peeks: [Option<Peek>; GROUP] = [const { None }; GROUP];
+        let mut scouts: [Option<Scout>; GROUP] = [None; GROUP];
+        for (peek, &item) in peeks.iter_mut().zip(group) {
+            *peek = self.requests[item as usize].peek();
+        }
+        for ((scout, peek), &item) in scouts.iter_mut().zip(&peeks).zip(group) {
+            *scout = peek
+                .as_ref()
+                .and_then(Peek::sequence)
+                .map(|sequence| sequence.scout(self.news(item as usize)));
+        }
+        let mut more = true;
+        while more {
+            more = false;
+            for (scout, peek) in scouts.iter_mut().zip(&peeks) {
+                if let (Some(scout), Some(sequence)) = (scout, peek.as_ref().and_then(Peek::sequence)) {
+                    more |= sequence.advance(scout);
+                }
+            }
+        }
+        std::hint::black_box(&scouts);
+    }
+
+    /// The tokens that this stage appends to a request.
+    fn news(&self, item: usize) -> &[Token] {
+        match self.extend && self.stage == Stage::First {
+            true => &self.tokens[self.offsets[item]..self.offsets[item + 1]],
+            false => &[],
+        }
+    }
+
     /// Does one request's part of the stage.
     fn run(&self, item: usize) {
         let mut slot = lock(&self.slots[item]);
@@ -187,9 +224,8 @@ impl Work {
 
     fn serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
         if self.extend && self.stage == Stage::First {
-            let range = self.offsets[item]..self.offsets[item + 1];
-            let tokens = &self.tokens[range.clone()];
-            let rows = range.start * self.k..range.end * self.k;
+            let tokens = self.news(item);
+            let rows = self.offsets[item] * self.k..self.offsets[item + 1] * self.k;
             let soft = (self.k > 0).then(|| TopK {
                 k: self.k,
                 ids: &self.top_ids[rows.clone()],
@@ -293,10 +329,16 @@ impl Step {
     pub(crate) fn work(&self) {
         let work = self.work.read().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let taken = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(&item) = work.todo.get(taken) else { return };
-            work.run(item as usize);
-            if self.left.fetch_sub(1, Ordering::AcqRel) == 1
+            let start = self.next.fetch_add(work.group, Ordering::Relaxed);
+            if start >= work.todo.len() {
+                return;
+            }
+            let group = &work.todo[start..work.todo.len().min(start + work.group)];
+            if group.len() > 1 {
+                work.scout(group);
+            }
+            group.iter().for_each(|&item| work.run(item as usize));
+            if self.left.fetch_sub(group.len(), Ordering::AcqRel) == group.len()
                 && let Some(caller) = &*lock(&self.caller)
             {
                 caller.unpark();
@@ -339,8 +381,9 @@ impl Step {
 
     /// Has the items done. The counters start anew before anybody can see the items: a helper may come late, from an
     /// earlier stage or step.
-    fn stage(self: &Arc<Self>, work: RwLockWriteGuard<'_, Work>, crew: &Crew) {
+    fn stage(self: &Arc<Self>, mut work: RwLockWriteGuard<'_, Work>, crew: &Crew) {
         let items = work.todo.len();
+        work.group = (items / (2 * crew.threads())).clamp(1, GROUP);
         self.left.store(items, Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);
         drop(work);

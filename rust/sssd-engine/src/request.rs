@@ -113,6 +113,11 @@ impl Request {
         done
     }
 
+    /// The sequence to look at, unless somebody else has it.
+    pub(crate) fn peek(&self) -> Option<Peek<'_>> {
+        self.state.try_lock().ok().map(Peek)
+    }
+
     /// Takes the sequence out, if it is there.
     pub fn take(&self) -> Result<Sequence, RequestError> {
         self.with(|_| ())?;
@@ -151,6 +156,18 @@ impl Request {
     fn lock(&self) -> MutexGuard<'_, State> {
         // every statement leaves it whole: panics are caught inside
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request that is looked at.
+pub(crate) struct Peek<'a>(MutexGuard<'a, State>);
+
+impl Peek<'_> {
+    pub fn sequence(&self) -> Option<&Sequence> {
+        match &*self.0 {
+            State::Live(live) => Some(&live.sequence),
+            State::Over(_) => None,
+        }
     }
 }
 

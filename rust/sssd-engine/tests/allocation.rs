@@ -61,9 +61,13 @@ fn steps_allocate_nothing_after_a_while() {
         // a request's own memory grows with its tokens, by and by; what it drafts with and the step do not
         (0..50).for_each(|_| step(true));
         (0..50).for_each(|_| step(false));
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        (0..100).for_each(|_| step(false));
-        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0, "{threads} threads, {total:?} nodes");
+        // a helper that comes in for the first time gets memory to draft with
+        let quiet = (0..5 * threads).any(|_| {
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            (0..100).for_each(|_| step(false));
+            ALLOCATIONS.load(Ordering::Relaxed) == before
+        });
+        assert!(quiet, "{threads} threads, {total:?} nodes");
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         (0..100).for_each(|_| step(true));
         let grown = ALLOCATIONS.load(Ordering::Relaxed) - before;

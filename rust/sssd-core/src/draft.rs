@@ -20,8 +20,10 @@ use crate::model::{
 use crate::soft::{Recent, SOFT_ORDERS, SoftTable};
 use crate::tree::{DraftTree, ROOT};
 
-/// Occurrences looked at in the request, at the root and at each further node.
+/// Occurrences looked at in the request: at the root, of these of each length when there are longer ones, and at
+/// each further node.
 const REQUEST_SAMPLES: usize = 64;
+const SHORTER_SAMPLES: usize = 16;
 const LOWER_SAMPLES: usize = 8;
 /// Longest context looked up at nodes other than the root.
 const LOWER_LENGTH: usize = 2;
@@ -358,8 +360,10 @@ impl Drafting {
         let mut steps = 4 * REQUEST_SAMPLES;
         let mut longer = MAX_LENGTH + 1;
         for order in (0..ORDERS.len()).rev() {
+            let found = self.scratch.samples.len();
+            let most = if found > 0 { REQUEST_SAMPLES.min(found + SHORTER_SAMPLES) } else { REQUEST_SAMPLES };
             let mut position = index.previous(order, last as u32);
-            while position != NONE && self.scratch.samples.len() < REQUEST_SAMPLES && steps > 0 {
+            while position != NONE && self.scratch.samples.len() < most && steps > 0 {
                 steps -= 1;
                 let length = index.match_length(position, &context[..known]);
                 if (1..longer).contains(&length) {

@@ -81,6 +81,13 @@ pub struct Soft {
     pub writes: u8,
 }
 
+impl Soft {
+    /// Tokens and their probabilities, without the unused places.
+    pub fn tokens(&self) -> impl Iterator<Item = (Token, f32)> {
+        self.ids.into_iter().zip(self.probs).take_while(|&(_, prob)| prob > 0.0)
+    }
+}
+
 /// Tokens that the target lately held probable and did not choose: it often says them next.
 #[derive(Clone, Default)]
 pub struct Recent {

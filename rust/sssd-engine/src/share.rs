@@ -1,0 +1,83 @@
+//! Work whose items a caller shares with helpers, who may come late or not at all.
+//!
+//! Whoever works holds the lock for reading and takes items from a counter; who fills the work or reads its results
+//! holds it for writing. A helper that comes late, even one from an earlier round, finds items of this round or none.
+
+use std::ops::Range;
+
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::thread::{self, Thread};
+use crate::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, SPINS, spin_loop};
+
+/// Work that falls into items, to be done in any order.
+pub trait Items {
+    /// Items that a thread takes at a time.
+    const GROUP: usize = 1;
+
+    /// How many there are.
+    fn items(&self) -> usize;
+
+    /// Does some of them.
+    fn run(&self, items: Range<usize>);
+}
+
+/// Work, and how far it is.
+#[derive(Default)]
+pub struct Share<W> {
+    work: RwLock<W>,
+    /// The next item to be taken, and the items that are not done.
+    next: AtomicUsize,
+    left: AtomicUsize,
+    /// Who waits for the last item.
+    caller: Mutex<Option<Thread>>,
+}
+
+impl<W: Items> Share<W> {
+    /// The work, to fill it or to read its results. Waits for helpers that come late.
+    pub fn lock(&self) -> RwLockWriteGuard<'_, W> {
+        self.work.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has all items done, by this thread and those that `call` asks to [`Share::help`].
+    pub(crate) fn run(&self, work: RwLockWriteGuard<'_, W>, call: impl FnOnce()) {
+        // before anybody can see the items: helpers of an earlier round may still come, without being called
+        self.left.store(work.items(), Ordering::Relaxed);
+        self.next.store(0, Ordering::Relaxed);
+        *self.caller() = Some(thread::current());
+        drop(work);
+        call();
+        self.help();
+        for _ in 0..SPINS {
+            if self.left.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            spin_loop();
+        }
+        while self.left.load(Ordering::Acquire) > 0 {
+            thread::park();
+        }
+    }
+
+    /// Takes items until there are none.
+    pub(crate) fn help(&self) {
+        let work = self.work.read().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let taken = self.next.fetch_add(W::GROUP, Ordering::Relaxed);
+            let items = taken..work.items().min(taken + W::GROUP);
+            if items.is_empty() {
+                return;
+            }
+            let done = items.len();
+            work.run(items);
+            if self.left.fetch_sub(done, Ordering::AcqRel) == done
+                && let Some(caller) = &*self.caller()
+            {
+                caller.unpark();
+            }
+        }
+    }
+
+    fn caller(&self) -> MutexGuard<'_, Option<Thread>> {
+        self.caller.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

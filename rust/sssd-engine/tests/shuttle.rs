@@ -81,7 +81,7 @@ fn engine(threads: usize) -> Engine {
 /// Requests of which every other one has nothing to draft from, so that the rest get more of a shared budget.
 fn begin(engine: &Engine, firsts: std::ops::Range<Token>) -> Vec<Arc<Request>> {
     let begin = |first: Token| {
-        let prompt = if first % 2 == 0 { &[1, 2, first, 3, 1, 2, first, 3][..] } else { &[first] };
+        let prompt = if first.is_multiple_of(2) { &[1, 2, first, 3, 1, 2, first, 3][..] } else { &[first] };
         engine.begin("", prompt, &[], None, || false).unwrap().unwrap()
     };
     firsts.map(begin).collect()

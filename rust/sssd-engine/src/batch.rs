@@ -310,8 +310,7 @@ impl Step {
         work.prepare();
         if let (true, Some((cost, rate))) = (work.draft, work.cost.take()) {
             work.cost = Some((cost.clone(), rate));
-            self.stage(work, crew);
-            let mut work = self.lock();
+            let mut work = self.stage(work, crew);
             work.price(&cost, rate);
             return work.cut();
         }
@@ -319,23 +318,26 @@ impl Step {
             return work.serve(0);
         }
         let total = work.total_nodes.filter(|_| work.draft);
-        self.stage(work, crew);
+        work = self.stage(work, crew);
         let Some(total) = total else { return };
         loop {
-            let mut work = self.lock();
             work.share(total);
             if work.todo.is_empty() {
                 return work.cut();
             }
             work.stage = Stage::More;
-            self.stage(work, crew);
+            work = self.stage(work, crew);
         }
     }
 
     /// Has the items done.
-    fn stage(self: &Arc<Self>, work: RwLockWriteGuard<'_, Work>, crew: &Crew) {
+    fn stage<'a>(
+        self: &'a Arc<Self>,
+        work: RwLockWriteGuard<'a, Work>,
+        crew: &Crew,
+    ) -> RwLockWriteGuard<'a, Work> {
         let helpers = (work.todo.len() / ITEMS_PER_THREAD).saturating_sub(1);
-        self.share.run(work, || crew.help(self, helpers));
+        self.share.run(work, || crew.help(self, helpers))
     }
 }
 

@@ -6,8 +6,7 @@
 use std::ops::Range;
 
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::thread::{self, Thread};
-use crate::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, SPINS, spin_loop};
+use crate::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 /// Work that falls into items, to be done in any order.
 pub trait Items {
@@ -25,11 +24,8 @@ pub trait Items {
 #[derive(Default)]
 pub struct Share<W> {
     work: RwLock<W>,
-    /// The next item to be taken, and the items that are not done.
+    /// The next item to be taken.
     next: AtomicUsize,
-    left: AtomicUsize,
-    /// Who waits for the last item.
-    caller: Mutex<Option<Thread>>,
 }
 
 impl<W: Items> Share<W> {
@@ -39,23 +35,14 @@ impl<W: Items> Share<W> {
     }
 
     /// Has all items done, by this thread and those that `call` asks to [`Share::help`].
-    pub(crate) fn run(&self, work: RwLockWriteGuard<'_, W>, call: impl FnOnce()) {
+    pub(crate) fn run(&self, work: RwLockWriteGuard<'_, W>, call: impl FnOnce()) -> RwLockWriteGuard<'_, W> {
         // before anybody can see the items: helpers of an earlier round may still come, without being called
-        self.left.store(work.items(), Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);
-        *self.caller() = Some(thread::current());
         drop(work);
         call();
         self.help();
-        for _ in 0..SPINS {
-            if self.left.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            spin_loop();
-        }
-        while self.left.load(Ordering::Acquire) > 0 {
-            thread::park();
-        }
+        // all items are taken; who has one that is not done has the lock
+        self.lock()
     }
 
     /// Takes items until there are none.
@@ -67,17 +54,7 @@ impl<W: Items> Share<W> {
             if items.is_empty() {
                 return;
             }
-            let done = items.len();
             work.run(items);
-            if self.left.fetch_sub(done, Ordering::AcqRel) == done
-                && let Some(caller) = &*self.caller()
-            {
-                caller.unpark();
-            }
         }
-    }
-
-    fn caller(&self) -> MutexGuard<'_, Option<Thread>> {
-        self.caller.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -2,15 +2,11 @@
 #![cfg(model)]
 
 #[path = "../src/share.rs"]
-#[allow(clippy::reversed_empty_ranges)]
 mod share;
 
 mod sync {
-    pub use loom::sync::{Mutex, MutexGuard, RwLock, RwLockWriteGuard, atomic};
-    pub use loom::{hint::spin_loop, thread};
+    pub use loom::sync::{RwLock, RwLockWriteGuard, atomic};
     pub use std::sync::PoisonError;
-
-    pub const SPINS: usize = 0;
 }
 
 use std::ops::Range;
@@ -47,7 +43,8 @@ fn round(share: &Share<Counts>, items: usize, call: impl FnOnce()) {
     let counts: Vec<_> = (0..items).map(|_| Arc::new(AtomicUsize::new(0))).collect();
     let mut work = share.lock();
     work.0 = counts.clone();
-    share.run(work, call);
+    let work = share.run(work, call);
+    assert_eq!(work.0.len(), items);
     assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
 }
 

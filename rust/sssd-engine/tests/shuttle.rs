@@ -21,7 +21,6 @@ mod share;
 mod state;
 
 mod sync {
-    pub use shuttle::hint::spin_loop;
     pub use shuttle::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard, atomic, mpsc};
     pub use std::sync::PoisonError;
 
@@ -32,8 +31,6 @@ mod sync {
             yield_now();
         }
     }
-
-    pub const SPINS: usize = 2;
 }
 
 use batch::Plan;

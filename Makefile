@@ -32,6 +32,11 @@ test: check ## run the checks and all tests
 	fi
 	$(BIN)/python -m pytest
 
+.PHONY: model
+model: ## check locks and atomics with loom and shuttle
+	RUSTFLAGS="--cfg model" CARGO_TARGET_DIR=target/model \
+		cargo test --locked -p sssd-core -p sssd-engine --test loom --test shuttle
+
 .PHONY: check
 check: install ## check format, lints, types and stubs
 	cargo fmt --check

@@ -28,6 +28,12 @@ class TestSoftFeedback:
         kinds = {path[0]: SOURCES[source] for path, source in zip(paths(tree), tree.sources, strict=True)}
         assert kinds[50] == "soft"
 
+    def test_fewer_probabilities_than_are_kept_stand_for_no_token(self):
+        sequence = Drafter().begin([7] * 5)
+        sequence.extend([7], [[12, 10]], [[0.4, 0.4]])
+        sequence.extend([7])
+        assert set(first_tokens(sequence.draft(16, min_prob=0.0, max_depth=1))) == {7, 10, 12}
+
     def test_rejected_nodes_teach_as_well(self):
         sequence = Drafter().begin([1, 2, 3])
         tree = DraftTree([7, 8], [-1, 0])

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 from sssd import Drafter
 from sssd.errors import ClosedError
@@ -117,3 +119,10 @@ def test_closing_while_others_draft_is_an_error_not_a_crash():
         barrier.wait()
         sequence.close()
         assert [future.result(timeout=60) for future in futures] == ["closed"] * THREADS
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs free-threaded CPython")
+def test_free_threaded_python_stays_so():
+    code = "import sys, sssd; sssd.Drafter().begin([1, 2, 1]).draft(); print(sys._is_gil_enabled())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")

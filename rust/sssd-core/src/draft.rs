@@ -648,8 +648,7 @@ impl Drafting {
         for (class, soft) in found.iter().enumerate().rev() {
             if let Some(soft) = soft {
                 let cell = Model::soft_cell(class + 1, soft.writes, soft.probs[0]);
-                let tokens = soft.ids.into_iter().zip(soft.probs).take_while(|&(_, prob)| prob > 0.0);
-                blend(class as u8 + 1, cell, soft.probs.iter().sum(), &mut tokens.clone());
+                blend(class as u8 + 1, cell, soft.probs.iter().sum(), &mut soft.tokens());
             }
         }
         let recent = &inputs.recent.tokens;

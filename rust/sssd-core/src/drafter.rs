@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex};
 
 use crate::draft::Scratch;
+use crate::entry::WORDS as SOFT_WORDS;
 use crate::knowledge::{Knowledge, Stats};
 use crate::memory::{Charge, MemoryFull};
 use crate::model::Model;
 use crate::sequence::Sequence;
-use crate::soft::WORDS as SOFT_WORDS;
 use crate::{Corpus, Token};
 
 /// Starts sequences.

@@ -10,6 +10,7 @@ mod calibration;
 mod corpus;
 mod draft;
 mod drafter;
+mod entry;
 mod frontier;
 mod index;
 mod knowledge;
@@ -18,18 +19,20 @@ mod memory;
 mod model;
 mod sequence;
 mod soft;
+mod sync;
 mod tree;
 
 pub use budget::{CostError, Layout, PassCosts};
 pub use corpus::{Corpus, Match};
 pub use draft::Limits;
 pub use drafter::Drafter;
+pub use entry::WORDS as SOFT_WORDS;
 pub use index::Scout;
 pub use knowledge::{Knowledge, SourceStats, Stats};
 pub use memory::{Charge, Ledger, MemoryFull};
 pub use model::{Model, source::NAMES as SOURCES};
 pub use sequence::Sequence;
-pub use soft::{TOP_K, TopK, WORDS as SOFT_WORDS};
+pub use soft::{TOP_K, TopK};
 pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError, UNKNOWN};
 
 /// A token id of the target model's vocabulary. Ids stay below 2^31, so that they fit Python's int32 arrays.

@@ -222,7 +222,7 @@ impl Sequence {
             let mut found = [None; SOFT_ORDERS.len()];
             table.find(self.newest_first(), &mut found);
             if let Some(soft) = found[SOFT_ORDERS.len() - 1] {
-                self.recent.update(soft.ids.into_iter().zip(soft.probs), token);
+                self.recent.update(soft.tokens(), token);
             }
         }
         self.past.push(self.aligned.clone());

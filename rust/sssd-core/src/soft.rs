@@ -1,13 +1,13 @@
 //! What the target itself held probable: its most probable next tokens, by the last few tokens before them.
 //!
-//! One table serves all requests of a drafter, without locks: an entry is a cache line of atomic words, written
-//! under a version that readers check, so that a reader sees a whole entry or none.
+//! One table serves all requests of a drafter, without locks.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::Token;
+use crate::entry::{self, WORDS};
 use crate::index::Hash;
+use crate::sync::{AtomicU64, Ordering};
 
 /// Numbers of last tokens by which entries are found, shortest first.
 pub const SOFT_ORDERS: [usize; 4] = [1, 2, 3, 5];
@@ -16,9 +16,8 @@ pub const TOP_K: usize = 8;
 
 /// Entries that share a bucket: an entry lives in the one of them that was written least recently.
 const WAYS: usize = 4;
-/// State, TOP_K tokens of 32 bits, TOP_K probabilities of 16 bits, and the time of writing.
-pub const WORDS: usize = 8;
-const TIME: usize = 7;
+// Words of an entry: state, TOP_K tokens of 32 bits, TOP_K probabilities of 16 bits, and the time of writing.
+const TIME: usize = WORDS - 1;
 const SCALE: f32 = 65535.0;
 
 /// The target's most probable next tokens, for several positions: `k` ids and probabilities each.
@@ -79,6 +78,13 @@ pub struct Soft {
     pub probs: [f32; TOP_K],
     /// How often the entry was written, at most 255.
     pub writes: u8,
+}
+
+impl Soft {
+    /// Tokens and their probabilities, without the unused places.
+    pub fn tokens(&self) -> impl Iterator<Item = (Token, f32)> {
+        self.ids.into_iter().zip(self.probs).take_while(|&(_, prob)| prob > 0.0)
+    }
 }
 
 /// Tokens that the target lately held probable and did not choose: it often says them next.
@@ -142,14 +148,8 @@ impl SoftTable {
     pub fn entries(&self) -> Vec<(u64, [u64; WORDS])> {
         let entries = self.slots.get().map_or(&[][..], |slots| slots).chunks_exact(WORDS);
         let held = entries.zip(0..).filter_map(|(entry, place)| {
-            let state = entry[0].load(Ordering::Acquire);
-            if state >> 32 == 0 || state % 2 == 1 {
-                return None;
-            }
-            let mut words: [u64; WORDS] = std::array::from_fn(|word| entry[word].load(Ordering::Relaxed));
-            fence(Ordering::Acquire);
-            words[0] = state & !0xff_ffff;
-            (entry[0].load(Ordering::Relaxed) == state).then_some((place, words))
+            let words = entry::read(entry).filter(|words| words[0] >> 32 != 0)?;
+            Some((place, words))
         });
         held.collect()
     }
@@ -232,46 +232,24 @@ fn tag(order: usize, key: u64) -> u32 {
     ((key as u32) << 2 | order as u32).max(1)
 }
 
-// An entry's first word: tag (32 bits), writes (8), version (24, odd while the entry is being written).
-
 fn write(bucket: &[AtomicU64], tag: u32, words: &[u64; WORDS]) {
     let entries = || bucket.chunks_exact(WORDS);
-    let held = entries().find(|entry| (entry[0].load(Ordering::Relaxed) >> 32) as u32 == tag);
+    let held = entries().find(|entry| entry::tag(entry) == tag);
     let oldest = || entries().min_by_key(|entry| entry[TIME].load(Ordering::Relaxed));
-    let Some(entry) = held.or_else(oldest) else { return };
-    let state = entry[0].load(Ordering::Relaxed);
-    let version = state & 0xff_ffff;
-    let writes = if held.is_some() { (state >> 24 & 0xff).min(254) + 1 } else { 1 };
-    // another writer has the entry: what it writes is as good
-    if version % 2 == 1
-        || entry[0].compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed).is_err()
-    {
-        return;
+    if let Some(entry) = held.or_else(oldest) {
+        entry::write(entry, tag, words);
     }
-    fence(Ordering::Release);
-    for (slot, &word) in entry.iter().zip(words).skip(1) {
-        slot.store(word, Ordering::Relaxed);
-    }
-    let state = u64::from(tag) << 32 | writes << 24 | ((version + 2) & 0xff_ffff);
-    entry[0].store(state, Ordering::Release);
 }
 
 fn read(bucket: &[AtomicU64], tag: u32) -> Option<Soft> {
-    for entry in bucket.chunks_exact(WORDS) {
-        let state = entry[0].load(Ordering::Acquire);
-        if (state >> 32) as u32 != tag || state % 2 == 1 {
-            continue;
-        }
-        let mut soft = Soft { writes: (state >> 24) as u8, ..Soft::default() };
-        for place in 0..TOP_K {
-            soft.ids[place] = (entry[1 + place / 2].load(Ordering::Relaxed) >> (32 * (place % 2))) as u32;
-            let prob = (entry[5 + place / 4].load(Ordering::Relaxed) >> (16 * (place % 4))) as u16;
-            soft.probs[place] = f32::from(prob) / SCALE;
-        }
-        fence(Ordering::Acquire);
-        return (entry[0].load(Ordering::Relaxed) == state).then_some(soft);
+    let entry = bucket.chunks_exact(WORDS).find(|entry| entry::tag(entry) == tag)?;
+    let words = entry::read(entry).filter(|words| (words[0] >> 32) as u32 == tag)?;
+    let mut soft = Soft { writes: entry::writes(&words), ..Soft::default() };
+    for place in 0..TOP_K {
+        soft.ids[place] = (words[1 + place / 2] >> (32 * (place % 2))) as u32;
+        soft.probs[place] = f32::from((words[5 + place / 4] >> (16 * (place % 4))) as u16) / SCALE;
     }
-    None
+    Some(soft)
 }
 
 #[cfg(test)]

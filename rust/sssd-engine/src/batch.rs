@@ -1,24 +1,23 @@
 //! One engine step for many requests: append what the target produced, draft, and share the budget out.
 //!
 //! A [`Step`] is a set of buffers that is filled, run and read again and again; nothing is allocated once they have
-//! grown. The threads that run it take its items from a counter, so the order of work is free and its result is
-//! not: each request depends on itself alone, and the budget is shared out when all are there.
+//! grown. The threads that run it take its items as they come, so the order of work is free and its result is not:
+//! each request depends on itself alone, and the budget is shared out when all are there.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
-use std::thread::{self, Thread};
+use std::ops::Range;
 
 use sssd_core::{DraftTree, Limits, PassCosts, Scout, Token, TopK};
 
 use crate::crew::Crew;
 use crate::request::{Peek, Request, RequestError};
+use crate::share::{Items, Share};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
 
 /// Fewer items than this for each thread are not worth waking one up.
 const ITEMS_PER_THREAD: usize = 4;
 /// Items that a thread takes at a time, at most.
 const GROUP: usize = 8;
-/// Turns that the caller waits awake for the last items.
-const SPINS: usize = 2000;
 
 /// What is asked of a step.
 #[derive(Default)]
@@ -96,11 +95,7 @@ pub struct Failure {
 /// A step and its buffers.
 #[derive(Default)]
 pub struct Step {
-    work: RwLock<Work>,
-    /// The next item to be taken, and the items that are not done.
-    next: AtomicUsize,
-    left: AtomicUsize,
-    caller: Mutex<Option<Thread>>,
+    share: Share<Work>,
 }
 
 static BATCHES: AtomicU64 = AtomicU64::new(1);
@@ -212,17 +207,17 @@ impl Work {
     }
 
     /// Does one request's part of the stage.
-    fn run(&self, item: usize) {
+    fn serve(&self, item: usize) {
         let mut slot = lock(&self.slots[item]);
         let slot = &mut *slot;
         let request = &self.requests[item];
-        if let Err(failure) = self.serve(request, item, slot) {
+        if let Err(failure) = self.try_serve(request, item, slot) {
             slot.tree.clear();
             slot.failure = Some(failure);
         }
     }
 
-    fn serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
+    fn try_serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
         if self.extend && self.stage == Stage::First {
             let tokens = self.news(item);
             let rows = self.offsets[item] * self.k..self.offsets[item + 1] * self.k;
@@ -324,31 +319,33 @@ impl Work {
     }
 }
 
-impl Step {
-    /// Takes items until there are none.
-    pub(crate) fn work(&self) {
-        let work = self.work.read().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let start = self.next.fetch_add(work.group, Ordering::Relaxed);
-            if start >= work.todo.len() {
-                return;
-            }
-            let group = &work.todo[start..work.todo.len().min(start + work.group)];
-            if group.len() > 1 {
-                work.scout(group);
-            }
-            group.iter().for_each(|&item| work.run(item as usize));
-            if self.left.fetch_sub(group.len(), Ordering::AcqRel) == group.len()
-                && let Some(caller) = &*lock(&self.caller)
-            {
-                caller.unpark();
-            }
+impl Items for Work {
+    fn items(&self) -> usize {
+        self.todo.len()
+    }
+
+    fn group(&self) -> usize {
+        self.group.max(1)
+    }
+
+    fn run(&self, items: Range<usize>) {
+        let group = &self.todo[items];
+        if group.len() > 1 {
+            self.scout(group);
         }
+        group.iter().for_each(|&item| self.serve(item as usize));
+    }
+}
+
+impl Step {
+    /// Helps whoever runs it.
+    pub(crate) fn help(&self) {
+        self.share.help();
     }
 
     /// The buffers, to fill or read them. Waits for helpers that come late.
     pub fn lock(&self) -> RwLockWriteGuard<'_, Work> {
-        self.work.write().unwrap_or_else(PoisonError::into_inner)
+        self.share.lock()
     }
 
     /// Does what was asked for.
@@ -357,51 +354,36 @@ impl Step {
         work.prepare();
         if let (true, Some((cost, rate))) = (work.draft, work.cost.take()) {
             work.cost = Some((cost.clone(), rate));
-            self.stage(work, crew);
-            let mut work = self.lock();
+            let mut work = self.stage(work, crew);
             work.price(&cost, rate);
             return work.cut();
         }
         if work.requests.len() == 1 {
-            return work.run(0);
+            return work.serve(0);
         }
         let total = work.total_nodes.filter(|_| work.draft);
-        self.stage(work, crew);
+        work = self.stage(work, crew);
         let Some(total) = total else { return };
         loop {
-            let mut work = self.lock();
             work.share(total);
             if work.todo.is_empty() {
                 return work.cut();
             }
             work.stage = Stage::More;
-            self.stage(work, crew);
+            work = self.stage(work, crew);
         }
     }
 
-    /// Has the items done. The counters start anew before anybody can see the items: a helper may come late, from an
-    /// earlier stage or step.
-    fn stage(self: &Arc<Self>, mut work: RwLockWriteGuard<'_, Work>, crew: &Crew) {
+    /// Has the items done.
+    fn stage<'a>(
+        self: &'a Arc<Self>,
+        mut work: RwLockWriteGuard<'a, Work>,
+        crew: &Crew,
+    ) -> RwLockWriteGuard<'a, Work> {
         let items = work.todo.len();
         work.group = (items / (2 * crew.threads())).clamp(1, GROUP);
-        self.left.store(items, Ordering::Relaxed);
-        self.next.store(0, Ordering::Relaxed);
-        drop(work);
         let helpers = (items / ITEMS_PER_THREAD).saturating_sub(1);
-        if crew.threads() > 1 && helpers > 0 {
-            *lock(&self.caller) = Some(thread::current());
-            crew.help(self, helpers);
-        }
-        self.work();
-        let mut turns = 0;
-        while self.left.load(Ordering::Acquire) > 0 {
-            turns += 1;
-            if turns < SPINS {
-                std::hint::spin_loop();
-            } else {
-                thread::park();
-            }
-        }
+        self.share.run(work, || crew.help(self, helpers))
     }
 }
 

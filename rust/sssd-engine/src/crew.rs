@@ -5,13 +5,12 @@
 //! hand over a job.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use crate::batch::Step;
 use crate::gate;
 use crate::request::Request;
+use crate::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use crate::sync::{Arc, Mutex, PoisonError, thread};
 
 /// Jobs that may wait for one thread.
 const QUEUE: usize = 64;
@@ -32,6 +31,24 @@ struct Hired {
     generation: u32,
     helpers: Vec<SyncSender<Job>>,
     next: usize,
+}
+
+impl Hired {
+    /// Lets go of threads of a parent process. Their channels are not to be touched, not even to be dropped: the fork
+    /// may have found a lock of theirs closed.
+    fn leave_to_parent(&mut self) {
+        let generation = gate::generation();
+        if self.generation != generation {
+            std::mem::forget(std::mem::take(&mut self.helpers));
+            self.generation = generation;
+        }
+    }
+}
+
+impl Drop for Hired {
+    fn drop(&mut self) {
+        self.leave_to_parent();
+    }
 }
 
 impl Crew {
@@ -70,12 +87,7 @@ impl Crew {
 
     fn with<T>(&self, work: impl FnOnce(&mut Hired) -> T) -> T {
         let mut hired = self.hired.lock().unwrap_or_else(PoisonError::into_inner);
-        let generation = gate::generation();
-        if hired.generation != generation {
-            // threads of a parent process: their channels are not to be touched
-            std::mem::forget(std::mem::take(&mut hired.helpers));
-            hired.generation = generation;
-        }
+        hired.leave_to_parent();
         if hired.helpers.is_empty() {
             hired.helpers = (1..self.threads).map_while(hire).collect();
         }
@@ -102,7 +114,7 @@ fn work(jobs: &Receiver<Job>) {
         match job {
             Ok(Job::Help(step)) => {
                 let _pass = gate::enter();
-                step.work();
+                step.help();
             }
             Ok(Job::Fill(request)) => filling.push_back(request),
             // steps come first

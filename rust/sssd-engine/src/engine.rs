@@ -2,7 +2,6 @@
 //! held is counted.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sssd_core::{Charge, Corpus, Drafter, Knowledge, Ledger, Limits, MemoryFull, Model, Token, TopK};
@@ -12,6 +11,7 @@ use crate::crew::Crew;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
 use crate::state::NamespaceState;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Steps kept for reuse: as many as run at the same time.
 const IDLE_STEPS: usize = 16;

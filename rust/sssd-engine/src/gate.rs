@@ -3,9 +3,10 @@
 //! Whoever works takes a [`Pass`]; the hooks that run around a fork close the gate and open it again. Threads do
 //! not survive in the child: [`generation`] tells those who had some.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use crate::sync::thread;
 
 static ACTIVE: AtomicUsize = AtomicUsize::new(0);
 static CLOSED: AtomicUsize = AtomicUsize::new(0);

@@ -10,7 +10,9 @@ mod engine;
 pub mod gate;
 mod metrics;
 mod request;
+mod share;
 mod state;
+mod sync;
 
 pub use batch::{Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};

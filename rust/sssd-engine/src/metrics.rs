@@ -1,7 +1,8 @@
 //! Counters and histograms: a handful of relaxed additions per call.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Counts by powers of two: bucket `i` holds values below `2^i` that no earlier bucket holds.
 #[derive(Debug)]

@@ -218,7 +218,7 @@ fn prompts_are_indexed_in_the_background() {
 #[test]
 fn namespaces_keep_to_themselves_and_end() {
     let options =
-        Options { live_bytes: 1 << 20, namespace_ttl: Some(Duration::from_millis(20)), ..options(1) };
+        Options { live_bytes: 1 << 20, namespace_ttl: Some(Duration::from_millis(200)), ..options(1) };
     let engine = Engine::new(options).unwrap();
     let begin = |namespace: &str, prompt: &[Token]| {
         engine.begin(namespace, prompt, &[], None, || false).unwrap().unwrap()
@@ -228,13 +228,13 @@ fn namespaces_keep_to_themselves_and_end() {
     assert!(drafted("a") > 0);
     assert_eq!((drafted("b"), drafted("")), (0, 0));
     let running = begin("a", &[1]);
-    std::thread::sleep(Duration::from_millis(40));
+    std::thread::sleep(Duration::from_millis(400));
     let names = || engine.namespaces().into_iter().map(|info| info.name).collect::<Vec<_>>();
     assert_eq!(names(), ["", "a"], "b had no request for its time to live");
     drop(running);
     assert!(engine.remove_namespace("a") && !engine.remove_namespace("a"));
     assert_eq!(drafted("a"), 0, "what was learned is gone");
-    std::thread::sleep(Duration::from_millis(40));
+    std::thread::sleep(Duration::from_millis(400));
     assert_eq!(names(), [""]);
     assert_eq!(engine.memory().used, engine.memory().shared);
 }

@@ -24,7 +24,17 @@ from sssd.hardware import (
     roofline,
 )
 from sssd.hardware.roofline import LLAMA_3_8B
-from sssd.hardware.simulate import RULES, Adaptive, Autoregressive, Fixed, Paper, Perfect, sequences, simulate
+from sssd.hardware.simulate import (
+    FIXED_RULES,
+    RULES,
+    Adaptive,
+    Autoregressive,
+    Fixed,
+    Paper,
+    Perfect,
+    sequences,
+    simulate,
+)
 from sssd.replay import Replay, Request
 
 
@@ -466,13 +476,19 @@ class TestSimulator:
         assert main(command) == 0
         shown = capsys.readouterr().out
         assert "roofline, not measured" in shown
-        results = json.loads(out.read_text())["results"]
+        assert "sssd/best fixed" in shown
+        written = json.loads(out.read_text())
+        results = written["results"]
         assert [(row["batch"], row["rule"]) for row in results] == [
             (b, rule) for b in (1, 4) for rule in RULES
         ]
         assert all(
             row["trace"] == "copy" and row["speedup"] > 0 and row["tokens_per_step"] >= 1 for row in results
         )
+        for row in written["comparison"]:
+            speedups = {one["rule"]: one["speedup"] for one in results if one["batch"] == row["batch"]}
+            assert row["over_paper"] == speedups["sssd"] / speedups["paper"]
+            assert row["over_best_fixed"] == speedups["sssd"] / max(speedups[rule] for rule in FIXED_RULES)
 
     def test_command_names_a_bad_curve(self, tmp_path, capsys):
         trace = tmp_path / "t.jsonl"

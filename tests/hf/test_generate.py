@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +17,8 @@ from trees import ScriptedDrafter  # noqa: E402
 import sssd  # noqa: E402
 from sssd import hf  # noqa: E402
 from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedModelError  # noqa: E402
+from sssd.hardware import Budget  # noqa: E402
+from sssd.hf.passes import Passes  # noqa: E402
 
 VOCAB = 64
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -450,3 +453,58 @@ def test_import_without_torch_names_the_extra():
     assert "pip install 'sssd[hf]'" in run.stderr
     code = "import sys, sssd; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OVERLAPPED = {("launch", "observe"), ("observe", "finish"), ("finish", "launch")}
+IN_TURN = {("launch", "finish"), ("finish", "observe"), ("observe", "launch")}
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_no_pass_waits_for_is_done_while_a_device_works(overlaps, monkeypatch):
+    """Streaming and learning follow the launch of the next pass where that runs by itself."""
+    if overlaps:
+        monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu"})
+    events = []
+
+    def noted(name, function):
+        def call(*arguments, **options):
+            events.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    launch = Passes.launch
+    monkeypatch.setattr(
+        Passes, "launch", noted("launch", lambda *args, **kw: noted("finish", launch(*args, **kw)))
+    )
+    monkeypatch.setattr(Budget, "observe", noted("observe", Budget.observe))
+
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            events.append("put")
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            events.append("end")
+
+    model, streamer = tiny_model("llama", "sdpa"), Streamer()
+    prompt = torch.tensor([[5, 9, 33, 12] * 6])
+    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(prompt, **options)
+    result = hf.generate(model, prompt, streamer=streamer, **options)
+    assert torch.equal(result, expected)
+    assert streamer.tokens == expected[0].tolist()
+    between = 0
+    for event, following in pairwise(event for event in events if event in ("launch", "finish", "observe")):
+        assert (event, following) in (
+            # the first pass finds nothing to learn from, the last one nothing to wait for
+            {*OVERLAPPED, ("launch", "finish"), ("finish", "observe")} if overlaps else IN_TURN
+        )
+        between += (event, following) == ("launch", "observe")
+    passes = events.count("launch")
+    assert between == (passes - 1 if overlaps else 0)
+    assert events.count("observe") == passes
+    assert events[-1] == "end" or events[-2] == "end"

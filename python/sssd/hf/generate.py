@@ -682,9 +682,9 @@ def _choices(logits: Any) -> NDArray[np.int64]:
 
 def _topk(logits: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The target's most probable tokens, int64 [B, T, k], and their probabilities, float32 [B, T, k]."""
-    values, ids = _largest(logits, min(TOP_K, logits.shape[-1]))
-    # the sum over the vocabulary needs no other precision than its largest terms
-    probs = (values.float() - logits.logsumexp(-1, keepdim=True).float()).exp_().clamp_(max=1.0)
+    ids = _largest(logits, min(TOP_K, logits.shape[-1]))
+    # on a CPU this takes half the time of logsumexp
+    probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, ids).exp_().clamp_(max=1.0)
     # rounding may lift a sum above 1
     probs /= probs.sum(-1, keepdim=True).clamp_(min=1.0)
     both = torch.cat([ids.double(), probs.double()], dim=-1).cpu().numpy()
@@ -692,21 +692,20 @@ def _topk(logits: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     return both[..., :k].astype(np.int64), both[..., k:].astype(np.float32)
 
 
-def _largest(logits: Any, k: int) -> tuple[Any, Any]:
-    """As ``logits.topk(k)``, but for the order of equals.
+def _largest(logits: Any, k: int) -> Any:
+    """As ``logits.topk(k).indices``, but for the order of equals.
 
     The k largest lie in those k pieces of the vocabulary whose maxima are largest: reading every number once
     is faster than selecting among all.
     """
     size = logits.shape[-1]
     if size % _PIECE or size < 2 * k * _PIECE:
-        values, ids = logits.topk(k, dim=-1)
-        return values, ids
+        return logits.topk(k, dim=-1).indices
     pieces = logits.unflatten(-1, (-1, _PIECE))
     best = pieces.amax(-1).topk(k, dim=-1).indices
     found = pieces.gather(-2, best[..., None].expand(*best.shape, _PIECE)).flatten(-2)
-    values, places = found.topk(k, dim=-1)
-    return values, best.gather(-1, places // _PIECE) * _PIECE + places % _PIECE
+    places = found.topk(k, dim=-1).indices
+    return best.gather(-1, places // _PIECE) * _PIECE + places % _PIECE
 
 
 def _accept(tree: DraftTree | None, targets: Any) -> Iterable[tuple[int, int, bool]]:

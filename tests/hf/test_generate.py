@@ -508,3 +508,33 @@ def test_what_no_pass_waits_for_is_done_while_a_device_works(overlaps, monkeypat
     assert between == (passes - 1 if overlaps else 0)
     assert events.count("observe") == passes
     assert events[-1] == "end" or events[-2] == "end"
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precisions_choose_what_the_model_does_but_for_ties(dtype, fast_path):
+    """Every token is the model's most probable one after those before it, or as good within rounding."""
+    model = tiny_model("llama", "sdpa").to(dtype)
+    prompt = torch.tensor([[5, 9, 33, 12] * 6])
+    options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(prompt, **options)
+    runs = [
+        (sssd.Drafter(), {}),
+        (sssd.Drafter(), {"max_nodes": 16}),
+        (ScriptedDrafter(plain.tolist(), 64, 0.8), {"max_nodes": 12}),
+        (ScriptedDrafter(plain.tolist(), 64, 0.0), {"max_nodes": 12}),
+    ]
+    accepted = 0
+    for drafter, more in runs:
+        result = hf.generate(
+            model, prompt, drafter, fast_path=fast_path, return_dict_in_generate=True, **more, **options
+        )
+        accepted += result.accepted
+        text = result.sequences
+        assert text.shape == plain.shape
+        logits = model(input_ids=text).logits[0, prompt.shape[1] - 1 : -1].float()
+        chosen = logits.gather(1, text[0, prompt.shape[1] :, None])[:, 0]
+        # rounding errors of a few layers, in units of the last place of the logits' scale
+        scale = logits.abs().amax(-1)
+        assert ((logits.amax(-1) - chosen) <= 8 * torch.finfo(dtype).eps * scale).all()
+    assert accepted > 10

@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_measures_once_and_is_used_from_then_on():
+def test_measures_once_and_is_used_from_then_on(caplog):
     model = tiny_model("llama", "sdpa")
     seen = []
     curve = hardware.profile(model, progress=lambda done, total: seen.append((done, total)), **SMALL)
@@ -35,7 +35,9 @@ def test_measures_once_and_is_used_from_then_on():
     assert profiling.cache_file(model).is_file()
     again = hardware.profile(model, progress=lambda done, total: pytest.fail("measured again"))
     assert again.to_json() == CostCurve.load(profiling.cache_file(model)).to_json()
-    hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    with caplog.at_level(logging.INFO, "sssd.hf.profile"):
+        hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert "sized by a measured curve" in caplog.text
     (budget,) = profiling._budgets[model].values()
     assert budget.curve.source == "measured"
 

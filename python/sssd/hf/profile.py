@@ -231,7 +231,10 @@ def budget_of(model: Any, passes: Passes) -> Budget:
     known = _budgets.setdefault(model, {})
     if key not in known:
         curve = load_cached(cache_file(model, True)) or load_cached(cache_file(model, fast))
-        known[key] = Budget(curve if curve is not None else estimate(model, passes))
+        if curve is None:
+            curve = estimate(model, passes)
+        _logger.info("%s: drafts are sized by a %s curve", type(model).__name__, curve.source)
+        known[key] = Budget(curve)
     return known[key]
 
 

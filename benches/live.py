@@ -12,6 +12,7 @@ from a copy of these states. JSON and plot are written after each trace: what st
 prompts     how many were decoded; skipped: prompts passed over as too long
 speedup     tokens/s after the first token, over autoregressive decoding by transformers; speedups: by prompt
 drafting    the same over sssd without drafts: what speculation alone brings
+.._cpu      the same by the CPU time of the process, which others on the machine change little
 whole_call  as speedup, with the prompt's pass, which is transformers' own in all three
 load        processes that wanted to run on the machine in the minute before
 """
@@ -79,15 +80,17 @@ class Clock:
 
     def __init__(self) -> None:
         self.calls, self.first, self.last = 0, 0.0, 0.0
+        self.cpu_seconds = 0.0
 
     def put(self, value: Any) -> None:
         self.calls += 1
         # the first call shows the prompt
         if self.calls == 2:
-            self.first = time.perf_counter()
+            self.first, self.cpu_seconds = time.perf_counter(), -time.process_time()
 
     def end(self) -> None:
         self.last = time.perf_counter()
+        self.cpu_seconds += time.process_time()
 
 
 def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> dict[str, Any]:
@@ -105,6 +108,7 @@ def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> di
     }
     calls: dict[str, list[float]] = {name: [] for name in ways}
     decoding: dict[str, list[float]] = {name: [] for name in ways}
+    cpu = dict.fromkeys(ways, 0.0)
     steps, different, reading = 0, 0, 0.0
     for turn, ids in enumerate(prompts):
         started = time.perf_counter()
@@ -123,6 +127,7 @@ def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> di
             )
             calls[name].append(clock.last - started)
             decoding[name].append(clock.last - clock.first)
+            cpu[name] += clock.cpu_seconds
         made = outputs["plain"].sequences
         different += sum(not torch.equal(outputs[name].sequences, made) for name in ("sssd", "undrafted"))
         steps += outputs["sssd"].steps
@@ -141,9 +146,11 @@ def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> di
         "tokens_per_second": after_first / after["sssd"],
         "speedup": after["plain"] / after["sssd"],
         "speedup_median": median(speedups),
+        "speedup_cpu": cpu["plain"] / cpu["sssd"],
         "speedups": [round(ratio, 3) for ratio in speedups],
         "drafting": after["undrafted"] / after["sssd"],
         "drafting_median": median(drafting),
+        "drafting_cpu": cpu["undrafted"] / cpu["sssd"],
         "whole_call": whole["plain"] / whole["sssd"],
         "tokens_per_step": after_first / max(steps, 1),
         "identical": different == 0,

@@ -70,13 +70,16 @@ class Budget:
 
     At each step::
 
-        limits = budget.limits(rows, context)           # nodes to draft for each request, with
-        budget.min_prob counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its
-        first ones budget.observe(...)                             # what came of it
+        limits = budget.limits(rows, context)  # nodes to draft for each request, down to budget.min_prob
+        counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its first ones
+        budget.observe(...)  # what came of it
 
     Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is
     to maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The
     rate is learned, and at least that of decoding without drafts.
+
+    When the times of passes show that the whole machine has become slower or faster, older times are forgotten
+    and some steps without drafts are asked for, as only times of the same period can be compared.
 
     Three things keep speculation from costing more than it brings: the rate never falls below plain
     decoding's; measured times count only relative to one another and within bounds, kept monotone in the

@@ -78,7 +78,7 @@ class Budget:
     to maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The
     rate is learned, and at least that of decoding without drafts.
 
-    When the times of passes show that the whole machine has become slower or faster, older times are forgotten
+    When times show that the whole machine has become slower or faster, those before are forgotten
     and some steps without drafts are asked for, as only times of the same period can be compared.
 
     Three things keep speculation from costing more than it brings: the rate never falls below plain

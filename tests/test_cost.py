@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sssd import Drafter
-from sssd.errors import InvalidArgumentError
+from sssd.errors import ClosedError, InvalidArgumentError
 from sssd.hardware import Budget, CostCurve, PassCosts
 
 PROMPTS = [[1, 2, 3, 4] * 4, [5, 6, 7] * 5, [9, 8], [1, 5, 1, 6, 1, 7, 1]]
@@ -73,3 +73,76 @@ def test_bad_options_are_refused(options):
         drafter.draft_batch([drafter.begin([1])], 4, **options)
     with pytest.raises((InvalidArgumentError, TypeError)):
         drafter.begin([1]).draft(4, **options, total_nodes=3)
+
+
+class TestCurves:
+    """``cost=`` with a whole curve: read at the batch and the length of its requests."""
+
+    @staticmethod
+    def curve(per_node=0.1, per_node_of_long_texts=10.0):
+        """Passes of long texts, of 100 tokens, take longer for a node."""
+        ends = [1.0 + 511 * each for each in (per_node, per_node_of_long_texts)]
+        return CostCurve([1, 64], [1, 512], [20, 100], [[[1.0, 1.0], ends]] * 2, packed=True)
+
+    def test_batches_and_steps_are_sized_as_by_the_costs_at_their_mean_length(self):
+        curve, drafter = self.curve(), Drafter(live_bytes=0, soft_bytes=0)
+        sequences = [drafter.begin(prompt) for prompt in PROMPTS]
+        mean = sum(map(len, sequences)) / len(sequences)
+        expected = drafter.draft_batch(sequences, 32, cost=curve.costs(len(sequences), mean, 33))
+        found = drafter.draft_batch(sequences, 32, cost=curve)
+        sizes = [len(found[i]) for i in range(len(PROMPTS))]
+        assert sizes == [len(expected[i]) for i in range(len(PROMPTS))]
+        whole = drafter.draft_batch(sequences, 32)
+        assert 0 < sum(sizes) < len(whole.token_ids[: whole.offsets[-1]])
+        none = drafter.step(sequences, [], [0] * (len(PROMPTS) + 1), 32, cost=self.curve(100.0, 100.0))
+        assert sum(len(none[i]) for i in range(len(PROMPTS))) == 0
+
+    def test_one_sequence_is_sized_at_its_length(self):
+        curve, drafter = self.curve(), Drafter(live_bytes=0, soft_bytes=0)
+        short, long = drafter.begin([1, 2, 3, 4] * 4), drafter.begin([1, 2, 3, 4] * 40)
+        assert len(short.draft(32, cost=curve)) > 0
+        assert len(long.draft(32, cost=curve)) == 0
+        assert len(long.draft(32, cost=curve, rate=0.0)) == len(long.draft(32)) > 0
+
+    def test_padded_curves_give_the_widths_that_are_ready(self):
+        curve = CostCurve([1, 8], [1, 64], [0, 1], np.ones((2, 2, 2)), ready=(1, 4))
+        drafter = Drafter(live_bytes=0, soft_bytes=0)
+        assert len(drafter.begin([1, 2, 3, 4] * 4).draft(32, cost=curve)) == 3
+
+    def test_costs_are_kept_and_do_not_grow_without_end(self):
+        curve = self.curve()
+        assert curve.costs(2, 1000, 33) is curve.costs(2, 1001, 33)
+        for batch in range(1, 600):
+            curve.costs(batch, 10, 3)
+        assert len(curve._costs) <= 256
+
+    @pytest.mark.parametrize("bad", [3, "h100", {}, object(), Budget(CostCurve([1], [1], [0], [[[1.0]]]))])
+    def test_what_is_no_cost_is_refused(self, bad):
+        drafter = Drafter()
+        sequence = drafter.begin(PROMPTS[0])
+        for call in (
+            lambda: sequence.draft(8, cost=bad),
+            lambda: drafter.draft_batch([sequence], 8, cost=bad),
+            lambda: drafter.step([sequence], [1], [0, 1], 8, cost=bad),
+        ):
+            with pytest.raises(InvalidArgumentError, match="cost must be PassCosts or a CostCurve"):
+                call()
+        assert len(sequence) == len(PROMPTS[0])
+
+    def test_rates_need_costs_and_curves_need_sense(self):
+        sequence = Drafter().begin(PROMPTS[0])
+        with pytest.raises(InvalidArgumentError, match="rate needs cost"):
+            sequence.draft(8, rate=1.0)
+        for bad in (-1.0, math.nan, math.inf):
+            with pytest.raises(InvalidArgumentError, match="rate"):
+                sequence.draft(8, cost=self.curve(), rate=bad)
+            with pytest.raises(InvalidArgumentError, match="context"):
+                self.curve().costs(1, bad, 8)
+        with pytest.raises(InvalidArgumentError, match="at least 1"):
+            self.curve().costs(0, 1, 8)
+        sequence.close()
+        with pytest.raises(ClosedError):
+            sequence.draft(8, cost=self.curve())
+
+    def test_an_empty_batch(self):
+        assert len(Drafter().draft_batch([], 8, cost=self.curve())) == 0

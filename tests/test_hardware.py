@@ -24,7 +24,17 @@ from sssd.hardware import (
     roofline,
 )
 from sssd.hardware.roofline import LLAMA_3_8B
-from sssd.hardware.simulate import RULES, Adaptive, Autoregressive, Fixed, Paper, Perfect, sequences, simulate
+from sssd.hardware.simulate import (
+    FIXED_RULES,
+    RULES,
+    Adaptive,
+    Autoregressive,
+    Fixed,
+    Paper,
+    Perfect,
+    sequences,
+    simulate,
+)
 from sssd.replay import Replay, Request
 
 
@@ -266,9 +276,10 @@ def test_first_is_the_tree_of_that_size():
 class TestBudget:
     @staticmethod
     def settled(known, **options):
-        """A budget that has seen a step without drafts."""
+        """A budget that has seen enough steps without drafts."""
         budget = Budget(known, **options)
-        budget.observe(batch=1, size=0, context=0, seconds=known.time(1, 1, 0), tokens=1)
+        for _ in range(2):
+            budget.observe(batch=1, size=0, context=0, seconds=known.time(1, 1, 0), tokens=1)
         return budget
 
     def test_sizes_drafts_by_their_probabilities(self):
@@ -388,6 +399,97 @@ class TestBudget:
         assert budget.allocate([chain(*[0.3] * 8)], 0) == [8]
 
 
+class Machine:
+    """One request on a machine whose speed changes, with a clock of its own.
+
+    A pass over ``1 + n`` tokens takes ``pace * (1 + slope * n)`` seconds; the curve knows all but the pace.
+    """
+
+    def __init__(self, slope, pace=1.0):
+        self.slope, self.pace = slope, pace
+        flat = [[[1 + slope * n] * 2 for n in (0, 16)]] * 2
+        self.budget = Budget(CostCurve([1, 64], [1, 17], [0, 1000], flat))
+        self.row = self.budget.row()
+        self.steps = 0
+        self.drafted = self.seconds = self.plain_seconds = 0.0
+
+    def run(self, steps, probs, hiccup=lambda step, nodes: 1.0):
+        """Drafts nodes of these probabilities, which come true; returns seconds over plain ones."""
+        before = self.seconds, self.plain_seconds
+        for _ in range(steps):
+            limit = self.budget.limits([self.row], 100)[0]
+            tree = chain(*probs[:limit]) if limit else None
+            (count,) = self.budget.allocate([tree], 100, [self.row])
+            seconds = self.pace * (1 + self.slope * count) * hiccup(self.steps, count)
+            # expectations in place of chance: fractions of tokens, as their mean over many steps
+            tokens = 1 + (tree.first(count).expected_accepted if count else 0.0)
+            self.budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
+            self.seconds += seconds
+            self.plain_seconds += self.pace * tokens
+            self.drafted += count > 0
+            self.steps += 1
+        return (self.seconds - before[0]) / (self.plain_seconds - before[1])
+
+
+class TestBusyMachine:
+    """The online correction, with a clock that the test turns."""
+
+    GOOD, FAIR, POOR = (0.9,) * 8, (0.08,) * 8, (0.04,) * 8
+
+    @pytest.mark.parametrize("drafts", [GOOD, FAIR])
+    @pytest.mark.parametrize("paces", [(2.0, 1.0), (1.0, 2.0), (1.4, 1.0), (1.0, 3.0, 1.0)])
+    def test_poor_drafts_are_left_alone_after_the_machine_has_changed(self, paces, drafts):
+        """Only drafts were verified when the speed changed, so no time of a plain step is of use."""
+        machine = Machine(slope=0.05)
+        for pace in paces:
+            machine.pace = pace
+            machine.run(100, drafts)
+        assert machine.run(120, self.POOR) < 1.02
+
+    @pytest.mark.parametrize("pace", [0.5, 0.7, 1.4, 2.0])
+    def test_good_drafts_go_on_after_the_machine_has_changed(self, pace):
+        machine = Machine(slope=0.05)
+        machine.run(200, self.GOOD)
+        machine.pace, before = pace, machine.drafted
+        machine.run(300, self.GOOD)
+        assert machine.drafted - before > 280
+
+    @pytest.mark.parametrize("factor", [3.0, 10.0, 1000.0])
+    def test_a_first_draft_that_meets_a_hiccup_is_not_the_last(self, factor):
+        machine = Machine(slope=0.05)
+        met = []
+
+        def hiccup(step, nodes):
+            if nodes and not met:
+                met.append(step)
+                return factor
+            return 1.0
+
+        machine.run(100, self.GOOD, hiccup)
+        assert met
+        assert machine.drafted > 80
+
+    @pytest.mark.parametrize("factor", [3.0, 10.0, 1000.0])
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_plain_step_that_meets_a_hiccup_makes_no_poor_draft_look_cheap(self, which, factor):
+        machine = Machine(slope=0.05)
+        machine.run(20, self.GOOD, lambda step, nodes: factor if step == which else 1.0)
+        assert machine.run(300, self.POOR) < 1.005
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_on_a_machine_that_is_never_quiet_little_is_lost(self, seed):
+        """Others come and go every fifty steps, and every pass meets noise."""
+        rng = np.random.default_rng(seed)
+        machine, drafts = Machine(slope=0.05), [self.GOOD, self.POOR]
+        ratios = {drafts[0]: [], drafts[1]: []}
+        for _ in range(60):
+            machine.pace = float(rng.choice([1.0, 1.5, 2.0, 3.0]))
+            probs = drafts[int(rng.integers(2))]
+            ratios[probs].append(machine.run(50, probs, lambda *_: float(np.exp(rng.normal(0, 0.2)))))
+        assert np.mean(ratios[self.GOOD]) < 0.3
+        assert np.mean(ratios[self.POOR]) < 1.04
+
+
 def requests(count=6, length=40, seed=0):
     """Responses that repeat their prompts in part."""
     rng = np.random.default_rng(seed)
@@ -466,13 +568,19 @@ class TestSimulator:
         assert main(command) == 0
         shown = capsys.readouterr().out
         assert "roofline, not measured" in shown
-        results = json.loads(out.read_text())["results"]
+        assert "sssd/best fixed" in shown
+        written = json.loads(out.read_text())
+        results = written["results"]
         assert [(row["batch"], row["rule"]) for row in results] == [
             (b, rule) for b in (1, 4) for rule in RULES
         ]
         assert all(
             row["trace"] == "copy" and row["speedup"] > 0 and row["tokens_per_step"] >= 1 for row in results
         )
+        for row in written["comparison"]:
+            speedups = {one["rule"]: one["speedup"] for one in results if one["batch"] == row["batch"]}
+            assert row["over_paper"] == speedups["sssd"] / speedups["paper"]
+            assert row["over_best_fixed"] == speedups["sssd"] / max(speedups[rule] for rule in FIXED_RULES)
 
     def test_command_names_a_bad_curve(self, tmp_path, capsys):
         trace = tmp_path / "t.jsonl"

@@ -1,5 +1,7 @@
 """What holds for the package and the repository as a whole."""
 
+import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import sssd
 from sssd import _core
+from sssd.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +65,47 @@ def test_classes_are_frozen():
 def test_no_program_is_called_sssd():
     """That name belongs to the System Security Services Daemon."""
     assert not [entry for entry in metadata.distribution("sssd").entry_points if entry.name == "sssd"]
+
+
+def test_help_and_info_import_only_what_they_show():
+    code = (
+        "import sys\n"
+        "from sssd.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'torch', 'sssd.replay', 'sssd.hardware', 'sssd.datastore'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    for arguments in (["--help"], ["info", "--help"]):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "show what a datastore holds" in done.stdout or "FILE" in done.stdout
+    help_lines = subprocess.run(
+        [sys.executable, "-m", "sssd", "--help"], capture_output=True, text=True, check=True
+    )
+    assert all(f"    {name}" in help_lines.stdout for name in COMMANDS)
+
+
+def test_every_command_can_be_run_and_describes_itself():
+    for name in COMMANDS:
+        module = importlib.import_module(f"sssd.cli.{name}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        assert callable(module.run)
+        assert parser.format_help()
+
+
+def test_tables_are_never_cut(monkeypatch, capsys):
+    from rich.table import Table
+
+    from sssd.cli.output import show
+
+    monkeypatch.setenv("COLUMNS", "30")
+    table = Table()
+    for i in range(12):
+        table.add_column(f"column {i}", justify="right")
+    table.add_row(*(f"{i}.123456" for i in range(12)))
+    show(table)
+    shown = capsys.readouterr().out
+    assert all(f"column {i}" in shown and f"{i}.123456" in shown for i in range(12))

@@ -10,6 +10,8 @@ from typing import Any, Literal, Self, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sssd.hardware.curve import CostCurve
+
 __all__ = [
     "SOURCES",
     "BuildSummary",
@@ -72,7 +74,7 @@ class Drafter:
         min_nodes: ArrayLike | None = None,
         max_depth: ArrayLike | None = None,
         min_prob: float = 0.001,
-        cost: PassCosts | None = None,
+        cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch: ...
@@ -87,7 +89,7 @@ class Drafter:
         min_nodes: ArrayLike | None = None,
         max_depth: ArrayLike | None = None,
         min_prob: float = 0.001,
-        cost: PassCosts | None = None,
+        cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
         topk_ids: ArrayLike | None = None,
         topk_probs: ArrayLike | None = None,
@@ -135,7 +137,7 @@ class Sequence:
         *,
         min_prob: float = 0.001,
         max_depth: int | None = None,
-        cost: PassCosts | None = None,
+        cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
     ) -> DraftTree: ...
     def commit(self) -> None: ...

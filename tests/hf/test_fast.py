@@ -20,6 +20,7 @@ from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf import fast  # noqa: E402
 from sssd.hf.passes import Passes  # noqa: E402
 from sssd.hf.static import WIDTHS, span_of  # noqa: E402
+from sssd.hf.verify import Block  # noqa: E402
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -35,19 +36,10 @@ def static(monkeypatch):
     monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu", "cuda"})
 
 
-def block(rng, rows, nodes, width=None):
-    """A verify pass over random trees: ids, depths, mask and parents, filled up to a width."""
-    width = width or nodes + 1
-    ids = rng.integers(64, size=(rows, width))
-    depths = np.zeros((rows, width), np.int64)
-    parents = np.full((rows, width), -1, np.int64)
-    masks = np.zeros((rows, width, width), np.bool_)
-    for row in range(rows):
-        tree = random_tree(rng, nodes, 64)
-        own = slice(1, nodes + 1)
-        ids[row, own], depths[row, own], parents[row, own] = tree.token_ids, tree.depths, tree.parents + 1
-        masks[row] = tree.attention_mask(width - 1)
-    return ids, depths, masks, parents
+def block(rng, lengths, nodes, width=None):
+    """Random trees after texts of these lengths, filled up to a width."""
+    trees = [random_tree(rng, nodes, 64) for _ in lengths]
+    return Block.of(rng.integers(64, size=len(lengths)).tolist(), trees, lengths, width or nodes + 1)
 
 
 def started(model, lengths, path):
@@ -69,13 +61,12 @@ def test_logits_and_states_are_those_of_the_model(path, name, lengths, nodes, re
         request.getfixturevalue("static")
     model = tiny_model(name, "sdpa")
     width = next(known for known in WIDTHS if known > nodes) if path == "static" else nodes + 1
-    ids, depths, masks, parents = block(np.random.default_rng(nodes), len(lengths), nodes, width)
-    positions = np.array(lengths)[:, None] + depths
+    trees = block(np.random.default_rng(nodes), lengths, nodes, width)
     outputs, caches = [], []
     with torch.inference_mode():
         for kind in (path, "general"):
             passes = started(model, lengths, kind)
-            outputs.append(passes.run(ids, depths, positions, masks, parents)[0][:, : nodes + 1].clone())
+            outputs.append(passes.launch(trees)()[0][:, : nodes + 1].clone())
             caches.append(passes.cache)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -93,10 +84,10 @@ def test_a_static_pass_accepts_and_moves_as_the_host_would(static, lengths):
     moved = 0
     with torch.inference_mode():
         for _ in range(30):
-            ids, depths, masks, parents = block(rng, len(lengths), 12, 16)
-            positions = np.array(lengths)[:, None] + depths
+            trees = block(rng, lengths, 12, 16)
+            ids, parents = trees.ids, trees.parents
             one, two = started(model, lengths, "static"), started(model, lengths, "general")
-            guess = two.run(ids, depths, positions, masks, parents)[0].argmax(-1).numpy()
+            guess = two.launch(trees)()[0].argmax(-1).numpy()
             # make the target's choices part of the trees, on entries that lie apart
             for row in range(len(lengths)):
                 for entry in rng.permutation(np.arange(1, 13))[:8]:
@@ -104,13 +95,13 @@ def test_a_static_pass_accepts_and_moves_as_the_host_would(static, lengths):
                     wanted = guess[row, parents[row, entry]]
                     if not (ids[row, siblings] == wanted).any():
                         ids[row, entry] = wanted
-            targets = two.run(ids, depths, positions, masks, parents)[0].argmax(-1).numpy()
+            targets = two.launch(trees)()[0].argmax(-1).numpy()
             kept = []
             for row in range(len(lengths)):
                 tree = DraftTree(ids[row, 1:13], parents[row, 1:13] - 1)
                 kept.append([0, *(tree.accept(targets[row, :13])[0] + 1).tolist()])
             moved += sum(offsets != list(range(len(offsets))) for offsets in kept)
-            _, answer = one.run(ids, depths, positions, masks, parents, accept=True)
+            _, answer = one.launch(trees, accept=True)()
             assert np.array_equal(answer.targets[:, :13], targets[:, :13])
             one.cache.commit(kept)
             two.cache.commit(kept)
@@ -127,10 +118,10 @@ def test_a_static_pass_accepts_and_moves_as_the_host_would(static, lengths):
 
 def test_the_answer_holds_the_most_probable_tokens(static):
     model = tiny_model("llama", "sdpa")
-    ids, depths, masks, parents = block(np.random.default_rng(0), 1, 3, 4)
+    trees = block(np.random.default_rng(0), [9], 3, 4)
     with torch.inference_mode():
         passes = started(model, [9], "static")
-        logits, answer = passes.run(ids, depths, 9 + depths, masks, parents, accept=True)
+        logits, answer = passes.launch(trees, accept=True)()
         probs, tokens = logits.softmax(-1).topk(8)
     assert np.array_equal(answer.topk_ids, tokens.numpy())
     np.testing.assert_allclose(answer.topk_probs, probs.numpy(), rtol=1e-4, atol=1e-6)
@@ -224,11 +215,8 @@ def test_graph_replay_equals_eager_bit_for_bit():
         lengths = [0, 0]
         for step in range(40):
             width = int(rng.choice(WIDTHS[:5]))
-            ids, depths, masks, parents = block(rng, 2, width - 1, width)
-            positions = np.array(lengths)[:, None] + depths
-            results = [
-                store.run(ids, depths, positions, masks, parents, lengths, step % 2 == 0) for store in stores
-            ]
+            trees = block(rng, lengths, width - 1, width)
+            results = [store.launch(trees, lengths, step % 2 == 0)() for store in stores]
             assert torch.equal(results[0][0], results[1][0])
             for a, b in zip(*(chain.from_iterable(store.buffers) for store in stores), strict=True):
                 assert torch.equal(a, b)
@@ -397,7 +385,7 @@ def test_a_hook_that_comes_later_is_noticed():
 
 
 def test_weights_are_not_doubled_where_memory_is_short(monkeypatch):
-    monkeypatch.setattr(fast, "_available_bytes", lambda: 0)
+    monkeypatch.setattr(fast, "available_bytes", lambda: 0)
     model = tiny_model("llama", "sdpa")
     passes = fast.fast_pass(model)
     assert passes is not None

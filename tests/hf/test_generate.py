@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +17,8 @@ from trees import ScriptedDrafter  # noqa: E402
 import sssd  # noqa: E402
 from sssd import hf  # noqa: E402
 from sssd.errors import InvalidArgumentError, InvalidTokenError, UnsupportedModelError  # noqa: E402
+from sssd.hardware import Budget  # noqa: E402
+from sssd.hf.passes import Passes  # noqa: E402
 
 VOCAB = 64
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -450,3 +453,88 @@ def test_import_without_torch_names_the_extra():
     assert "pip install 'sssd[hf]'" in run.stderr
     code = "import sys, sssd; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OVERLAPPED = {("launch", "observe"), ("observe", "finish"), ("finish", "launch")}
+IN_TURN = {("launch", "finish"), ("finish", "observe"), ("observe", "launch")}
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_no_pass_waits_for_is_done_while_a_device_works(overlaps, monkeypatch):
+    """Streaming and learning follow the launch of the next pass where that runs by itself."""
+    if overlaps:
+        monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu"})
+    events = []
+
+    def noted(name, function):
+        def call(*arguments, **options):
+            events.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    launch = Passes.launch
+    monkeypatch.setattr(
+        Passes, "launch", noted("launch", lambda *args, **kw: noted("finish", launch(*args, **kw)))
+    )
+    monkeypatch.setattr(Budget, "observe", noted("observe", Budget.observe))
+
+    class Streamer:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            events.append("put")
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            events.append("end")
+
+    model, streamer = tiny_model("llama", "sdpa"), Streamer()
+    prompt = torch.tensor([[5, 9, 33, 12] * 6])
+    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(prompt, **options)
+    result = hf.generate(model, prompt, streamer=streamer, **options)
+    assert torch.equal(result, expected)
+    assert streamer.tokens == expected[0].tolist()
+    between = 0
+    for event, following in pairwise(event for event in events if event in ("launch", "finish", "observe")):
+        assert (event, following) in (
+            # the first pass finds nothing to learn from, the last one nothing to wait for
+            {*OVERLAPPED, ("launch", "finish"), ("finish", "observe")} if overlaps else IN_TURN
+        )
+        between += (event, following) == ("launch", "observe")
+    passes = events.count("launch")
+    assert between == (passes - 1 if overlaps else 0)
+    assert events.count("observe") == passes
+    assert events[-1] == "end" or events[-2] == "end"
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precisions_choose_what_the_model_does_but_for_ties(dtype, fast_path):
+    """Every token is the model's most probable one after those before it, or as good within rounding."""
+    model = tiny_model("llama", "sdpa").to(dtype)
+    prompt = torch.tensor([[5, 9, 33, 12] * 6])
+    options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(prompt, **options)
+    runs = [
+        (sssd.Drafter(), {}),
+        (sssd.Drafter(), {"max_nodes": 16}),
+        (ScriptedDrafter(plain.tolist(), 64, 0.8), {"max_nodes": 12}),
+        (ScriptedDrafter(plain.tolist(), 64, 0.0), {"max_nodes": 12}),
+    ]
+    accepted = 0
+    for drafter, more in runs:
+        result = hf.generate(
+            model, prompt, drafter, fast_path=fast_path, return_dict_in_generate=True, **more, **options
+        )
+        accepted += result.accepted
+        text = result.sequences
+        assert text.shape == plain.shape
+        logits = model(input_ids=text).logits[0, prompt.shape[1] - 1 : -1].float()
+        chosen = logits.gather(1, text[0, prompt.shape[1] :, None])[:, 0]
+        # rounding errors of a few layers, in units of the last place of the logits' scale
+        scale = logits.abs().amax(-1)
+        assert ((logits.amax(-1) - chosen) <= 8 * torch.finfo(dtype).eps * scale).all()
+    assert accepted > 10

@@ -25,19 +25,30 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_measures_once_and_is_used_from_then_on():
+def test_measures_once_and_is_used_from_then_on(caplog):
     model = tiny_model("llama", "sdpa")
     seen = []
     curve = hardware.profile(model, progress=lambda done, total: seen.append((done, total)), **SMALL)
     assert curve.source == "measured"
     assert curve.seconds.shape == (2, 3, 2)
-    assert seen == [(done, 12) for done in range(13)]
+    assert seen == [(done, 24) for done in range(25)]
     assert profiling.cache_file(model).is_file()
     again = hardware.profile(model, progress=lambda done, total: pytest.fail("measured again"))
     assert again.to_json() == CostCurve.load(profiling.cache_file(model)).to_json()
-    hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    with caplog.at_level(logging.INFO, "sssd.hf.profile"):
+        hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert "sized by a measured curve" in caplog.text
     (budget,) = profiling._budgets[model].values()
     assert budget.curve.source == "measured"
+
+
+def test_other_axes_are_measured_anew():
+    model = tiny_model("llama", "sdpa")
+    first = hardware.profile(model, **SMALL)
+    unasked = lambda done, total: pytest.fail("measured again")  # noqa: E731
+    assert hardware.profile(model, contexts=(16, 64), progress=unasked).to_json() == first.to_json()
+    assert hardware.profile(model, **{**SMALL, "widths": (1, 4)}).tokens.tolist() == [1, 4]
+    assert hardware.profile(model, progress=unasked).tokens.tolist() == [1, 4]
 
 
 def test_without_measurements_an_estimate_serves():
@@ -79,7 +90,10 @@ def test_a_damaged_curve_is_put_aside_with_a_warning(content, caplog):
         {"widths": (2, 4)},
         {"contexts": (0, 5)},
         {"contexts": (300,)},
+        {"widths": ()},
+        {"contexts": (256,)},
         {"repeats": 0},
+        {"batches": (10**7,)},
     ],
 )
 def test_absurd_grids_are_refused(change):
@@ -101,7 +115,22 @@ def test_command(tmp_path, capsys):
     out, plot = tmp_path / "curve.json", tmp_path / "curve.png"
     command = ["profile", str(folder), "--batch", "1", "--width", "1,4", "--context", "16"]
     assert main([*command, "--out", str(out), "--plot", str(plot)]) == 0
-    assert "ms" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ms" in shown
+    assert "12 passes in" in shown
+    assert main(["profile", str(folder)]) == 0
+    assert "--refresh measures anew" in capsys.readouterr().out
+    for option in (
+        ["--dtype", "int8"],
+        ["--dtype", "nonsense"],
+        ["--device", "nowhere"],
+        ["--batch", "999999"],
+    ):
+        assert main(["profile", str(folder), *option]) == 1
+        assert "error: " in capsys.readouterr().err
+    for numbers in ("0", "1,x", "", "99999999"):
+        with pytest.raises(SystemExit):
+            main(["profile", str(folder), "--width", numbers])
     assert json.loads(out.read_text())["source"] == "measured"
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert main(["profile", str(tmp_path / "nothing")]) == 1

@@ -1,11 +1,21 @@
-"""The command line, ``python -m sssd COMMAND``. One module per command, with ``add_parser`` and ``run``."""
+"""The command line, ``python -m sssd COMMAND``. A module per command, with ``add_arguments`` and ``run``."""
 
 import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "generate", "replay", "profile", "simulate", "build", "info", "verify", "query")
-"""Modules of this package, in the order in which ``--help`` lists them."""
+COMMANDS = {
+    "demo": "compare speculative with autoregressive decoding on a real model",
+    "generate": "generate with a Hugging Face model and draft trees",
+    "replay": "measure accepted tokens and draft times on recorded requests",
+    "profile": "measure what a verify pass costs on this machine",
+    "simulate": "compare rules for the draft size on recorded requests under a cost curve",
+    "build": "build a datastore from corpus files",
+    "info": "show what a datastore holds",
+    "verify": "compare every byte of a datastore with its checksums",
+    "query": "show how often token ids occur and what follows them",
+}
+"""Modules of this package and what they do, in the order in which ``--help`` lists them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,12 +25,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sssd", description="Training-free speculative decoding.")
     parser.add_argument("--version", action="version", version=f"sssd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        try:
-            module = importlib.import_module(f"sssd.cli.{name}")
-        except ModuleNotFoundError as missing:
-            parser.error(f"the command line needs {missing.name}: pip install 'sssd[cli]'")
-        module.add_parser(commands).set_defaults(run=module.run)
+    argv = sys.argv[1:] if argv is None else argv
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose)
+        # the other commands' modules may be slow to import
+        if name in argv[:1]:
+            try:
+                module = importlib.import_module(f"sssd.cli.{name}")
+            except ModuleNotFoundError as missing:
+                parser.error(f"the command line needs {missing.name}: pip install 'sssd[cli]'")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)

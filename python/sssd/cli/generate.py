@@ -17,12 +17,10 @@ from rich.text import Text
 from sssd import SssdError
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser(
-        "generate",
-        help="generate with a Hugging Face model and draft trees",
-        description="Generates greedily and verifies draft trees on the way; accepted tokens are coloured.",
+    parser.description = (
+        "Generates greedily and verifies draft trees on the way; accepted tokens are coloured."
     )
     parser.add_argument(
         "model", type=Path, metavar="MODEL_DIR", help="folder with a transformers model and tokenizer"
@@ -41,7 +39,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
     add_generation_arguments(parser)
-    return parser
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:

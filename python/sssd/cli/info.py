@@ -3,17 +3,15 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from sssd.datastore import Datastore
+from sssd import Datastore
+from sssd.cli.output import show
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser("info", help="show what a datastore holds")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -23,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     with Datastore.open(arguments.files) as store:
         files = store.info.files
         for file in files:
-            table.add_column(str(file.path), justify="right", overflow="fold")
+            table.add_column(str(file.path), justify="right")
         table.add_row("format version", *(str(file.version) for file in files))
         table.add_row("uuid", *(file.uuid for file in files))
         table.add_row("vocabulary", *(f"{store.vocab_size:,}" for _ in files))
@@ -36,4 +34,4 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row("segments", *(f"{file.segments:,}" for file in files))
         table.add_row("bytes", *(f"{file.file_bytes:,}" for file in files))
         table.add_row("bytes per token", *(f"{file.file_bytes / max(file.tokens, 1):.2f}" for file in files))
-    Console().print(table)
+    show(table)

@@ -19,9 +19,8 @@ from sssd.errors import InvalidArgumentError
 _SHOWN_LENGTHS = 16
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser("query", help="show how often token ids occur and what follows them")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--ids", type=_ids, metavar="IDS", help="token ids separated by commas")
@@ -34,7 +33,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--depth", type=int, default=6, metavar="N", help="tokens below the query")
     parser.add_argument("--width", type=int, default=4, metavar="N", help="children shown of a node")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -5,26 +5,23 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sssd import SOURCES, Datastore, Drafter
 from sssd.cli.arguments import add_trace_arguments, budgets, tokenizer
+from sssd.cli.output import progress_bar, show
 from sssd.replay import Replay, read_trace, trace_name
 
 PRIVATE_SOFT_BYTES = 1 << 20
 """Room for one request's distributions, where every request has a drafter of its own."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser(
-        "replay",
-        help="measure accepted tokens and draft times on recorded requests",
-        description="Replays recorded requests without a model. Every request is fresh and nothing is "
-        "shared, unless --share says so. Recorded top-k probabilities (topk_ids, topk_probs) and predicted "
-        "outputs (prediction_ids) are handed to the drafter.",
+    parser.description = (
+        "Replays recorded requests without a model. Every request is fresh and nothing is shared, unless "
+        "--share says so. Recorded top-k probabilities (topk_ids, topk_probs) and predicted outputs "
+        "(prediction_ids) are handed to the drafter."
     )
     add_trace_arguments(parser)
     parser.add_argument("--budgets", type=budgets, default=[4, 8, 16, 32, 64], help="node budgets, e.g. 4,16")
@@ -38,7 +35,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--reliability", action="store_true", help="also print how far probabilities came true"
     )
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,8 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenize = tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     datastore = Datastore.open(arguments.datastore) if arguments.datastore else None
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         for path in arguments.traces:
             requests = list(read_trace(path, tokenize))
             if arguments.no_feedback:
@@ -64,12 +59,11 @@ def run(arguments: argparse.Namespace) -> None:
                     progress.advance(task)
                 rows.append(replay.row(trace_name(path)))
             progress.remove_task(task)
-    console = Console()
     tables = [_table(rows), _sources(rows)]
     if arguments.reliability:
         tables.append(_reliability(rows))
     for table in tables:
-        console.print(table, width=max(console.width, 100), soft_wrap=not console.is_terminal)
+        show(table)
     if arguments.json:
         arguments.json.write_text(json.dumps({"results": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -7,25 +7,23 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sssd import Datastore
 from sssd.cli.arguments import add_trace_arguments, tokenizer
+from sssd.cli.output import progress_bar, show
 from sssd.cli.replay import PRIVATE_SOFT_BYTES
 from sssd.hardware import CostCurve
-from sssd.hardware.simulate import RULES, sequences, simulate_rules
+from sssd.hardware.simulate import FIXED_RULES, RULES, compare, sequences, simulate_rules
 from sssd.replay import read_trace, trace_name
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser(
-        "simulate",
-        help="compare rules for the draft size on recorded requests under a cost curve",
-        description="Replays recorded requests with continuous batching under a cost curve, without a model. "
-        "Prints speed-ups over autoregressive decoding: of fixed budgets, of the SSSD paper's rule, of this "
-        "package's rule (sssd), and of drafts that are always right (perfect).",
+    parser.description = (
+        "Replays recorded requests with continuous batching under a cost curve, without a model. Prints "
+        "speed-ups over autoregressive decoding: of fixed budgets, of the SSSD paper's rule, of this "
+        "package's rule (sssd), and of drafts that are always right (perfect)."
     )
     add_trace_arguments(parser)
     parser.add_argument(
@@ -37,7 +35,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--batch", type=_batches, default=[1, 4, 16, 64], metavar="N,N", help="default: 1,4,16,64"
     )
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,8 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         soft_bytes=PRIVATE_SOFT_BYTES,
     )
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=len(arguments.traces) * len(arguments.batch) * len(RULES))
         for path in arguments.traces:
             name = trace_name(path)
@@ -62,31 +58,36 @@ def run(arguments: argparse.Namespace) -> None:
             rows += simulate_rules(
                 name, requests, curve, arguments.batch, begin, lambda: progress.advance(task)
             )
-    console = Console()
     kind = "measured" if curve.source == "measured" else f"{curve.source}, not measured"
-    console.print(f"{curve.model} on {curve.device} ({kind}): speed-up over autoregressive decoding")
+    Console().print(
+        f"{curve.model} on {curve.device} ({kind}): speed-up over autoregressive decoding", soft_wrap=True
+    )
+    comparison = compare(rows)
     for batch in arguments.batch:
-        table = _table([row for row in rows if row["batch"] == batch], batch)
-        console.print(table, width=max(console.width, 100), soft_wrap=not console.is_terminal)
+        at_batch = ([row for row in found if row["batch"] == batch] for found in (rows, comparison))
+        show(_table(*at_batch))
     if arguments.json:
         about = {name: getattr(curve, name) for name in ("source", "device", "model")}
-        text = json.dumps({"curve": about, "results": rows}, indent=1)
+        text = json.dumps({"curve": about, "comparison": comparison, "results": rows}, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
-def _table(rows: list[dict[str, Any]], batch: int) -> Table:
+def _table(rows: list[dict[str, Any]], comparison: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="bold")
-    table.add_column(f"batch {batch}", no_wrap=True)
+    table.add_column(f"batch {rows[0]['batch']}" if rows else "")
     traces: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         traces[row["trace"]][row["rule"]] = row["speedup"]
-    for rule in RULES:
-        table.add_column(rule, justify="right", no_wrap=True)
-    for trace, speedups in traces.items():
-        table.add_row(trace, *(f"{speedups[rule]:.3f}" for rule in RULES))
+    for name in (*RULES, "sssd/paper", "sssd/best fixed"):
+        table.add_column(name, justify="right")
+    for (trace, speedups), ratios in zip(traces.items(), comparison, strict=True):
+        values = [*(speedups[rule] for rule in RULES), ratios["over_paper"], ratios["over_best_fixed"]]
+        table.add_row(trace, *(f"{value:.3f}" for value in values))
     if len(traces) > 1:
-        means = [mean(speedups[rule] for speedups in traces.values()) for rule in RULES]
-        table.add_row("mean", *(f"{value:.3f}" for value in means), style="bold")
+        means = {rule: mean(speedups[rule] for speedups in traces.values()) for rule in RULES}
+        best = max(means[rule] for rule in FIXED_RULES)
+        values = [*means.values(), means["sssd"] / means["paper"], means["sssd"] / best]
+        table.add_row("mean", *(f"{value:.3f}" for value in values), style="bold")
     return table
 
 

@@ -10,11 +10,9 @@ from sssd.datastore import Datastore
 from sssd.errors import DatastoreError
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser = commands.add_parser("verify", help="compare every byte of a datastore with its checksums")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:

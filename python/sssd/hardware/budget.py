@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 from threading import Lock
 
 import numpy as np
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from sssd._core import DraftTree, PassCosts
 from sssd.errors import InvalidArgumentError
-from sssd.hardware.curve import CostCurve, check_context
+from sssd.hardware.curve import CostCurve, check_context, context_key, context_of
 
-_MOST_NODES = 256
-_LEAST_NODES = 8
-_LONGEST_WAIT = 16
+_MOST_NODES, _MOST_KEPT = 256, 256
+_LEAST_NODES = 4
+_LONGEST_WAIT = 8
 _RATE_MEMORY = 0.02
 """Weight of the newest step in the decoding rate: a memory of about fifty steps."""
 _PRICE_MEMORY, _MARGIN, _LEAST_PROB = 0.02, 0.7, 0.0005
 _WINDOW = 9
-"""Newest times of a width that count; their median does, so that a hiccup does not."""
+"""Newest times of a width that count; their median does (of two the lower), so that a hiccup does not."""
 _TRUST = 2.0
 """Times of a width at which they count as much as those of all others."""
 _FORGET_EVERY = 256
@@ -35,6 +35,16 @@ _NEWS = 0.02
 """Change of a correction that is worth building the tables anew."""
 _PLAIN_EVERY = 2048
 """Steps after which one without drafts is due, to know its time."""
+_PLAIN_AT_ONCE = 2
+"""Steps without drafts that tell how fast the machine is now; the faster one does."""
+_FIRST_MOVE = 0.25
+"""How far the first time of a width may move its correction, as it may be a hiccup; n times n^2 as far."""
+_RECENT, _CHANGE = 5, 0.15
+"""Newest times, of all widths, whose median tells that the machine's speed has changed, and by how much."""
+_SETTLED = 3
+"""Times of a width after which it can tell that."""
+_CHANGES_APART = 40
+"""Steps between two such findings, times the speed-up: a busy machine must not cost what drafts bring."""
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 16, 512
 _DEBT = 2.0
 """Tokens per request that drafting may lose against plain decoding before it pauses."""
@@ -60,13 +70,16 @@ class Budget:
 
     At each step::
 
-        limits = budget.limits(rows, context)           # nodes to draft for each request, with
-        budget.min_prob counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its
-        first ones budget.observe(...)                             # what came of it
+        limits = budget.limits(rows, context)  # nodes to draft for each request, down to budget.min_prob
+        counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its first ones
+        budget.observe(...)  # what came of it
 
     Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is
     to maximise, in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The
     rate is learned, and at least that of decoding without drafts.
+
+    When times show that the whole machine has become slower or faster, those before are forgotten
+    and some steps without drafts are asked for, as only times of the same period can be compared.
 
     Three things keep speculation from costing more than it brings: the rate never falls below plain
     decoding's; measured times count only relative to one another and within bounds, kept monotone in the
@@ -94,7 +107,8 @@ class Budget:
         self.min_prob = 0.002
         """Least probability of a node worth drafting: somewhat below the least that was verified lately."""
         self._clock = _Clock()
-        self._since_plain = _PLAIN_EVERY
+        self._plain_due, self._since_plain = _PLAIN_AT_ONCE, 0
+        self._since_change = math.inf
         self._known: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
         self._costs: dict[tuple[int, int], PassCosts] = {}
         self._account = 0.0
@@ -120,7 +134,7 @@ class Budget:
         if self._paused > 0:
             self._paused -= 1
             return [0] * len(rows)
-        if self._since_plain >= _PLAIN_EVERY:
+        if self._plain_due:
             # without the time of a plain step nobody knows what drafts cost
             return [0] * len(rows)
         limits = []
@@ -235,11 +249,12 @@ class Budget:
         self, batch: int, size: int, context: float, seconds: float, tokens: int, draft_seconds: float
     ) -> None:
         expected = float(self.curve.times(batch, [size], context)[0])
-        self._since_plain = 0 if size == 0 else self._since_plain + 1
-        if self._clock.tick(
+        changed = self._clock.tick(
             -(-size // batch) if self.curve.packed else size,
             min(max(math.log(seconds) - math.log(expected), -_STRANGEST), _STRANGEST),
-        ):
+        )
+        self._watch(plain=size == 0)
+        if changed:
             self._costs.clear()
             self._known.clear()
         # the medians speak for the pass, not its own time: a busy machine is not the draft's fault
@@ -257,21 +272,35 @@ class Budget:
                 self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
                 self._account = 0.0
 
+    def _watch(self, plain: bool) -> None:
+        """Asks for steps without drafts where their time is not known, or no longer."""
+        self._since_plain = 0 if plain else self._since_plain + 1
+        self._since_change += 1
+        if plain and self._plain_due:
+            self._plain_due -= 1
+        if self._since_plain >= _PLAIN_EVERY:
+            self._plain_due = 1
+        if self._since_change >= _CHANGES_APART * max(self.speedup, 1.0) and self._clock.has_changed:
+            # drafts and plain steps slow down together when others use the machine, so only times of the same
+            # period can be compared
+            self._clock.forget()
+            self._plain_due, self._since_change = _PLAIN_AT_ONCE, 0
+
     def _rate(self, batch: int, context: float) -> float:
         return batch * max(self.speedup, 1.0) / self._seconds(batch, context)[1][0]
 
     def _key(self, batch: int, context: float) -> tuple[int, int]:
-        return batch, round(8 * math.log2(context + 64))
+        return batch, context_key(context)
 
     def _seconds(self, batch: int, context: float) -> tuple[list[int], list[float]]:
         """Sizes to choose from and the corrected seconds of each, for contexts within a few percent."""
         key = self._key(batch, context)
         if key not in self._known:
-            if len(self._known) > 256:
+            if len(self._known) >= _MOST_KEPT:
                 self._known.clear()
                 self._costs.clear()
             sizes = self.curve.sizes(batch, self.max_nodes + 1)
-            times = self.curve.times(batch, sizes, 2 ** (key[1] / 8) - 64)
+            times = self.curve.times(batch, sizes, context_of(key[1]))
             widths = [-(-size // batch) for size in sizes] if self.curve.packed else sizes
             self._known[key] = sizes, self._clock.correct(widths, times).tolist()
         return self._known[key]
@@ -290,18 +319,28 @@ class _Clock:
     def __init__(self) -> None:
         self._logs: dict[int, deque[float]] = {}
         self._corrections = np.zeros(1)
+        self._newest: deque[tuple[int, float, float]] = deque(maxlen=_RECENT)
+        """Bit length of the width, log of the time over the curve's, and what of it was not expected."""
         self._ticks = 0
+        self.has_changed = False
+        """Whether times of any widths have differed from those before, several in turn and all alike."""
 
     def tick(self, width: int, log_ratio: float) -> bool:
         """Takes a measurement in; returns whether corrections have changed."""
-        self._logs.setdefault(width.bit_length(), deque(maxlen=_WINDOW)).append(log_ratio)
+        bucket = width.bit_length()
+        logs = self._logs.setdefault(bucket, deque(maxlen=_WINDOW))
+        if len(logs) >= _SETTLED:
+            self._newest.append((bucket, log_ratio, log_ratio - median_low(logs)))
+            if len(self._newest) == _RECENT:
+                self.has_changed |= abs(median_low(surprise for _, _, surprise in self._newest)) > _CHANGE
+        logs.append(log_ratio)
         self._ticks += 1
         if self._ticks % _FORGET_EVERY == 0:
             # a width that once was slow gets another chance
-            for bucket, logs in list(self._logs.items()):
-                logs.popleft()
-                if not logs:
-                    del self._logs[bucket]
+            for known, times in list(self._logs.items()):
+                times.popleft()
+                if not times:
+                    del self._logs[known]
         corrections = self._measured()
         if (
             len(corrections) == len(self._corrections)
@@ -311,18 +350,28 @@ class _Clock:
         self._corrections = corrections
         return True
 
+    def forget(self) -> None:
+        """Forgets all times but the newest."""
+        self._logs.clear()
+        for bucket, log, _ in self._newest:
+            self._logs.setdefault(bucket, deque(maxlen=_WINDOW)).append(log)
+        self._newest.clear()
+        self.has_changed = False
+
     def _measured(self) -> NDArray[np.float64]:
         """Log corrections of widths 0, 1, 2 to 3, 4 to 7, ...: medians, drawn towards the plain step's."""
         if not self._logs:
-            return np.zeros(1)
-        medians = {bucket: median(logs) for bucket, logs in sorted(self._logs.items())}
-        plain = medians.get(0, median(medians.values()))
-        known = {}
+            return self._corrections
+        medians = {bucket: median_low(logs) for bucket, logs in sorted(self._logs.items())}
+        plain = medians.get(0, median_low(medians.values()))
+        known = {0: plain}
         for bucket, log in medians.items():
-            count = len(self._logs[bucket])
-            own = (count * log + _TRUST * plain) / (count + _TRUST) if bucket else log
-            known[bucket] = min(max(own, plain - _FURTHEST), plain + _FURTHEST)
-        known.setdefault(0, plain)
+            if bucket:
+                count = len(self._logs[bucket])
+                furthest = min(_FIRST_MOVE * count**2, _FURTHEST)
+                known[bucket] = plain + min(
+                    max(count * (log - plain) / (count + _TRUST), -furthest), furthest
+                )
         buckets = sorted(known)
         return np.interp(np.arange(buckets[-1] + 1), buckets, [known[bucket] for bucket in buckets])
 

@@ -18,6 +18,7 @@ VERSION = 1
 _MAX_FILE_BYTES = 1 << 24
 _MAX_SECONDS = 86_400.0
 _MAX_SIZE = 1 << 40
+_MOST_KEPT = 256
 _SHIPPED = resources.files("sssd.hardware") / "curves"
 
 Floats = NDArray[np.float64]
@@ -88,6 +89,7 @@ class CostCurve:
     dtype: str = ""
     attention: str = ""
     intensity: float | None = None
+    _costs: dict[tuple[int, int, int], PassCosts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, low in (("batches", 1.0), ("tokens", 1.0), ("contexts", 0.0)):
@@ -182,9 +184,30 @@ class CostCurve:
         return self._at(batch, 1 + (nodes / batch if self.packed else nodes), context)
 
     def costs(self, batch: int, context: float, max_width: int) -> PassCosts:
-        """The part of the curve that one step chooses from."""
-        sizes = self.sizes(batch, max_width)
-        return PassCosts(sizes, self.times(batch, sizes, context).tolist(), packed=self.packed)
+        """The part of the curve that one step chooses from, kept for contexts within a few percent.
+
+        Args:
+            batch: Requests of the step.
+            context: Their mean length, tokens.
+            max_width: Most tokens of a request in the pass.
+
+        Raises:
+            InvalidArgumentError: ``context`` is no number of tokens, or another is less than 1.
+        """
+        check_context(context)
+        if batch < 1 or max_width < 1:
+            raise InvalidArgumentError(f"batch and max_width must be at least 1, got {batch} and {max_width}")
+        octave = context_key(context)
+        key = batch, octave, max_width
+        known = self._costs.get(key)
+        if known is None:
+            sizes = self.sizes(batch, max_width)
+            seconds = self.times(batch, sizes, context_of(octave)).tolist()
+            known = PassCosts(sizes, seconds, packed=self.packed)
+            if len(self._costs) >= _MOST_KEPT:
+                self._costs.clear()
+            self._costs[key] = known
+        return known
 
     @property
     def knee(self) -> float:
@@ -340,6 +363,16 @@ def _interpolate(axis_values: Floats, values: Floats, at: float, axis: int) -> F
     if share == 0:
         return low
     return np.asarray(low + share * (np.take(values, index + 1, axis) - low))
+
+
+def context_key(context: float) -> int:
+    """The same number for contexts within a few percent."""
+    return round(8 * math.log2(context + 64))
+
+
+def context_of(key: int) -> float:
+    """The context in the middle of those with this :func:`context_key`."""
+    return float(max(2 ** (key / 8) - 64, 0.0))
 
 
 def check_context(context: float) -> None:

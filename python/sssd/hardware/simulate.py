@@ -23,7 +23,8 @@ from sssd.hardware.curve import CostCurve
 from sssd.replay import Request, count_accepted, extend
 
 FIXED_BUDGETS = (4, 8, 16, 32, 64)
-RULES = (*(f"fixed-{budget}" for budget in FIXED_BUDGETS), "paper", "sssd", "perfect")
+FIXED_RULES = tuple(f"fixed-{budget}" for budget in FIXED_BUDGETS)
+RULES = (*FIXED_RULES, "paper", "sssd", "perfect")
 """Names of the rules, in the order of the results. ``sssd`` is :class:`sssd.hardware.Budget`."""
 
 
@@ -327,6 +328,31 @@ def simulate_rules(
                     "verified_per_step": outcome.verified / max(outcome.steps, 1),
                 }
             )
+    return result
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How this package's rule does on each trace and batch size, from the rows of :func:`simulate_rules`.
+
+    Returns:
+        Rows ``{"trace", "batch", "over_paper", "over_best_fixed", "best_fixed"}``: ratios of its speed-up to
+        that of the paper's rule and to that of the best fixed budget, which is chosen in hindsight.
+    """
+    speedups: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        speedups.setdefault((row["trace"], row["batch"]), {})[row["rule"]] = row["speedup"]
+    result = []
+    for (trace, batch), by_rule in speedups.items():
+        best = max(FIXED_RULES, key=by_rule.__getitem__)
+        result.append(
+            {
+                "trace": trace,
+                "batch": batch,
+                "over_paper": by_rule["sssd"] / by_rule["paper"],
+                "over_best_fixed": by_rule["sssd"] / by_rule[best],
+                "best_fixed": best,
+            }
+        )
     return result
 
 

@@ -291,13 +291,14 @@ def _should_pack(model: Any) -> bool:
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if size > _available_bytes() // 2:
+    if size > available_bytes() // 2:
         _logger.info("%s: weights are not reordered, too little memory is free", type(model).__name__)
         return False
     return True
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Memory that can still be had, as far as the system tells."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

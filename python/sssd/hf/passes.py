@@ -1,14 +1,14 @@
 """Verify passes of one batch: its cache, and the fastest way to run the model over it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sssd.hf.fast import FastPass, fast_pass
 from sssd.hf.static import WIDTHS, Answer, StaticCache, lease
-from sssd.hf.verify import AttentionMasks, TreeCache
+from sssd.hf.verify import AttentionMasks, Block, TreeCache
 
 STATIC_DEVICES = {"cuda"}
 """Types of devices where launching kernels one by one takes longer than running them."""
@@ -26,6 +26,7 @@ class Passes:
 
     Attributes:
         cache: The states of the batch.
+        overlaps: Whether the device works on a pass by itself, once it is launched.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Passes:
         self.model = model
         self.masks = AttentionMasks(model)
         self.fast: FastPass | None = fast_pass(model) if fast_path else None
+        self.overlaps = model.device.type in STATIC_DEVICES
         self.store = None
         if self.fast is not None and model.device.type in STATIC_DEVICES:
             self.store = lease(self.fast, batch, room)
@@ -53,31 +55,21 @@ class Passes:
             return nodes + 1
         return next((width for width in WIDTHS if width > nodes), nodes + 1)
 
-    def run(
-        self,
-        ids: NDArray[np.int64],
-        depths: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        tree_mask: NDArray[np.bool_],
-        parents: NDArray[np.int64],
-        accept: bool = False,
-    ) -> tuple[Any, Answer | None]:
-        """Logits [B, T, vocabulary] after each of ``[root] + nodes``; their states are in the cache then.
+    def launch(self, block: Block, accept: bool = False) -> Callable[[], tuple[Any, Answer | None]]:
+        """Begins a pass; the function that it returns ends it.
 
-        The cache's lengths stay as they are; its ``commit`` says what to keep.
+        Where :attr:`overlaps` holds, the device is at work in between. The states of the block are in the
+        cache then, but its lengths stay as they are; its ``commit`` says what to keep.
 
         Args:
-            ids: Int64 [B, T], T a :meth:`width`.
-            depths: Int64 [B, T], 0 for the root.
-            positions: Int64 [B, T].
-            tree_mask: Bool [B, T, T], True where query i may attend to entry j.
-            parents: Int64 [B, T], entry of each entry's parent; -1 for the root and for what fills up rows.
+            block: B rows of T entries, T a :meth:`width`.
             accept: Whether ``commit`` will be told to keep what the most probable tokens accept.
 
         Returns:
-            The logits, and with ``accept`` the answer, where the device gives it by itself.
+            A function that gives logits [B, T, vocabulary] after each entry, valid until the next pass, and
+            with ``accept`` the answer, where the device gives it by itself.
         """
-        cache, width = self.cache, ids.shape[1]
+        cache, width = self.cache, block.ids.shape[1]
         if (
             self.store is not None
             and isinstance(cache, StaticCache)
@@ -85,19 +77,27 @@ class Passes:
             and cache.has_room(width)
         ):
             cache.moved = accept
-            return self.store.run(ids, depths, positions, tree_mask, parents, cache.lengths, accept)
-        device = self.model.device
-        block = torch.from_numpy(np.stack([ids, depths, positions])).to(device)
-        tree = torch.from_numpy(tree_mask).to(device)
-        mask = self.masks.build(cache, tree, block[1], windows=self.fast is None)
+            return self.store.launch(block, cache.lengths, accept)
+        if not self.overlaps:
+            return lambda: (self._forward(block), None)
+        logits = self._forward(block)
+        return lambda: (logits, None)
+
+    def _forward(self, block: Block) -> Any:
+        """A pass over buffers that grow, by the fast path or by the model itself."""
+        device, cache = self.model.device, self.cache
+        ids, depths, positions = torch.from_numpy(np.stack([block.ids, block.depths, block.positions])).to(
+            device
+        )
+        tree = torch.from_numpy(block.tree_mask).to(device)
+        mask = self.masks.build(cache, tree, depths, windows=self.fast is None)
         if self.fast is not None:
-            return self.fast(block[0], block[2], cache, mask), None
-        output = self.model(
-            input_ids=block[0],
+            return self.fast(ids, positions, cache, mask)
+        return self.model(
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=block[2],
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
-        )
-        return output.logits, None
+        ).logits

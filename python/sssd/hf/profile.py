@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,15 +16,17 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
+from sssd._core import DraftTree
 from sssd.errors import InvalidArgumentError
 from sssd.hardware.budget import Budget
 from sssd.hardware.curve import CostCurve, CostCurveError, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
+from sssd.hf.fast import available_bytes
 from sssd.hf.passes import STATIC_DEVICES, Passes
 from sssd.hf.static import WIDTHS
-from sssd.hf.verify import check_model
+from sssd.hf.verify import Block, check_model
 
-CONTEXTS = (128, 512, 2048)
+BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
 
 _logger = logging.getLogger(__name__)
 _budgets: "WeakKeyDictionary[Any, dict[tuple[Any, ...], Budget]]" = WeakKeyDictionary()
@@ -34,7 +35,7 @@ _budgets: "WeakKeyDictionary[Any, dict[tuple[Any, ...], Budget]]" = WeakKeyDicti
 def profile(
     model: Any,
     *,
-    batches: Sequence[int] = (1, 4),
+    batches: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
     contexts: Sequence[int] | None = None,
     repeats: int = 5,
@@ -45,60 +46,73 @@ def profile(
     """Measures T(batch, width, context) of a model's verify pass, as ``sssd.hf.generate`` runs it.
 
     The curve is kept in a file (:func:`cache_file`) by model, device, dtype, attention and number of threads.
-    ``sssd.hf.generate`` uses it from then on.
+    ``sssd.hf.generate`` uses it from then on. A curve that is there already is returned, unless it lies on
+    other axes than those asked for.
 
     Args:
         model: A model that ``sssd.hf.generate`` can verify.
-        batches: Numbers of rows, rising.
+        batches: Numbers of rows, rising; by default 1 and 4.
         widths: Tokens of each row, rising from 1; by default 1 to 64.
         contexts: Text lengths, rising; by default up to 2048 or what the model allows.
-        repeats: Passes measured at each point, after one that is not; the median counts.
+        repeats: Passes measured at each point, after one that is not; the median counts. Widths take turns,
+            so that what else the machine does meets all of them.
         refresh: Measure even if there is a curve already.
         fast_path: As in ``sssd.hf.generate``.
-        progress: Called with the number of points measured and of all points.
+        progress: Called with the number of passes measured and of all passes.
 
     Returns:
         The measured curve, made monotone.
 
     Raises:
         UnsupportedModelError: The model cannot be verified.
-        InvalidArgumentError: ``batches``, ``widths`` or ``contexts`` do not rise, or ``repeats`` is not
-            positive.
+        InvalidArgumentError: ``batches``, ``widths`` or ``contexts`` do not rise or are too large for the
+            model or the memory, or ``repeats`` is not positive.
     """
     check_model(model)
-    path = cache_file(model, fast_path)
-    if not refresh:
-        known = load_cached(path)
-        if known is not None:
-            return known
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
-    widths = tuple(widths or WIDTHS)
-    contexts = tuple(
-        contexts or [length for length in CONTEXTS if length + widths[-1] <= limit] or [limit // 2]
-    )
-    for name, values, low in (("batches", batches, 1), ("widths", widths, 1), ("contexts", contexts, 1)):
-        if not values or values[0] < low or any(b <= a for a, b in pairwise(values)):
-            raise InvalidArgumentError(f"{name} must rise from at least {low}, got {list(values)}")
+    asked = {"batches": batches, "tokens": widths, "contexts": contexts}
+    batches = BATCHES if batches is None else tuple(batches)
+    widths = WIDTHS if widths is None else tuple(widths)
+    if contexts is None:
+        contexts = [length for length in CONTEXTS if length + max(widths, default=0) <= limit] or [limit // 2]
+    for name, values in (("batches", batches), ("widths", widths), ("contexts", contexts)):
+        if not values or values[0] < 1 or any(b <= a for a, b in pairwise(values)):
+            raise InvalidArgumentError(f"{name} must rise from at least 1, got {list(values)}")
     if widths[0] != 1:
         raise InvalidArgumentError(f"widths must rise from 1, got {list(widths)}")
     if contexts[-1] + widths[-1] > limit:
-        raise InvalidArgumentError(f"contexts must leave room below the model's {limit} positions")
+        raise InvalidArgumentError(
+            f"contexts must leave room for {widths[-1]} more tokens below the model's {limit} positions, "
+            f"got {contexts[-1]}"
+        )
     if repeats < 1:
         raise InvalidArgumentError(f"repeats must be at least 1, got {repeats}")
+    path = cache_file(model, fast_path)
+    if not refresh:
+        known = load_cached(path)
+        if known is not None and all(
+            axis is None or np.array_equal(axis, getattr(known, name)) for name, axis in asked.items()
+        ):
+            return known
+    _check_memory(model, batches[-1], widths[-1], contexts[-1])
     seconds = np.empty((len(batches), len(widths), len(contexts)))
-    total, done = seconds.size, 0
+    total, done = seconds.size * (repeats + 1), 0
     progress(0, total)
+    rng = np.random.default_rng(0)
     with torch.inference_mode():
         for i, batch in enumerate(batches):
             for k, context in enumerate(contexts):
-                passes = _filled(model, batch, context, fast_path)
+                passes = _filled(model, batch, context, widths[-1], fast_path)
+                times = np.empty((repeats + 1, len(widths)))
                 try:
-                    for j, width in enumerate(widths):
-                        seconds[i, j, k] = _measure(passes, width, repeats)
-                        done += 1
-                        progress(done, total)
+                    for turn in range(repeats + 1):
+                        for j, width in enumerate(widths):
+                            times[turn, j] = _time(passes, width, rng)
+                            done += 1
+                            progress(done, total)
                 finally:
                     passes.close()
+                seconds[i, :, k] = np.median(times[1:], axis=0)
     curve = CostCurve.fit(
         batches,
         widths,
@@ -107,7 +121,7 @@ def profile(
         ready=_ready(model, widths),
         draft=_DRAFT,
         device=_device_name(model),
-        model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        model=Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name,
         dtype=str(model.dtype).removeprefix("torch."),
         attention=_attention(model, fast_path),
     )
@@ -128,37 +142,45 @@ def _ready(model: Any, widths: Sequence[int]) -> tuple[int, ...]:
     return tuple(widths) if model.device.type in STATIC_DEVICES else ()
 
 
-def _filled(model: Any, batch: int, context: int, fast_path: bool) -> Passes:
+def _check_memory(model: Any, batch: int, width: int, context: int) -> None:
+    """Raises if keys, values and logits of so large a pass would not fit."""
+    shape = ModelShape.of(model)
+    slots = batch * (context + 2 * width)
+    needed = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.bytes * slots
+    needed += 2 * batch * width * model.config.get_text_config(decoder=True).vocab_size * 4
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else available_bytes()
+    if needed > free:
+        raise InvalidArgumentError(
+            f"batch {batch} with {context} tokens of context and width {width} needs {needed / 1e9:.1f} GB, "
+            f"but {free / 1e9:.1f} GB are free; ask for less"
+        )
+
+
+def _filled(model: Any, batch: int, context: int, width: int, fast_path: bool) -> Passes:
     """Passes over a cache of random states of the given length."""
-    passes = Passes(model, batch, None, context + 2 * WIDTHS[-1], fast_path)
+    passes = Passes(model, batch, None, context + 2 * width, fast_path)
     cache = passes.cache
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     model(input_ids=token, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
-        layer.reserve(context + 2 * WIDTHS[-1])
+        layer.reserve(context + 2 * width)
         for buffer in layer.buffers:
             buffer.normal_()
     cache.lengths = [context] * batch
     return passes
 
 
-def _measure(passes: Passes, width: int, repeats: int) -> float:
-    """Median seconds of a pass over a chain, until the targets are on the host."""
+def _time(passes: Passes, width: int, rng: np.random.Generator) -> float:
+    """Seconds of a pass over a chain, until the targets are on the host."""
     batch, start = len(passes.cache.lengths), passes.cache.lengths[0]
-    rng = np.random.default_rng(0)
-    depths = np.broadcast_to(np.arange(width, dtype=np.int64), (batch, width)).copy()
-    mask = np.broadcast_to(np.tril(np.ones((width, width), np.bool_)), (batch, width, width)).copy()
-    parents = depths - 1
     vocab = passes.model.config.get_text_config(decoder=True).vocab_size
-    times = []
-    for _ in range(repeats + 1):
-        ids = rng.integers(vocab, size=(batch, width))
-        started = perf_counter()
-        logits, answer = passes.run(ids, depths, start + depths, mask, parents, accept=True)
-        if answer is None:
-            logits.argmax(-1).cpu()
-        times.append(perf_counter() - started)
-    return median(times[1:])
+    chain = DraftTree(rng.integers(vocab, size=width - 1), np.arange(width - 1) - 1)
+    block = Block.of(rng.integers(vocab, size=batch).tolist(), [chain] * batch, [start] * batch, width)
+    started = perf_counter()
+    logits, answer = passes.launch(block, accept=True)()
+    if answer is None:
+        logits.argmax(-1).cpu()
+    return perf_counter() - started
 
 
 def cache_file(model: Any, fast_path: bool = True) -> Path:
@@ -193,7 +215,8 @@ def load_cached(path: Path) -> CostCurve | None:
 def _device_name(model: Any) -> str:
     if model.device.type == "cuda":
         return str(torch.cuda.get_device_name(model.device))
-    return f"{model.device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model.device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _attention(model: Any, fast_path: bool) -> str:
@@ -208,7 +231,10 @@ def budget_of(model: Any, passes: Passes) -> Budget:
     known = _budgets.setdefault(model, {})
     if key not in known:
         curve = load_cached(cache_file(model, True)) or load_cached(cache_file(model, fast))
-        known[key] = Budget(curve if curve is not None else estimate(model, passes))
+        if curve is None:
+            curve = estimate(model, passes)
+        _logger.info("%s: drafts are sized by a %s curve", type(model).__name__, curve.source)
+        known[key] = Budget(curve)
     return known[key]
 
 
@@ -230,15 +256,27 @@ def estimate(model: Any, passes: Passes) -> CostCurve:
 
 
 def load_model(name: str, dtype: str, device: str) -> Any:
-    """The model in a folder, or ``smollm2``; for the command line."""
+    """The model in a folder, or ``smollm2``; for the command line.
+
+    Raises:
+        InvalidArgumentError: ``dtype`` or ``device`` is none of torch's, or the device is not there.
+        FileNotFoundError: The folder holds no model.
+    """
+    if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
+        raise InvalidArgumentError(f"dtype must be one of torch, e.g. float32 or bfloat16, got {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidArgumentError(f"device {device!r} cannot be used: {reason}") from None
     if name == "smollm2":
         from sssd.hf import smollm2
 
-        return smollm2.load(dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype), device=device)[
-            0
-        ]
-    from transformers import AutoModelForCausalLM
+        model, _ = smollm2.load(dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    else:
+        from transformers import AutoModelForCausalLM
 
-    if not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is no model folder: it holds no config.json")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"{name} is no model folder: it holds no config.json")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval()

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sssd.hf.fast import FastPass
-from sssd.hf.verify import AttentionMasks, TreeCache
+from sssd.hf.verify import AttentionMasks, Block, TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of each row that passes are prepared for."""
@@ -80,6 +80,7 @@ class StaticStore:
         # ids, depths, positions and parents of every entry, and each row's length in the last column
         self._host = torch.zeros(4, batch, most + 1, dtype=torch.long, pin_memory=pin)
         self._device = self._host.to(device)
+        self._copied = torch.cuda.Event() if pin else None
         self._host_mask = torch.zeros(batch, most, most, dtype=torch.bool, pin_memory=pin)
         self._device_mask = self._host_mask.to(device)
         self._answer = torch.zeros(batch, most, 1 + 2 * TOP_K, dtype=torch.int32, device=device)
@@ -106,44 +107,39 @@ class StaticStore:
             found.append(buffer[:batch, :, : self._span])
         return found[0], found[1]
 
-    def run(
-        self,
-        ids: NDArray[np.int64],
-        depths: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        tree_mask: NDArray[np.bool_],
-        parents: NDArray[np.int64],
-        lengths: list[int],
-        accept: bool,
-    ) -> tuple[Any, Answer | None]:
-        """One pass over B rows of T entries each, T of :data:`WIDTHS`.
+    def launch(
+        self, block: Block, lengths: list[int], accept: bool
+    ) -> Callable[[], tuple[Any, Answer | None]]:
+        """Begins a pass; the function that it returns waits for its end.
 
         Args:
-            ids: Int64 [B, T], like the next two.
-            depths: 0 for the root.
-            positions: Position ids.
-            tree_mask: Bool [B, T, T].
-            parents: Int64 [B, T], entry of each entry's parent; -1 for the root and for padding.
+            block: B rows of T entries, T of :data:`WIDTHS`.
             lengths: Slots in use of each row.
             accept: Whether to walk the trees by the target's most probable tokens and to move the accepted
                 states together; else the caller commits.
 
         Returns:
-            Logits [B, T, vocabulary], valid until the next pass, and with ``accept`` the answer.
+            A function that gives logits [B, T, vocabulary], valid until the next pass, and with ``accept``
+            the answer.
         """
-        batch, width = ids.shape
+        batch, width = block.ids.shape
         span = span_of(max(lengths) + width, self.capacity)
-        for i, values in enumerate((ids, depths, positions, parents)):
+        if self._copied is not None:
+            # nobody may have waited for the last pass: the caller gave up
+            self._copied.synchronize()
+        for i, values in enumerate((block.ids, block.depths, block.positions, block.parents)):
             self._host[i, :batch, :width] = torch.from_numpy(values)
         self._host[0, :batch, -1] = torch.tensor(lengths)
-        self._host_mask[:batch, :width, :width] = torch.from_numpy(tree_mask)
+        self._host_mask[:batch, :width, :width] = torch.from_numpy(block.tree_mask)
         self._device.copy_(self._host, non_blocking=True)
         self._device_mask.copy_(self._host_mask, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         key = (batch, width, span, accept)
         if key not in self._recorded:
             self._recorded[key] = self._record(lambda: self._pass(*key))
         self._recorded[key]()
-        return self._logits[key], self._read(batch, width) if accept else None
+        return lambda: (self._logits[key], self._read(batch, width) if accept else None)
 
     def _pass(self, batch: int, width: int, span: int, accept: bool) -> None:
         ids, depths, positions, parents = self._device[:, :batch, :width]

@@ -7,16 +7,67 @@ SpecInfer, arXiv 2305.09781). The accepted path is then kept in the cache, where
 """
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sssd._core import DraftTree
 from sssd.errors import UnsupportedModelError
 
 _KV_ALIGNMENT = 16
 """CUDA kernels copy a mask of unaligned rows at every layer, so rows are allocated in this multiple."""
+
+
+@dataclass
+class Block:
+    """What a pass verifies: ``[root] + nodes`` of each of B rows, all rows filled up to T entries.
+
+    Attributes:
+        ids: Int64 [B, T], tokens.
+        depths: Int64 [B, T], 0 for the root.
+        positions: Int64 [B, T], position ids.
+        parents: Int64 [B, T], entry of each entry's parent; -1 for the root and for what fills up.
+        tree_mask: Bool [B, T, T], True where query i may attend to entry j: itself and its ancestors.
+    """
+
+    ids: NDArray[np.int64]
+    depths: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    parents: NDArray[np.int64]
+    tree_mask: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, roots: Sequence[int], trees: Sequence[DraftTree | None], positions: Sequence[int], width: int
+    ) -> Self:
+        """The block of B draft trees.
+
+        Args:
+            roots: Last token of each row.
+            trees: Its draft, None for none.
+            positions: Position id of its root.
+            width: T, at least one more than the largest tree has nodes.
+        """
+        shape = len(roots), width
+        ids = np.repeat(np.array(roots, dtype=np.int64)[:, None], width, axis=1)
+        depths = np.zeros(shape, dtype=np.int64)
+        parents = np.full(shape, -1, dtype=np.int64)
+        # An entry that fills up a narrow tree attends to itself, or softmax has nothing to divide by.
+        tree_mask = np.repeat(np.eye(width, dtype=np.bool_)[None], len(roots), axis=0)
+        for i, tree in enumerate(trees):
+            if tree is not None:
+                n = len(tree)
+                ids[i, 1 : n + 1] = tree.token_ids
+                depths[i, 1 : n + 1] = tree.depths
+                parents[i, 1 : n + 1] = tree.parents + 1
+                tree_mask[i, : n + 1, : n + 1] = tree.attention_mask()
+        return cls(ids, depths, np.array(positions, dtype=np.int64)[:, None] + depths, parents, tree_mask)
 
 
 class _TreeLayer(DynamicLayer):  # type: ignore[misc]

@@ -6,9 +6,9 @@ use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
 use sssd_core::{CostError, DraftTree, Limits, MAX_NODES};
-use sssd_engine::{Plan, Work};
+use sssd_engine::{Plan, Request, Work};
 
-use crate::budget::PyPassCosts;
+use crate::budget::read_costs;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
 use crate::errors::error;
 use crate::tokens::{integers, integers_into, tokens_into, top};
@@ -225,7 +225,7 @@ struct Asked<'a, 'py> {
     min_nodes: Option<&'a Bound<'py, PyAny>>,
     max_depth: Option<&'a Bound<'py, PyAny>>,
     min_prob: f32,
-    cost: Option<&'a PyPassCosts>,
+    cost: Option<&'a Bound<'py, PyAny>>,
     rate: Option<f64>,
     out: Option<&'a Bound<'py, PyDraftBatch>>,
 }
@@ -274,8 +274,9 @@ impl PyDrafter {
     ///     min_nodes: nodes that a tree gets before others are considered, if it can have so many; one number or [n].
     ///     max_depth: no node is deeper; one number or [n]. ``max_length`` of a sequence holds as well.
     ///     min_prob: least probability of a node.
-    ///     cost: what passes cost: then all trees together are as large as pays, as ``PassCosts.allocate`` has it,
-    ///         with at most ``max_nodes`` each; not together with ``total_nodes``.
+    ///     cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then all trees together are as large as pays, as
+    ///         ``PassCosts.allocate`` has it, with at most ``max_nodes`` each; not together with ``total_nodes``. A
+    ///         curve is read at this number of sequences and their mean length.
     ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
     ///     out: where to put the trees; by default a new ``DraftBatch``.
     ///
@@ -297,11 +298,10 @@ impl PyDrafter {
         min_nodes: Option<&Bound<'py, PyAny>>,
         max_depth: Option<&Bound<'py, PyAny>>,
         min_prob: f32,
-        cost: Option<PyRef<'py, PyPassCosts>>,
+        cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
-        let cost = cost.as_deref();
         let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, out };
         self.run(sequences, None, Some(&asked))?.ok_or_else(|| unreachable(sequences.py()))
     }
@@ -324,14 +324,13 @@ impl PyDrafter {
         min_nodes: Option<&Bound<'py, PyAny>>,
         max_depth: Option<&Bound<'py, PyAny>>,
         min_prob: f32,
-        cost: Option<PyRef<'py, PyPassCosts>>,
+        cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
         topk_ids: Option<&Bound<'py, PyAny>>,
         topk_probs: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
         let produced = Produced { token_ids, offsets, topk_ids, topk_probs };
-        let cost = cost.as_deref();
         let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, out };
         self.run(sequences, Some(&produced), Some(&asked))?.ok_or_else(|| unreachable(sequences.py()))
     }
@@ -437,6 +436,15 @@ impl PyDrafter {
     }
 }
 
+/// Mean length of the requests that nobody else holds, in tokens.
+fn mean_length(requests: &[std::sync::Arc<Request>]) -> f64 {
+    let free = requests.iter().filter(|request| !request.is_busy());
+    let lengths =
+        free.filter_map(|request| request.with_ready(|sequence| sequence.tokens().len()).ok().flatten());
+    let (sum, count) = lengths.fold((0, 0), |(sum, count), length| (sum + length, count + 1));
+    sum as f64 / f64::from(count.max(1))
+}
+
 /// Reads what is to be drafted, and returns the most nodes that may come of it.
 fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResult<usize> {
     let refuse = |message: String| error(py, "InvalidArgumentError", message);
@@ -460,6 +468,8 @@ fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResul
     let sum: usize = work.plans.iter().map(|plan| plan.limits.max_nodes).sum();
     let least: usize = work.plans.iter().map(|plan| plan.min_nodes.min(plan.limits.max_nodes)).sum();
     if let Some(cost) = asked.cost {
+        let most = work.plans.iter().map(|plan| plan.limits.max_nodes).max().unwrap_or(0);
+        let cost = read_costs(cost, n, || mean_length(&work.requests), most)?;
         let rate = asked.rate.unwrap_or(n as f64 / cost.0.plain_seconds());
         if asked.total_nodes.is_some() {
             return Err(refuse("give total_nodes or cost, not both".into()));

@@ -63,3 +63,24 @@ impl PyPassCosts {
 pub fn invalid(py: Python<'_>, reason: &CostError) -> PyErr {
     error(py, "InvalidArgumentError", reason.to_string())
 }
+
+/// The costs of a pass: those given, or what a given `CostCurve` says of this batch.
+///
+/// `context` is the mean length of the requests, `max_nodes` the most nodes of one of them.
+pub fn read_costs<'py>(
+    cost: &Bound<'py, PyAny>,
+    batch: usize,
+    context: impl FnOnce() -> f64,
+    max_nodes: usize,
+) -> PyResult<PyRef<'py, PyPassCosts>> {
+    if let Ok(costs) = cost.cast::<PyPassCosts>() {
+        return Ok(costs.borrow());
+    }
+    let py = cost.py();
+    if !cost.is_instance(&py.import("sssd.hardware.curve")?.getattr("CostCurve")?)? {
+        let message = format!("cost must be PassCosts or a CostCurve, got {}", cost.get_type());
+        return Err(error(py, "InvalidArgumentError", message));
+    }
+    let costs = cost.call_method1("costs", (batch.max(1), context(), max_nodes + 1))?;
+    Ok(costs.cast_into::<PyPassCosts>()?.borrow())
+}

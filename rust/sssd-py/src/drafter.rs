@@ -12,7 +12,7 @@ use pyo3::types::{PyBytes, PyDict};
 use sssd_core::{Corpus, Drafter, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, SOURCES, Sequence};
 use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
-use crate::budget::{PyPassCosts, invalid};
+use crate::budget::{invalid, read_costs};
 use crate::datastore::PyDatastore;
 use crate::errors::error;
 use crate::tokens::{int32, tokens, top};
@@ -473,11 +473,13 @@ impl PySequence {
     ///     max_nodes: the node budget, 0 to 1024. The tree has fewer nodes if fewer are worth drafting.
     ///     min_prob: least probability of a node, 0 to 1.
     ///     max_depth: no node is deeper; the longest path that is of use.
-    ///     cost: what passes cost: then the tree is as large as pays, as ``PassCosts.allocate`` has it.
+    ///     cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then the tree is as large as pays, as
+    ///         ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
     ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range.
+    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
+    ///         neither, or there is a ``rate`` without it.
     ///     ClosedError: the sequence is closed.
     #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None))]
     #[allow(clippy::too_many_arguments)]
@@ -487,13 +489,19 @@ impl PySequence {
         max_nodes: i128,
         min_prob: f32,
         max_depth: Option<i128>,
-        cost: Option<PyRef<'_, PyPassCosts>>,
+        cost: Option<&Bound<'_, PyAny>>,
         rate: Option<f64>,
     ) -> PyResult<PyDraftTree> {
         let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob };
+        if cost.is_none() && rate.is_some() {
+            return Err(error(py, "InvalidArgumentError", "rate needs cost"));
+        }
+        // of a closed sequence drafting tells
+        let length = || self.__len__(py).unwrap_or(0) as f64;
+        let cost = cost.map(|cost| read_costs(cost, 1, length, max_nodes)).transpose()?;
         let tree = call(py, true, || self.engine.draft(&self.request, limits))?;
         let tree = tree.map_err(|failure| request_error(py, &failure))?;
         let Some(cost) = cost else { return Ok(PyDraftTree(tree)) };

@@ -88,7 +88,8 @@ impl Aligned {
             position = index.previous(order, position);
         }
         if let Some(position) = nearest {
-            *self = Self { next: Some(position + 1), run: ORDERS[order] as u16, astray: 0, ..*self };
+            let next = Some(position + 1).filter(|&next| next != self.predicted);
+            *self = Self { next, run: ORDERS[order] as u16, astray: 0, ..*self };
         } else if self.predicted == 0 && self.astray > PATIENCE {
             self.next = None;
         }
@@ -145,6 +146,8 @@ mod tests {
         assert_eq!(continuations(&TEXT, &[10, 13]), [(12, 5), (11, 6), (14, 7)]);
         assert_eq!(continuations(&TEXT, &[10, 99, 98, 97, 14, 15, 16]), [(17, 12)]);
         assert_eq!(continuations(&TEXT, &TEXT), []);
+        // found again at its end: what comes after it in the index is the output
+        assert_eq!(continuations(&[5, 1, 2, 3], &[9, 9, 1, 2, 3]), []);
     }
 
     #[test]

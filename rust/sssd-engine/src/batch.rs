@@ -47,9 +47,9 @@ pub struct Work {
     /// Where results come to stand, one for each request or more.
     slots: Vec<Mutex<Slot>>,
     stage: Stage,
-    /// The requests of this stage, and how many of them a thread takes at a time.
+    /// The requests of this stage, and how many threads may share them.
     todo: Vec<u32>,
-    group: usize,
+    threads: usize,
     keys: Vec<u64>,
 }
 
@@ -324,8 +324,9 @@ impl Items for Work {
         self.todo.len()
     }
 
-    fn group(&self) -> usize {
-        self.group.max(1)
+    /// Fewer towards the end, for all threads to end together.
+    fn group(&self, left: usize) -> usize {
+        (left / (2 * self.threads)).clamp(1, GROUP)
     }
 
     fn run(&self, items: Range<usize>) {
@@ -381,7 +382,7 @@ impl Step {
         crew: &Crew,
     ) -> RwLockWriteGuard<'a, Work> {
         let items = work.todo.len();
-        work.group = (items / (2 * crew.threads())).clamp(1, GROUP);
+        work.threads = crew.threads();
         let helpers = (items / ITEMS_PER_THREAD).saturating_sub(1);
         self.share.run(work, || crew.help(self, helpers))
     }

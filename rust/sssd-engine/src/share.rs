@@ -10,9 +10,9 @@ use crate::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 /// Work that falls into items, to be done in any order.
 pub trait Items {
-    /// How many a thread takes at a time, at least 1.
-    fn group(&self) -> usize {
-        1
+    /// How many a thread takes at a time while `left` are not taken, at least 1.
+    fn group(&self, left: usize) -> usize {
+        left.min(1)
     }
 
     /// How many there are.
@@ -50,14 +50,16 @@ impl<W: Items> Share<W> {
     /// Takes items until there are none.
     pub(crate) fn help(&self) {
         let work = self.work.read().unwrap_or_else(PoisonError::into_inner);
-        let group = work.group();
-        loop {
-            let taken = self.next.fetch_add(group, Ordering::Relaxed);
-            let items = taken..work.items().min(taken + group);
-            if items.is_empty() {
-                return;
+        let (mut taken, items) = (self.next.load(Ordering::Relaxed), work.items());
+        while taken < items {
+            let end = taken + work.group(items - taken);
+            match self.next.compare_exchange(taken, end, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => {
+                    work.run(taken..end);
+                    taken = self.next.load(Ordering::Relaxed);
+                }
+                Err(next) => taken = next,
             }
-            work.run(items);
         }
     }
 }

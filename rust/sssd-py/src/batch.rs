@@ -9,6 +9,7 @@ use sssd_core::{CostError, DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Request, Work};
 
 use crate::budget::read_costs;
+use crate::detach::stay;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
 use crate::errors::error;
 use crate::tokens::{integers, integers_into, tokens_into, top};
@@ -160,6 +161,7 @@ fn buffer<T: Element>(
     given: Option<&Bound<'_, PyAny>>,
     size: usize,
 ) -> PyResult<Array<T>> {
+    let _stay = stay(py);
     let Some(given) = given else { return Ok(PyArray1::zeros(py, size, false).unbind()) };
     let refuse = |got: String| {
         let dtype = T::get_dtype(py);

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 use sssd_core::{CostError, Layout, PassCosts};
 
+use crate::detach::stay;
 use crate::errors::error;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;
@@ -77,6 +78,7 @@ pub fn read_costs<'py>(
         return Ok(costs.borrow());
     }
     let py = cost.py();
+    let _stay = stay(py);
     if !cost.is_instance(&py.import("sssd.hardware.curve")?.getattr("CostCurve")?)? {
         let message = format!("cost must be PassCosts or a CostCurve, got {}", cost.get_type());
         return Err(error(py, "InvalidArgumentError", message));

@@ -14,6 +14,7 @@ use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
 use crate::budget::{invalid, read_costs};
 use crate::datastore::PyDatastore;
+use crate::detach::{alone, attach, detach};
 use crate::errors::error;
 use crate::tokens::{int32, tokens, top};
 use crate::tree::PyDraftTree;
@@ -163,7 +164,7 @@ impl PyDrafter {
             let mut signal = Ok(());
             let begun = call(py, true, || {
                 engine.begin(namespace, &prompt, &prediction, max_length, || {
-                    signal = Python::attach(|py| py.check_signals());
+                    signal = attach(|py| py.check_signals());
                     signal.is_err()
                 })
             })?;
@@ -667,7 +668,7 @@ fn watch_forks(py: Python<'_>) -> PyResult<()> {
 
 #[pyfunction]
 fn before_fork(py: Python<'_>) {
-    py.detach(gate::close);
+    detach(py, gate::close);
 }
 
 #[pyfunction]
@@ -678,12 +679,13 @@ fn after_fork() {
 #[pyfunction]
 fn after_fork_in_child() {
     gate::open_in_child();
+    alone();
 }
 
-/// Runs `work`, without the GIL if `detach`. A panic becomes `InternalError` and poisons what `work` had locked.
-pub fn enter<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+/// Runs `work`, without the GIL if `away`. A panic becomes `InternalError` and poisons what `work` had locked.
+pub fn enter<T: Send>(py: Python<'_>, away: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     let guarded = || catch_unwind(AssertUnwindSafe(work));
-    let result = if detach { py.detach(guarded) } else { guarded() };
+    let result = if away { detach(py, guarded) } else { guarded() };
     result.map_err(|panic| {
         let reason = panic.downcast_ref::<String>().map(String::as_str);
         let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");

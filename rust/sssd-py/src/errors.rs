@@ -2,8 +2,11 @@
 
 use pyo3::prelude::*;
 
+use crate::detach::stay;
+
 /// The exception `sssd.errors.<class>(message)`.
 pub fn error(py: Python<'_>, class: &str, message: impl Into<String>) -> PyErr {
+    let _stay = stay(py);
     let raise = || -> PyResult<PyErr> {
         let class = py.import("sssd.errors")?.getattr(class)?;
         Ok(PyErr::from_value(class.call1((message.into(),))?))

@@ -3,6 +3,7 @@
 mod batch;
 mod budget;
 mod datastore;
+mod detach;
 mod drafter;
 mod errors;
 mod state;

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
 use sssd_core::{MAX_TOKEN, Token, TopK};
 
+use crate::detach::stay;
 use crate::errors::error;
 
 /// Token ids from any one-dimensional sequence or array of integers, each checked to be in the vocabulary.
@@ -89,6 +90,7 @@ pub fn top(
         }
     };
     let py = ids.py();
+    let _stay = stay(py);
     let refuse = |message: String| error(py, "InvalidArgumentError", message);
     let (k, ids) = matrix(ids, "topk_ids", rows, "iu")?;
     let (k_probs, probs) = matrix(probs, "topk_probs", rows, "f")?;
@@ -172,6 +174,7 @@ fn bad_id(id: i128, index: usize, vocab_size: Option<u32>) -> String {
 }
 
 fn read(ids: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
+    let _stay = stay(ids.py());
     if let Ok(array) = ids.cast::<PyUntypedArray>() {
         return read_array(array, sink);
     }

@@ -141,6 +141,8 @@ struct Vote {
 #[derive(Default)]
 struct Tally {
     counts: [[f32; CLASSES]; source::SAMPLED],
+    /// Candidates by the longest context that they followed.
+    distinct: [[u32; CLASSES]; source::SAMPLED],
     /// A bit for each class that has any.
     held: [u32; source::SAMPLED],
 }
@@ -463,13 +465,13 @@ impl Drafting {
         self.scratch.table.clear();
         let mut evidence = Evidence::default();
         let tally = self.vote(node, inputs);
-        let classes = self.blend(start, &tally, inputs.model, &mut evidence);
+        self.blend(&tally, inputs.model, &mut evidence);
         self.soften(node, inputs, &mut evidence);
         self.scratch.successors.clear();
         if let Some(store) = inputs.store {
             store.successors(self.candidates[node as usize].token, &mut self.scratch.successors);
         }
-        self.weigh(start, &classes, inputs.model, &mut evidence);
+        self.weigh(inputs.model, &mut evidence);
         self.add_soft(node, &evidence);
         self.add_successors(node, &evidence);
         self.refine(node, start, inputs, &evidence);
@@ -505,6 +507,10 @@ impl Drafting {
             let class = class(sample.length) as u8;
             let held = &mut candidates[child as usize].classes[source];
             if *held == NO_CLASS || *held < class {
+                if *held != NO_CLASS {
+                    tally.distinct[source][usize::from(*held)] -= 1;
+                }
+                tally.distinct[source][usize::from(class)] += 1;
                 *held = class;
             }
             sample.cursor += 1;
@@ -521,29 +527,14 @@ impl Drafting {
         tally
     }
 
-    /// Turns votes into the probability that each sampled source gives each candidate. Returns the longest class
-    /// of each source.
-    fn blend(
-        &mut self,
-        start: usize,
-        tally: &Tally,
-        model: &Model,
-        evidence: &mut Evidence,
-    ) -> [Option<usize>; source::SAMPLED] {
-        let mut distinct = [[0u32; CLASSES]; source::SAMPLED];
-        let mut longest = [None; source::SAMPLED];
+    /// Turns votes into the probability that each sampled source gives each candidate.
+    fn blend(&mut self, tally: &Tally, model: &Model, evidence: &mut Evidence) {
         // the vote of one occurrence of each class
         let mut value = [[0.0f32; CLASSES]; source::SAMPLED];
         for source in 0..source::SAMPLED {
             evidence.contexts[source] = self.contexts.len() as u32;
-            longest[source] = tally.held[source].checked_ilog2().map(|class| class as usize);
             if tally.held[source] == 0 {
                 continue;
-            }
-            for candidate in &self.candidates[start..] {
-                if candidate.classes[source] != NO_CLASS {
-                    distinct[source][usize::from(candidate.classes[source])] += 1;
-                }
             }
             // a longer match in the request is a shorter one too; the datastore samples each length anew
             let nested = !matches!(source, source::STORE | source::ALIGNED);
@@ -553,7 +544,7 @@ impl Drafting {
                 left ^= 1 << class;
                 count =
                     if nested { count + tally.counts[source][class] } else { tally.counts[source][class] };
-                seen += distinct[source][class];
+                seen += tally.distinct[source][class];
                 let cell = Model::escape_cell(source, class, count, seen);
                 let escape = model.escape(cell);
                 value[source][class] = rest * (1.0 - escape) / count;
@@ -570,29 +561,21 @@ impl Drafting {
                 }
             }
         }
+        let mut peaks = [0.0f32; source::SAMPLED];
         for vote in &self.scratch.votes {
             let source = usize::from(vote.source);
-            self.candidates[vote.candidate as usize].probs[source] +=
-                vote.weight * value[source][usize::from(vote.class)];
+            let prob = &mut self.candidates[vote.candidate as usize].probs[source];
+            *prob += vote.weight * value[source][usize::from(vote.class)];
+            peaks[source] = peaks[source].max(*prob);
         }
-        longest
+        for (source, peak) in peaks.into_iter().enumerate() {
+            let longest = tally.held[source].checked_ilog2();
+            evidence.gates[source] = longest.map(|class| Model::gate_cell(source, class as usize, peak));
+        }
     }
 
     /// Gives each source its weight: a softmax over those that have anything to say.
-    fn weigh(
-        &self,
-        start: usize,
-        classes: &[Option<usize>; source::SAMPLED],
-        model: &Model,
-        evidence: &mut Evidence,
-    ) {
-        for (source, class) in classes.iter().enumerate() {
-            if let &Some(class) = class {
-                let probs = self.candidates[start..].iter().map(|candidate| candidate.probs[source]);
-                let peak = probs.fold(0.0, f32::max);
-                evidence.gates[source] = Some(Model::gate_cell(source, class, peak));
-            }
-        }
+    fn weigh(&self, model: &Model, evidence: &mut Evidence) {
         if let Some(&(class, _)) = self.contexts.get(evidence.contexts[source::SOFT] as usize) {
             let said = &self.soft[evidence.soft.0 as usize..evidence.soft.1 as usize];
             let peak = said.iter().map(|&(_, prob, _)| prob).fold(0.0, f32::max);

@@ -21,6 +21,10 @@ use share::{Items, Share};
 struct Counts(Vec<Arc<AtomicUsize>>);
 
 impl Items for Counts {
+    fn group(&self, left: usize) -> usize {
+        left.div_ceil(2)
+    }
+
     fn items(&self) -> usize {
         self.0.len()
     }
@@ -58,7 +62,7 @@ fn every_item_is_done_once_however_many_help() {
     check(|| {
         let share = Arc::default();
         let mut helpers = Vec::new();
-        round(&share, 2, || helpers.extend([helper(&share), helper(&share)]));
+        round(&share, 3, || helpers.extend([helper(&share), helper(&share)]));
         helpers.into_iter().for_each(|helper| helper.join().unwrap());
     });
 }

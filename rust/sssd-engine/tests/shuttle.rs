@@ -157,6 +157,25 @@ fn requests_may_be_closed_and_indexed_while_a_step_runs() {
 }
 
 #[test]
+fn batches_that_look_at_several_requests_may_overlap() {
+    check(600, || {
+        let engine = Arc::new(engine(1));
+        let requests = begin(&engine, 10..18);
+        let callers: Vec<_> = [requests.clone(), requests.iter().rev().cloned().collect()]
+            .into_iter()
+            .map(|order| {
+                let engine = Arc::clone(&engine);
+                thread::spawn(move || assert_eq!(step(&engine, &order, None).1, []))
+            })
+            .collect();
+        callers.into_iter().for_each(|caller| caller.join().unwrap());
+        let both =
+            |request: &Arc<Request>| request.with(|sequence| sequence.tokens().ends_with(&[1, 1])).unwrap();
+        assert!(requests.iter().all(both));
+    });
+}
+
+#[test]
 fn prompts_are_indexed_without_further_calls() {
     check(100, || {
         let engine = engine(2);

@@ -230,9 +230,13 @@ except KeyboardInterrupt:
 @pytest.mark.slow
 def test_the_interpreter_ends_with_work_in_flight():
     code = """
-import threading, time
+import sys, threading, time
 import numpy as np
 from sssd import Drafter
+class Slow:
+    def __del__(self):
+        time.sleep(0.3)  # the others go on while the interpreter ends
+sys.slow = Slow()
 drafter = Drafter(threads=3)
 def work():
     sequences = [drafter.begin(np.arange(2000) % 91) for _ in range(64)]

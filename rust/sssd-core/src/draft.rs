@@ -530,8 +530,8 @@ impl Drafting {
     /// Turns votes into the probability that each sampled source gives each candidate.
     fn blend(&mut self, tally: &Tally, model: &Model, evidence: &mut Evidence) {
         // the vote of one occurrence of each class
-        let mut value = [[0.0f32; CLASSES]; source::SAMPLED];
-        for source in 0..source::SAMPLED {
+        let mut values = [[0.0f32; CLASSES]; source::SAMPLED];
+        for (source, value) in values.iter_mut().enumerate() {
             evidence.contexts[source] = self.contexts.len() as u32;
             if tally.held[source] == 0 {
                 continue;
@@ -547,7 +547,7 @@ impl Drafting {
                 seen += tally.distinct[source][class];
                 let cell = Model::escape_cell(source, class, count, seen);
                 let escape = model.escape(cell);
-                value[source][class] = rest * (1.0 - escape) / count;
+                value[class] = rest * (1.0 - escape) / count;
                 rest *= escape;
                 self.contexts.push((class as u8, cell));
             }
@@ -556,8 +556,8 @@ impl Drafting {
                 while left != 0 {
                     let class = left.trailing_zeros() as usize;
                     left &= left - 1;
-                    value[source][class] += shorter;
-                    shorter = value[source][class];
+                    value[class] += shorter;
+                    shorter = value[class];
                 }
             }
         }
@@ -565,7 +565,7 @@ impl Drafting {
         for vote in &self.scratch.votes {
             let source = usize::from(vote.source);
             let prob = &mut self.candidates[vote.candidate as usize].probs[source];
-            *prob += vote.weight * value[source][usize::from(vote.class)];
+            *prob += vote.weight * values[source][usize::from(vote.class)];
             peaks[source] = peaks[source].max(*prob);
         }
         for (source, peak) in peaks.into_iter().enumerate() {

@@ -9,8 +9,8 @@ use sssd_core::{CostError, DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Request, Work};
 
 use crate::budget::read_costs;
-use crate::detach::stay;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
+use crate::ending::stay;
 use crate::errors::error;
 use crate::tokens::{integers, integers_into, tokens_into, top};
 use crate::tree::PyDraftTree;

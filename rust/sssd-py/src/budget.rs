@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 use sssd_core::{CostError, Layout, PassCosts};
 
-use crate::detach::stay;
+use crate::ending::stay;
 use crate::errors::error;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;

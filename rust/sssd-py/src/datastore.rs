@@ -15,7 +15,6 @@ use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
 };
 
-use crate::detach::detach;
 use crate::drafter::enter;
 use crate::errors::error;
 use crate::tokens::{int32, tokens};
@@ -438,7 +437,7 @@ impl PyDatastoreBuilder {
         });
         loop {
             let waiting = &mut receiver;
-            let result = detach(py, move || waiting.recv_timeout(POLL));
+            let result = py.detach(move || waiting.recv_timeout(POLL));
             match result {
                 Ok(result) => return result.map(PyBuildSummary).map_err(|failure| raised(py, failure)),
                 Err(RecvTimeoutError::Disconnected) => {

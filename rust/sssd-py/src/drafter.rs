@@ -14,7 +14,7 @@ use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
 use crate::budget::{invalid, read_costs};
 use crate::datastore::PyDatastore;
-use crate::detach::{alone, attach, detach};
+use crate::ending::alone;
 use crate::errors::error;
 use crate::tokens::{int32, tokens, top};
 use crate::tree::PyDraftTree;
@@ -164,7 +164,7 @@ impl PyDrafter {
             let mut signal = Ok(());
             let begun = call(py, true, || {
                 engine.begin(namespace, &prompt, &prediction, max_length, || {
-                    signal = attach(|py| py.check_signals());
+                    signal = Python::attach(|py| py.check_signals());
                     signal.is_err()
                 })
             })?;
@@ -668,7 +668,7 @@ fn watch_forks(py: Python<'_>) -> PyResult<()> {
 
 #[pyfunction]
 fn before_fork(py: Python<'_>) {
-    detach(py, gate::close);
+    py.detach(gate::close);
 }
 
 #[pyfunction]
@@ -685,7 +685,7 @@ fn after_fork_in_child() {
 /// Runs `work`, without the GIL if `away`. A panic becomes `InternalError` and poisons what `work` had locked.
 pub fn enter<T: Send>(py: Python<'_>, away: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     let guarded = || catch_unwind(AssertUnwindSafe(work));
-    let result = if away { detach(py, guarded) } else { guarded() };
+    let result = if away { py.detach(guarded) } else { guarded() };
     result.map_err(|panic| {
         let reason = panic.downcast_ref::<String>().map(String::as_str);
         let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");

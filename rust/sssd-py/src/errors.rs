@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use crate::detach::stay;
+use crate::ending::stay;
 
 /// The exception `sssd.errors.<class>(message)`.
 pub fn error(py: Python<'_>, class: &str, message: impl Into<String>) -> PyErr {

@@ -3,8 +3,8 @@
 mod batch;
 mod budget;
 mod datastore;
-mod detach;
 mod drafter;
+mod ending;
 mod errors;
 mod state;
 mod tokens;

@@ -9,7 +9,6 @@ use sssd_core::MAX_TOKEN;
 use sssd_engine::{Histogram, State, StateError};
 
 use crate::datastore::{PyDatastoreBuilder, os_error};
-use crate::detach::detach;
 use crate::drafter::{PyDrafter, call, memory_full};
 use crate::errors::error;
 use crate::tokens::int32;
@@ -102,7 +101,7 @@ impl PyDrafter {
             soft_bytes: options.soft_bytes as u64,
             namespaces,
         };
-        detach(py, || state.save(&folder)).map_err(|failure| state_error(py, &failure))
+        py.detach(|| state.save(&folder)).map_err(|failure| state_error(py, &failure))
     }
 
     /// A drafter that knows what another one has saved.
@@ -126,7 +125,7 @@ impl PyDrafter {
         folder: PathBuf,
         options: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, Self>> {
-        let state = detach(py, || State::load(&folder)).map_err(|failure| state_error(py, &failure))?;
+        let state = py.detach(|| State::load(&folder)).map_err(|failure| state_error(py, &failure))?;
         let options = options.map_or_else(|| Ok(PyDict::new(py)), |given| given.copy())?;
         let vocab_size = (state.vocab_size > 0).then_some(state.vocab_size);
         if let (Some(given), Some(saved)) = (options.get_item("vocab_size")?, vocab_size)

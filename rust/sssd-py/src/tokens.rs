@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
 use sssd_core::{MAX_TOKEN, Token, TopK};
 
-use crate::detach::stay;
+use crate::ending::stay;
 use crate::errors::error;
 
 /// Token ids from any one-dimensional sequence or array of integers, each checked to be in the vocabulary.

@@ -28,7 +28,7 @@ const LOWER_SAMPLES: usize = 8;
 /// Longest context looked up at nodes other than the root.
 const LOWER_LENGTH: usize = 2;
 /// Less probable nodes are not worth that look-up.
-const WORTH_LOWER: f32 = 0.02;
+const WORTH_LOWER: f32 = 0.04;
 /// Occurrences looked at in the datastore for each match length, and the longest match.
 const STORE_SAMPLES: usize = 64;
 const STORE_LENGTH: usize = 8;

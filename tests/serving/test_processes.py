@@ -206,8 +206,9 @@ def test_forked_children_work_while_the_parents_threads_are_busy():
 @pytest.mark.slow
 def test_ctrl_c_ends_a_long_begin():
     code = """
-import numpy as np, time
+import numpy as np, signal, time
 from sssd import Drafter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background inherit none
 drafter = Drafter()
 ids = np.random.default_rng(0).integers(0, 50_000, 20_000_000, np.int32)
 print("go", flush=True)

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use sssd_core::{DraftTree, Limits, PassCosts, Scout, Token, TopK};
+use sssd_core::{DraftTree, Limits, PassCosts, Scout, Sequence, Token, TopK};
 
 use crate::crew::Crew;
 use crate::request::{Peek, Request, RequestError};
@@ -176,34 +176,29 @@ impl Work {
     /// waiting for memory, one read after the other; those of several can wait together.
     fn scout(&self, group: &[u32]) {
         let mut peeks: [Option<Peek>; GROUP] = [const { None }; GROUP];
-        let mut scouts: [Option<Scout>; GROUP] = [None; GROUP];
         for (peek, &item) in peeks.iter_mut().zip(group) {
             *peek = self.requests[item as usize].peek();
         }
+        let mut scouts: [Option<(&Sequence, Scout)>; GROUP] = [None; GROUP];
         for ((scout, peek), &item) in scouts.iter_mut().zip(&peeks).zip(group) {
-            *scout = peek
-                .as_ref()
-                .and_then(Peek::sequence)
-                .map(|sequence| sequence.scout(self.news(item as usize)));
+            let tokens = self.news(item as usize).unwrap_or_default();
+            let sequence = peek.as_ref().and_then(Peek::sequence);
+            *scout = sequence.map(|sequence| (sequence, sequence.scout(tokens)));
         }
         let mut more = true;
         while more {
             more = false;
-            for (scout, peek) in scouts.iter_mut().zip(&peeks) {
-                if let (Some(scout), Some(sequence)) = (scout, peek.as_ref().and_then(Peek::sequence)) {
-                    more |= sequence.advance(scout);
-                }
+            for (sequence, scout) in scouts.iter_mut().flatten() {
+                more |= sequence.advance(scout);
             }
         }
-        std::hint::black_box(&scouts);
+        scouts.iter().flatten().for_each(|(_, scout)| _ = std::hint::black_box(scout));
     }
 
-    /// The tokens that this stage appends to a request.
-    fn news(&self, item: usize) -> &[Token] {
-        match self.extend && self.stage == Stage::First {
-            true => &self.tokens[self.offsets[item]..self.offsets[item + 1]],
-            false => &[],
-        }
+    /// The tokens that this stage appends to a request, if it appends any to any.
+    fn news(&self, item: usize) -> Option<&[Token]> {
+        let appends = self.extend && self.stage == Stage::First;
+        appends.then(|| &self.tokens[self.offsets[item]..self.offsets[item + 1]])
     }
 
     /// Does one request's part of the stage.
@@ -218,8 +213,7 @@ impl Work {
     }
 
     fn try_serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
-        if self.extend && self.stage == Stage::First {
-            let tokens = self.news(item);
+        if let Some(tokens) = self.news(item) {
             let rows = self.offsets[item] * self.k..self.offsets[item + 1] * self.k;
             let soft = (self.k > 0).then(|| TopK {
                 k: self.k,

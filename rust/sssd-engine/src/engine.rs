@@ -38,6 +38,22 @@ pub struct Options {
     pub namespace_ttl: Option<Duration>,
 }
 
+impl Default for Options {
+    /// One thread, nothing learned from others, no limits.
+    fn default() -> Self {
+        Self {
+            end_tokens: Vec::new(),
+            store: None,
+            live_bytes: 0,
+            soft_bytes: 0,
+            max_bytes: usize::MAX,
+            max_request_bytes: usize::MAX,
+            threads: 1,
+            namespace_ttl: None,
+        }
+    }
+}
+
 /// Many requests, in namespaces.
 pub struct Engine {
     options: Options,

@@ -31,17 +31,7 @@ static ALLOCATOR: Counting = Counting;
 #[test]
 fn steps_allocate_nothing_after_a_while() {
     for (threads, total) in [(1, None), (2, None), (2, Some(160))] {
-        let engine = Engine::new(Options {
-            end_tokens: vec![],
-            store: None,
-            live_bytes: 0,
-            soft_bytes: 0,
-            max_bytes: usize::MAX,
-            max_request_bytes: usize::MAX,
-            threads,
-            namespace_ttl: None,
-        })
-        .unwrap();
+        let engine = Engine::new(Options { threads, ..Options::default() }).unwrap();
         let prompt: Vec<Token> = (0..1000).map(|i| i % 40).collect();
         let requests: Vec<_> =
             (0..16).map(|_| engine.begin("", &prompt, &[], None, || false).unwrap().unwrap()).collect();

@@ -11,16 +11,7 @@ use sssd_engine::{Engine, Options, Plan, Request, RequestError, Step};
 const END: Token = 9;
 
 fn options(threads: usize) -> Options {
-    Options {
-        end_tokens: vec![END],
-        store: None,
-        live_bytes: 0,
-        soft_bytes: 0,
-        max_bytes: usize::MAX,
-        max_request_bytes: usize::MAX,
-        threads,
-        namespace_ttl: None,
-    }
+    Options { end_tokens: vec![END], threads, ..Options::default() }
 }
 
 fn engine(threads: usize) -> Engine {

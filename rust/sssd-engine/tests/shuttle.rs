@@ -62,17 +62,7 @@ fn check(runs: usize, model: impl Fn() + Clone + Send + Sync + 'static) {
 }
 
 fn engine(threads: usize) -> Engine {
-    let options = Options {
-        end_tokens: vec![],
-        store: None,
-        live_bytes: 0,
-        soft_bytes: 0,
-        max_bytes: usize::MAX,
-        max_request_bytes: usize::MAX,
-        threads,
-        namespace_ttl: None,
-    };
-    Engine::new(options).unwrap()
+    Engine::new(Options { threads, ..Options::default() }).unwrap()
 }
 
 /// Requests of which every other one has nothing to draft from, so that the rest get more of a shared budget.

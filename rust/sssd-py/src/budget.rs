@@ -1,6 +1,8 @@
 //! `sssd.hardware.PassCosts`.
 
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
 use sssd_core::{CostError, Layout, PassCosts};
 
 use crate::ending::stay;
@@ -79,7 +81,8 @@ pub fn read_costs<'py>(
     }
     let py = cost.py();
     let _stay = stay(py);
-    if !cost.is_instance(&py.import("sssd.hardware.curve")?.getattr("CostCurve")?)? {
+    static CURVE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    if !cost.is_instance(CURVE.import(py, "sssd.hardware.curve", "CostCurve")?)? {
         let message = format!("cost must be PassCosts or a CostCurve, got {}", cost.get_type());
         return Err(error(py, "InvalidArgumentError", message));
     }

@@ -682,10 +682,10 @@ fn after_fork_in_child() {
     alone();
 }
 
-/// Runs `work`, without the GIL if `away`. A panic becomes `InternalError` and poisons what `work` had locked.
-pub fn enter<T: Send>(py: Python<'_>, away: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+/// Runs `work`, without the GIL if `detach`. A panic becomes `InternalError` and poisons what `work` had locked.
+pub fn enter<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     let guarded = || catch_unwind(AssertUnwindSafe(work));
-    let result = if away { py.detach(guarded) } else { guarded() };
+    let result = if detach { py.detach(guarded) } else { guarded() };
     result.map_err(|panic| {
         let reason = panic.downcast_ref::<String>().map(String::as_str);
         let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");

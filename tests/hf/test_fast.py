@@ -20,7 +20,7 @@ from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf import fast  # noqa: E402
 from sssd.hf.passes import Passes  # noqa: E402
 from sssd.hf.static import WIDTHS, span_of  # noqa: E402
-from sssd.hf.verify import Block  # noqa: E402
+from sssd.hf.verify import Block, cache_argument  # noqa: E402
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -46,7 +46,7 @@ def started(model, lengths, path):
     """Passes of a kind, over rows that hold parts of a text."""
     passes = Passes(model, len(lengths), None, 64, fast_path=path != "general")
     text = torch.arange(9).expand(len(lengths), -1)
-    model(input_ids=text, past_key_values=passes.cache, use_cache=True)
+    model(input_ids=text, use_cache=True, **{cache_argument(model): passes.cache})
     passes.cache.lengths = list(lengths)
     assert (passes.fast is not None, passes.store is not None) == (path != "general", path == "static")
     return passes

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
-from sssd.hf.verify import AttentionMasks, TreeCache
+from sssd.hf.verify import AttentionMasks, TreeCache, cache_argument
 
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _PACKED_ROWS = 16
@@ -193,13 +193,13 @@ class FastPass:
                 depths[i] = depths[parent] + 1
             mask[0, i, i] = True
         positions = torch.tensor([depths], device=self.device)
-        masks = AttentionMasks(self.model)
+        masks, name = AttentionMasks(self.model), cache_argument(self.model)
         own, mine = TreeCache(1), TreeCache(1)
         pairs = []
         with torch.inference_mode():
             for cache in (own, mine):
                 text = torch.arange(11, device=self.device)[None]
-                self.model(input_ids=tokens, past_key_values=cache, use_cache=True, position_ids=text)
+                self.model(input_ids=tokens, use_cache=True, position_ids=text, **{name: cache})
                 cache.lengths = [11]
             for count in (1, 11):
                 block = tokens[:, :count], positions[:, :count] + 11
@@ -208,8 +208,8 @@ class FastPass:
                     input_ids=block[0],
                     attention_mask=masks.build(own, *shape),
                     position_ids=block[1],
-                    past_key_values=own,
                     use_cache=True,
+                    **{name: own},
                 ).logits
                 ours = self(*block, mine, masks.build(mine, *shape, windows=False))
                 pairs.append((ours.float(), theirs.float()))

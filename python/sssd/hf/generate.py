@@ -31,7 +31,7 @@ from sssd.hardware.curve import CostCurve
 from sssd.hf.passes import Passes
 from sssd.hf.profile import budget_of
 from sssd.hf.static import TOP_K, Answer
-from sssd.hf.verify import Block, cannot_roll_back, check_model
+from sssd.hf.verify import Block, cache_argument, cannot_roll_back, check_model
 
 _ROWWISE = {
     processors.MinLengthLogitsProcessor,
@@ -58,6 +58,7 @@ _EXPECTED_TOKENS, _TREE_ROOM = 4096, 64
 _PIECE = 64
 """Tokens of the vocabulary that are looked at together."""
 _EMPTY = DraftTree([], [])
+_CACHE_FIELD = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -320,7 +321,7 @@ class _Decoder:
         self.processors = logits_processor or LogitsProcessorList()
         self.record_scores = bool(config.return_dict_in_generate and config.output_scores)
         self.record_logits = bool(config.return_dict_in_generate and config.output_logits)
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(cache_argument(model))
         self.user_cache = cache if getattr(cache, "_is_user_defined", False) else None
         self._refuse_options(inputs)
         self.criteria = StoppingCriteriaList(
@@ -366,7 +367,7 @@ class _Decoder:
         known = {
             "attention_mask",
             "position_ids",
-            "past_key_values",
+            cache_argument(self.model),
             "use_cache",
             "logits_to_keep",
             "cache_position",
@@ -487,9 +488,9 @@ class _Decoder:
                 input_ids=self.fresh[:, start:end],
                 attention_mask=None if self.mask is None else self.mask[:, : past + end],
                 position_ids=self.positions[:, start:end],
-                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
+                **{cache_argument(self.model): self.cache},
                 **self.logits_to_keep,
             ).logits[:, -1:]
             self.cache.lengths = [past + end] * self.batch
@@ -660,7 +661,7 @@ class _Decoder:
             sequences=sequences,
             scores=tuple(self.rows[0].scores) if self.record_scores else None,
             logits=tuple(self.rows[0].logits) if self.record_logits else None,
-            past_key_values=cache,
+            **{_CACHE_FIELD: cache},
             steps=steps,
             drafted=sum(row.drafted for row in self.rows),
             accepted=sum(accepted),

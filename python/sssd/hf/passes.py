@@ -8,7 +8,7 @@ import torch
 
 from sssd.hf.fast import FastPass, fast_pass
 from sssd.hf.static import WIDTHS, Answer, StaticCache, lease
-from sssd.hf.verify import AttentionMasks, Block, TreeCache
+from sssd.hf.verify import AttentionMasks, Block, TreeCache, cache_argument
 
 STATIC_DEVICES = {"cuda"}
 """Types of devices where launching kernels one by one takes longer than running them."""
@@ -97,7 +97,7 @@ class Passes:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
+            **{cache_argument(self.model): cache},
         ).logits

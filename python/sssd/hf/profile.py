@@ -24,7 +24,7 @@ from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
 from sssd.hf.fast import available_bytes
 from sssd.hf.passes import STATIC_DEVICES, Passes
 from sssd.hf.static import WIDTHS
-from sssd.hf.verify import Block, check_model
+from sssd.hf.verify import Block, cache_argument, check_model
 
 BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
 
@@ -161,7 +161,7 @@ def _filled(model: Any, batch: int, context: int, width: int, fast_path: bool) -
     passes = Passes(model, batch, None, context + 2 * width, fast_path)
     cache = passes.cache
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-    model(input_ids=token, past_key_values=cache, use_cache=True)
+    model(input_ids=token, use_cache=True, **{cache_argument(model): cache})
     for layer in cache.layers:
         layer.reserve(context + 2 * width)
         for buffer in layer.buffers:

@@ -297,6 +297,11 @@ def _windows(config: Any) -> dict[str, int | None] | int | None:
     return None if kinds == {"full_attention"} else window
 
 
+def cache_argument(model: Any) -> str:
+    """The name under which the model's ``forward`` takes its cache: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def cannot_roll_back(model: Any) -> bool:
     """Whether the model has recurrent layers (state space, linear attention, short convolution).
 
@@ -324,7 +329,7 @@ def check_model(model: Any) -> None:
             "call model.set_attn_implementation('sdpa') or 'eager' first"
         )
     parameters = inspect.signature(model.forward).parameters
-    missing = {"attention_mask", "position_ids", "past_key_values"} - parameters.keys()
+    missing = {"attention_mask", "position_ids", cache_argument(model)} - parameters.keys()
     if missing or not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name}: the model takes no 4D attention mask with explicit positions")
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

@@ -114,7 +114,7 @@ def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> di
         started = time.perf_counter()
         states = DynamicCache()
         with torch.inference_mode():
-            model.model(ids[:, :-1], past_key_values=states, use_cache=True)
+            model.model(ids[:, :-1], use_cache=True, **{hf.cache_argument(model): states})
         reading += time.perf_counter() - started
         outputs = {}
         names = list(ways)
@@ -123,7 +123,7 @@ def measure(model: Any, prompts: list[Any], new_tokens: int, drafter: Any) -> di
             clock, copy = Clock(), deepcopy(states)
             started = time.perf_counter()
             outputs[name] = ways[name](
-                ids, attention_mask=torch.ones_like(ids), past_key_values=copy, streamer=clock
+                ids, attention_mask=torch.ones_like(ids), streamer=clock, **{hf.cache_argument(model): copy}
             )
             calls[name].append(clock.last - started)
             decoding[name].append(clock.last - clock.first)

@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 import sssd
-from sssd.hf import smollm2
+from sssd.hf import cache_argument, smollm2
 
 SLOTS = 8
 CAPACITY = 512
@@ -154,8 +154,8 @@ class Engine:
             torch.tensor([request.prompt_ids]),
             attention_mask=torch.ones(width, width, dtype=torch.bool).tril()[None, None],
             position_ids=torch.arange(width)[None],
-            past_key_values=self.pool,
             logits_to_keep=1,
+            **{cache_argument(self.model): self.pool},
         ).logits
         self.pool.lengths[request.slot] = width
         self.running.append(request)
@@ -176,9 +176,8 @@ class Engine:
             positions[row] = torch.from_numpy(tree.position_ids(length, width - 1))
             mask[row, :, :length] = True
             mask[row, :, length : length + width] = torch.from_numpy(tree.attention_mask(width - 1))
-        logits = self.model(
-            ids, attention_mask=mask[:, None], position_ids=positions, past_key_values=self.pool
-        ).logits
+        states = {cache_argument(self.model): self.pool}
+        logits = self.model(ids, attention_mask=mask[:, None], position_ids=positions, **states).logits
         self.passes += 1
         return logits.argmax(-1).numpy()
 

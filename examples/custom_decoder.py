@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import sssd
-from sssd.hf import smollm2
+from sssd.hf import cache_argument, smollm2
 
 PROMPT = """Write this function again and rename it to surface:
 
@@ -25,7 +25,8 @@ def area(width, height):
 def decode(model, prompt_ids: list[int], end_id: int, max_new_tokens: int, drafter: sssd.Drafter):
     """Decodes greedily; returns the new tokens and the number of verify passes."""
     cache = DynamicCache()  # without config: sliding layers would throw away what a rejected draft pushed out
-    logits = model(torch.tensor([prompt_ids]), past_key_values=cache, logits_to_keep=1).logits
+    states = {cache_argument(model): cache}  # transformers renamed it in 5.24
+    logits = model(torch.tensor([prompt_ids]), logits_to_keep=1, **states).logits
     output = [int(logits[0, -1].argmax())]
     steps = 0
     with drafter.begin(prompt_ids) as sequence:
@@ -41,7 +42,7 @@ def decode(model, prompt_ids: list[int], end_id: int, max_new_tokens: int, draft
                 torch.tensor([[output[-1], *tree.token_ids.tolist()]]),
                 attention_mask=mask[None, None],
                 position_ids=torch.from_numpy(tree.position_ids(past))[None],
-                past_key_values=cache,
+                **states,
             ).logits
             steps += 1
 

@@ -8,7 +8,8 @@ torch = pytest.importorskip("torch")
 from models import ARCHITECTURES, EAGER_ONLY, tiny_model  # noqa: E402
 from trees import paths_of, random_tree  # noqa: E402
 
-from sssd.hf.verify import AttentionMasks, TreeCache, cache_argument, check_model  # noqa: E402
+from sssd.hf.contract import cache_argument, check_model  # noqa: E402
+from sssd.hf.verify import AttentionMasks, TreeCache  # noqa: E402
 
 VOCAB = 64
 CASES = [
@@ -38,7 +39,9 @@ def verify_rows(model, prompts, rounds, nodes, seed):
         ids = torch.tensor([[3] * (width - len(p)) + list(p) for p in prompts])[:, :-1]
         positions = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, :-1]
         mask = None if cache.padding is None else padding[:, :-1]
-        model(ids, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_argument(model): cache})
+        model(
+            ids, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_argument(model): cache}
+        )
         cache.lengths = [width - 1] * batch
         for _ in range(rounds):
             trees = [random_tree(rng, int(rng.integers(1, nodes + 1)), VOCAB) for _ in rows]

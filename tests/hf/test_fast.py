@@ -1,7 +1,6 @@
 """The fast path against the model's own forward, and when it is not taken."""
 
 import gc
-import importlib
 import logging
 import weakref
 from itertools import chain
@@ -18,9 +17,10 @@ import sssd  # noqa: E402
 from sssd import DraftTree, hf  # noqa: E402
 from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf import fast  # noqa: E402
+from sssd.hf.contract import cache_argument  # noqa: E402
 from sssd.hf.passes import Passes  # noqa: E402
 from sssd.hf.static import WIDTHS, span_of  # noqa: E402
-from sssd.hf.verify import Block, cache_argument  # noqa: E402
+from sssd.hf.verify import Block  # noqa: E402
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -179,10 +179,8 @@ def test_static_sampling_uses_the_models_random_numbers(static):
 
 
 def test_texts_longer_than_the_fixed_buffers_go_on_elsewhere(static, monkeypatch):
-    # the package's ``generate`` is the function, which hides the module
-    module = importlib.import_module("sssd.hf.generate")
-    monkeypatch.setattr(module, "_EXPECTED_TOKENS", 0)
-    monkeypatch.setattr(module, "_TREE_ROOM", 0)
+    monkeypatch.setattr("sssd.hf.decoder._EXPECTED_TOKENS", 0)
+    monkeypatch.setattr("sssd.hf.decoder._TREE_ROOM", 0)
     monkeypatch.setattr("sssd.hf.static._SMALLEST_SPAN", 16)
     model = tiny_model("llama", "sdpa")
     expected = model.generate(PROMPT, **GREEDY)
@@ -291,8 +289,8 @@ def test_the_rule_changes_no_token(fast_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_do_not_depend_on_the_number_of_rows(dtype):
     """Reordered weights give a row the same sums in any company, but for the row that is alone in float32."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
+    if not fast.can_reorder(dtype):
+        pytest.skip("this processor or torch cannot reorder weights of this type")
     torch.manual_seed(0)
     weight, rows = (torch.randn(96, 64) * 0.1).to(dtype), torch.randn(40, 64).to(dtype)
     module = torch.nn.Linear(64, 96, bias=False).to(dtype)
@@ -344,7 +342,7 @@ def test_a_model_whose_forward_computes_something_else_is_noticed(monkeypatch, l
     original = type(model.model.layers[0].mlp).forward
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * original(self, x))
     assert fast.fast_pass(model) is None
-    assert "differ from the model's own" in log.records[-1].getMessage()
+    assert "the class LlamaMLP is changed" in log.records[-1].getMessage()
 
 
 @pytest.mark.parametrize("change", ["write", "replace", "load"])
@@ -378,9 +376,9 @@ def test_a_hook_that_comes_later_is_noticed():
     model = tiny_model("llama", "sdpa")
     assert fast.fast_pass(model) is not None
     handle = model.lm_head.register_forward_hook(lambda module, args, output: -output)
-    expected = model.generate(PROMPT, **GREEDY)
-    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), expected)
+    assert fast.fast_pass(model) is None
     handle.remove()
+    assert fast.fast_pass(model) is not None
     assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), model.generate(PROMPT, **GREEDY))
 
 

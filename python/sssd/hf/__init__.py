@@ -9,6 +9,7 @@ try:
 except ImportError as error:
     raise ImportError(f"sssd.hf needs torch and transformers: pip install 'sssd[hf]' ({error})") from error
 
+from sssd.hf.contract import cache_argument
 from sssd.hf.generate import GenerateResult, generate
 
-__all__ = ["GenerateResult", "generate"]
+__all__ = ["GenerateResult", "cache_argument", "generate"]

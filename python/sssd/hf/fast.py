@@ -9,28 +9,56 @@ What it gains, all without changing what is computed but for the rounding of sum
   axis.
 - One product for queries, keys and values, one for gate and up; one additive mask for all layers.
 
-A model that is not known, or is changed by hooks, adapters or quantization, is decoded by its own
-``forward``.
+It is taken only while every module, function and setting of the model is exactly what this code was written
+for, and while reordered weights equal the model's own, bit for bit: all of that is looked at again in each
+call. Whatever is not known, or fails, is decoded by the model's own ``forward``.
 """
 
+import copy
 import logging
 import os
+import sys
 import weakref
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import xxhash
 from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from transformers import modeling_utils
+from transformers.activations import ACT2FN
 
-from sssd.hf.verify import AttentionMasks, TreeCache, cache_argument
+from sssd.hf.contract import cache_argument, has_hooks
+from sssd.hf.verify import AttentionMasks, TreeCache
 
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+"""What their modules are called, after the name of the family."""
+_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv")
+"""What else of a family's code its attention is made of."""
+_ROPE_KINDS = {"default", "linear", "yarn", "llama3"}
+"""Rotary embeddings whose frequencies do not depend on the length of the text."""
 _PACKED_ROWS = 16
 """Rows that the reordering of weights is told to expect; good from 1 to 64."""
 
 _logger = logging.getLogger(__name__)
-_passes: "WeakKeyDictionary[Any, FastPass | str]" = WeakKeyDictionary()
+
+
+class _Kept:
+    """What is remembered of a model from one call to the next."""
+
+    def __init__(self) -> None:
+        self.fast: FastPass | None = None
+        self.failed: Any = None
+        """The stamp of the model when its fast path failed."""
+        self.logged: set[str] = set()
+
+
+_kept: "WeakKeyDictionary[Any, _Kept]" = WeakKeyDictionary()
 
 
 class NotKnown(Exception):
@@ -38,22 +66,81 @@ class NotKnown(Exception):
 
 
 def fast_pass(model: Any) -> "FastPass | None":
-    """The fast path of a model, made and checked at first use; None where there is none.
+    """The fast path of a model as it is now, made and checked when it is new; None where there is none.
 
-    The reason is logged once per model, at level INFO.
+    Each reason is logged once per model, at level INFO.
     """
-    known = _passes.get(model)
-    if isinstance(known, FastPass) and known.is_current():
-        return known
-    if known is None or isinstance(known, FastPass):
-        try:
-            known = FastPass(model)
-            known.check()
-        except NotKnown as reason:
-            known = str(reason)
-            _logger.info("%s: verified by the model's own forward: %s", type(model).__name__, reason)
-        _passes[model] = known
-    return known if isinstance(known, FastPass) and known.is_current() else None
+    kept = _kept.setdefault(model, _Kept())
+    try:
+        structure = _structure(model)
+    except Exception as reason:
+        _log(model, str(reason))
+        return None
+    if kept.failed is not None and kept.failed == (structure, _Weights(model.parameters())):
+        return None
+    try:
+        if kept.fast is not None and not kept.fast.is_current(structure):
+            # before the next one is made: both copies of the weights may be too much
+            kept.fast = None
+        if kept.fast is None:
+            fast = FastPass(model, structure)
+            fast.check()
+            kept.fast = fast
+    except Exception as reason:
+        give_up(model, str(reason) if isinstance(reason, NotKnown) else f"it cannot be prepared ({reason})")
+    return kept.fast
+
+
+def give_up(model: Any, reason: str) -> None:
+    """Takes the fast path from a model for as long as it stays as it is."""
+    _log(model, reason)
+    kept = _kept.setdefault(model, _Kept())
+    kept.fast = None
+    try:
+        kept.failed = _structure(model), _Weights(model.parameters())
+    except Exception:
+        kept.failed = None
+
+
+def _log(model: Any, reason: str) -> None:
+    kept = _kept.setdefault(model, _Kept())
+    if reason not in kept.logged:
+        kept.logged.add(reason)
+        _logger.info("%s: verified by the model's own forward: %s", type(model).__name__, reason)
+
+
+class _Weights:
+    """Weights as they were: where they lie, how often torch wrote to them and, if ``hashed``, every bit.
+
+    torch counts its own writes only: ``.data``, numpy views and other processes change weights behind it.
+    """
+
+    def __init__(self, weights: Iterable[Any], hashed: bool = False) -> None:
+        self.weights = [weight.detach() for weight in weights]
+        self.places = self._places()
+        self.digests = self._digests() if hashed else None
+
+    def _places(self) -> list[tuple[int, int]]:
+        return [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in self.weights]
+
+    def _digests(self) -> list[bytes]:
+        # as fast as the weights can be read; the hash leaves the GIL to the other threads
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(_digest, self.weights))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Weights):
+            return NotImplemented
+        if self.digests is not None and other.digests is not None:
+            return self.digests == other.digests
+        return self.places == other.places
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _digest(weight: Any) -> bytes:
+    flat = weight.reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_128_digest(flat)
 
 
 class _Linear:
@@ -103,86 +190,84 @@ class FastPass:
 
     Args:
         model: A Hugging Face model.
+        structure: What :func:`_structure` says of it.
 
     Raises:
-        NotKnown: Its class, weights, options or device are not those that this path was written for.
+        NotKnown: Its weights are not those that this path was written for.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._refuse(model)
+    def __init__(self, model: Any, structure: Any) -> None:
         config, decoder = model.config, model.model
         # the model is the key by which this is found, and must not be kept alive by it
         self._model = weakref.ref(model)
+        self._made_of = structure
         self.rotary, self.final_norm = decoder.rotary_emb, decoder.norm
         self.embedding = decoder.embed_tokens
-        first = decoder.layers[0].self_attn
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = first.head_dim
+        self.head_dim = decoder.layers[0].self_attn.head_dim
         weight = self.embedding.weight
         self.dtype, self.device = weight.dtype, weight.device
         self.packed = _should_pack(model)
-        self._stamps = _stamps(model)
-        try:
-            with torch.no_grad():
-                self.layers = [_Layer(layer, self.packed) for layer in decoder.layers]
-                self.head = _Linear([model.lm_head], self.packed)
-        except (AttributeError, RuntimeError, NotImplementedError) as error:
-            raise NotKnown(f"its weights cannot be prepared ({error})") from None
-        # in lower precisions the models round between the two factors, and the tokens should be theirs
         self.stores: list[Any] = []
-        self._plain_norm = self.dtype == torch.float32 and hasattr(self.final_norm, "variance_epsilon")
+        # in lower precisions the models round between the two factors, and the tokens should be theirs
+        self._plain_norm = self.dtype == torch.float32
+        # what outlives a call must not be made of inference tensors, which nobody may write to afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers = [_Layer(layer, self.packed) for layer in decoder.layers]
+            self.head = _Linear([model.lm_head], self.packed)
+        self._weights = self._as_they_are()
 
     @property
     def model(self) -> Any:
         """The model, while it is in use."""
         return self._model()
 
-    @staticmethod
-    def _refuse(model: Any) -> None:
-        name = type(model).__name__
-        if name not in _KNOWN or not type(model).__module__.startswith("transformers.models."):
-            raise NotKnown(f"{name} is not one of {', '.join(sorted(_KNOWN))}")
-        config = model.config
-        if config._attn_implementation != "sdpa":
-            raise NotKnown("its attention is not sdpa")
-        if len(set(getattr(config, "layer_types", None) or ())) > 1:
-            raise NotKnown("it mixes kinds of attention")
-        if model.training:
-            raise NotKnown("it is in training mode")
-        if getattr(model, "hf_device_map", None) or getattr(model, "_tp_plan_applied", False):
-            raise NotKnown("it is spread over devices")
-        weights = list(model.parameters())
-        if (
-            len({(weight.dtype, weight.device) for weight in weights}) != 1
-            or not weights[0].is_floating_point()
-        ):
-            raise NotKnown("its weights differ in type or device")
-        if weights[0].device.type not in ("cpu", "cuda"):
-            raise NotKnown(f"its device is {weights[0].device.type}")
-        for path, module in model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-                raise NotKnown(f"{path or name} has hooks or a forward of its own")
-            if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-                raise NotKnown(f"{path} is a {type(module).__name__}")
-            if hasattr(module, "parametrizations"):
-                raise NotKnown(f"{path} is parametrized")
+    def is_current(self, structure: Any = None) -> bool:
+        """Whether the model still is as it was: modules, settings, and the weights that were copied."""
+        if structure is None:
+            try:
+                structure = _structure(self.model)
+            except NotKnown:
+                return False
+        return structure == self._made_of and self._as_they_are() == self._weights
 
-    def is_current(self) -> bool:
-        """Whether the model still is as it was: same weights in the same places, no hooks since."""
-        try:
-            self._refuse(self.model)
-        except NotKnown:
-            return False
-        return self._stamps == _stamps(self.model)
+    def _as_they_are(self) -> "list[int] | _Weights":
+        # without a copy of the weights, new values are seen in the old places
+        if not self.packed:
+            return [weight.data_ptr() for weight in self.model.parameters()]
+        products = [[layer.qkv, layer.out, layer.gate_up, layer.down] for layer in self.layers]
+        modules = [module for part in [*chain.from_iterable(products), self.head] for module in part.modules]
+        weights = [module.weight for module in modules]
+        weights += [module.bias for module in modules if module.bias is not None]
+        return _Weights(weights, hashed=True)
 
     def check(self) -> None:
-        """Compares a pass over a small tree with the model's own forward.
+        """Compares passes over small trees with the model's own forward.
+
+        The formulas are compared in float32, on a small model of the same kind, to the rounding of sums; the
+        model itself by its choices, which may differ where two tokens are as good within rounding.
 
         Raises:
-            NotKnown: They differ by more than rounding.
+            NotKnown: They differ by more.
         """
-        vocab = self.embedding.num_embeddings
-        tokens = torch.arange(1, 12, device=self.device)[None] * 7919 % vocab
+        twin = _twin(self.model)
+        error = max(_distance(*pair) for pair in FastPass(twin, None)._compare())
+        if not error < 1e-5:
+            raise NotKnown(f"the logits of a small model of its kind differ by {error:.1e}")
+        rounding = torch.finfo(self.dtype).eps
+        for ours, theirs in self._compare():
+            error = _distance(ours, theirs)
+            if self.dtype == torch.float32 and not error < 1e-4:
+                raise NotKnown(f"its logits differ from the model's own by {error:.1e}")
+            chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))
+            best, scale = theirs.amax(-1, keepdim=True), theirs.abs().amax(-1, keepdim=True)
+            if not bool((best - chosen <= 8 * rounding * scale).all()):
+                raise NotKnown("it chooses other tokens than its own forward")
+
+    def _compare(self) -> list[tuple[Any, Any]]:
+        """Logits of this path and of the model's own forward, float32, for one token and for a tree."""
+        model = self.model
+        tokens = torch.arange(1, 12, device=self.device)[None] * 7919 % self.embedding.num_embeddings
         # two branches below the third token
         parents = [-1, 0, 1, 2, 3, 2, 5, 6, 4, 7, 9]
         mask = torch.zeros(1, 11, 11, dtype=torch.bool, device=self.device)
@@ -193,18 +278,18 @@ class FastPass:
                 depths[i] = depths[parent] + 1
             mask[0, i, i] = True
         positions = torch.tensor([depths], device=self.device)
-        masks, name = AttentionMasks(self.model), cache_argument(self.model)
+        masks, name = AttentionMasks(model), cache_argument(model)
         own, mine = TreeCache(1), TreeCache(1)
         pairs = []
         with torch.inference_mode():
             for cache in (own, mine):
                 text = torch.arange(11, device=self.device)[None]
-                self.model(input_ids=tokens, use_cache=True, position_ids=text, **{name: cache})
+                model(input_ids=tokens, use_cache=True, position_ids=text, **{name: cache})
                 cache.lengths = [11]
             for count in (1, 11):
                 block = tokens[:, :count], positions[:, :count] + 11
                 shape = mask[:, :count, :count], positions[:, :count]
-                theirs = self.model(
+                theirs = model(
                     input_ids=block[0],
                     attention_mask=masks.build(own, *shape),
                     position_ids=block[1],
@@ -213,9 +298,7 @@ class FastPass:
                 ).logits
                 ours = self(*block, mine, masks.build(mine, *shape, windows=False))
                 pairs.append((ours.float(), theirs.float()))
-        error = max(float((ours - theirs).norm() / theirs.norm().clamp(min=1e-9)) for ours, theirs in pairs)
-        if not error < (1e-4 if self.dtype == torch.float32 else 5e-2):
-            raise NotKnown(f"its logits differ from the model's own by {error:.1e}")
+        return pairs
 
     def __call__(self, ids: Any, positions: Any, cache: Any, mask: Any) -> Any:
         """Logits [B, T, vocabulary] of T tokens of each row, whose keys and values are written to the cache.
@@ -272,23 +355,139 @@ class FastPass:
         return module(x)
 
 
+def _distance(ours: Any, theirs: Any) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-9))
+
+
 def _signed(sin: Any) -> Any:
     """The sine with its first half negated: ``rotate_half(x) * sin`` is ``x.roll(half) * signed``."""
     low, high = sin.chunk(2, dim=-1)
     return torch.cat([-low, high], dim=-1)
 
 
-def _stamps(model: Any) -> list[tuple[int, int]]:
-    """Where each weight lies and how often it was written to."""
-    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+def _structure(model: Any) -> Any:
+    """Everything but weights that the model's output depends on, to be compared with another time's.
+
+    Raises:
+        NotKnown: It is not what this path was written for.
+    """
+    name, config = type(model).__name__, model.config
+    if name not in _KNOWN:
+        raise NotKnown(f"{name} is not one of {', '.join(sorted(_KNOWN))}")
+    if config._attn_implementation != "sdpa":
+        raise NotKnown("its attention is not sdpa")
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise NotKnown("it mixes kinds of attention")
+    if getattr(config, "quantization_config", None) is not None or getattr(model, "hf_quantizer", None):
+        raise NotKnown("it is quantized")
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        raise NotKnown("it has adapters")
+    if model.training:
+        raise NotKnown("it is in training mode")
+    if getattr(model, "hf_device_map", None) or getattr(model, "_tp_plan_applied", False):
+        raise NotKnown("it is spread over devices")
+    if torch.is_autocast_enabled(model.device.type):
+        raise NotKnown("autocast is on")
+    if model.device.type not in ("cpu", "cuda"):
+        raise NotKnown(f"its device is {model.device.type}")
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        raise NotKnown("hooks are registered for all modules")
+    weights = list(model.parameters())
+    if any(type(w) is not nn.Parameter or type(w.data) is not torch.Tensor for w in weights):
+        raise NotKnown("its weights are no plain tensors")
+    if len({(w.dtype, w.device) for w in weights}) != 1 or not weights[0].is_floating_point():
+        raise NotKnown("its weights differ in type or device")
+    family = sys.modules[type(model).__module__]
+    functions = [getattr(family, function, None) for function in _FUNCTIONS]
+    functions.append(modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"])
+    if any(not _is_of(function, "transformers") for function in functions):
+        raise NotKnown("functions of its attention are replaced")
+    parts = {f"{name.removesuffix('ForCausalLM')}{part}" for part in _PARTS}
+    activation = ACT2FN[config.hidden_act]
+    modules = []
+    for path, module in model.named_modules():
+        kind = type(module)
+        of_family = kind.__name__ in parts and kind.__module__ == f"transformers.models.{_family(name)}"
+        if not of_family and kind not in (nn.Linear, nn.Embedding, nn.ModuleList, type(activation)):
+            raise NotKnown(f"{path or name} is a {kind.__name__}")
+        if has_hooks(module) or "forward" in vars(module):
+            raise NotKnown(f"{path or name} has hooks or a forward of its own")
+        if not (_is_own(kind.forward, kind) and _is_of(kind.__call__, "torch", "transformers")):
+            raise NotKnown(f"the class {kind.__name__} is changed")
+        if set(module._buffers) - {"inv_freq", "original_inv_freq"}:
+            raise NotKnown(f"{path or name} has buffers that are not known")
+        settings = [(key, value) for key, value in vars(module).items() if isinstance(value, _SETTINGS)]
+        if path:  # the model itself must not be kept alive, and keeps account of other things
+            modules.append((path, module, kind.forward, settings))
+    if model.model.rotary_emb.rope_type not in _ROPE_KINDS:
+        raise NotKnown(f"its rotary embedding is {model.model.rotary_emb.rope_type}")
+    return functions, modules
+
+
+_SETTINGS = (bool, int, float, str, type(None))
+
+
+def _family(name: str) -> str:
+    family = name.removesuffix("ForCausalLM").lower()
+    return f"{family}.modeling_{family}"
+
+
+def _is_of(function: Any, *packages: str) -> bool:
+    return str(getattr(function, "__module__", None)).split(".")[0] in packages
+
+
+def _is_own(function: Any, kind: type) -> bool:
+    """Whether ``forward`` was defined in the class or in one that it is derived from, not put there later."""
+    names = [(base.__module__, f"{base.__qualname__}.forward") for base in kind.__mro__]
+    names.append((nn.Module.__module__, "_forward_unimplemented"))
+    return (function.__module__, function.__qualname__) in names
+
+
+def _twin(model: Any) -> Any:
+    """A small model of the same kind with random weights, float32, on the CPU."""
+    config = copy.deepcopy(model.config)
+    small = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "pad_token_id": None,
+    }
+    for name, value in small.items():
+        if value is None or hasattr(config, name):
+            setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 6
+    config._attn_implementation = "sdpa"
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        twin = type(model)(config).float().eval()
+        for weight in twin.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.1, generator=generator)
+    return twin
+
+
+def can_reorder(dtype: Any) -> bool:
+    """Whether this processor and this torch can reorder weights of a type."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), _PACKED_ROWS)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _should_pack(model: Any) -> bool:
     """Whether to hold a second copy of the weights, in oneDNN's order."""
     weight = next(model.parameters())
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.device.type != "cpu" or not can_reorder(weight.dtype):
         return False
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if size > available_bytes() // 2:

@@ -1,14 +1,15 @@
 """Verify passes of one batch: its cache, and the fastest way to run the model over it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from sssd.hf.fast import FastPass, fast_pass
-from sssd.hf.static import WIDTHS, Answer, StaticCache, lease
-from sssd.hf.verify import AttentionMasks, Block, TreeCache, cache_argument
+from sssd.hf.contract import cache_argument
+from sssd.hf.fast import FastPass, fast_pass, give_up
+from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, give_back, lease
+from sssd.hf.verify import AttentionMasks, Block, TreeCache
 
 STATIC_DEVICES = {"cuda"}
 """Types of devices where launching kernels one by one takes longer than running them."""
@@ -17,8 +18,10 @@ STATIC_DEVICES = {"cuda"}
 class Passes:
     """Runs verify passes: on fixed buffers, else on the fast path, else by the model's own forward.
 
+    A context manager, at whose end the fixed buffers are given back.
+
     Args:
-        model: A model that :func:`sssd.hf.verify.check_model` lets pass.
+        model: A model that :func:`sssd.hf.contract.check_model` lets pass.
         batch: Number of rows.
         padding: Bool [B, prompt length], False at padding; None without padding.
         room: Tokens of each row that the cache should hold.
@@ -36,22 +39,31 @@ class Passes:
         self.masks = AttentionMasks(model)
         self.fast: FastPass | None = fast_pass(model) if fast_path else None
         self.overlaps = model.device.type in STATIC_DEVICES
-        self.store = None
-        if self.fast is not None and model.device.type in STATIC_DEVICES:
-            self.store = lease(self.fast, batch, room)
-            self.cache: TreeCache = StaticCache(self.store, batch, padding)
-        else:
-            self.cache = TreeCache(batch, padding, room)
+        self.store: StaticStore | None = None
+        self.cache = TreeCache(batch, padding, room)
+        if self.fast is not None and self.overlaps:
+            try:
+                self.store = lease(self.fast, batch, room)
+                self.cache = StaticCache(self.store, batch, padding)
+            except Exception as error:  # too little memory, say
+                self.close()
+                give_up(model, f"fixed buffers failed ({error})")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Gives the fixed buffers back."""
         if self.store is not None:
-            self.store.busy = False
+            give_back(self.store)
             self.store = None
 
     def width(self, nodes: int) -> int:
         """Tokens of each row in a pass over trees of at most so many nodes."""
-        if self.store is None:
+        if self.store is None or self.fast is None:
             return nodes + 1
         return next((width for width in WIDTHS if width > nodes), nodes + 1)
 
@@ -72,12 +84,19 @@ class Passes:
         cache, width = self.cache, block.ids.shape[1]
         if (
             self.store is not None
+            and self.fast is not None
             and isinstance(cache, StaticCache)
             and width in WIDTHS
             and cache.has_room(width)
         ):
-            cache.moved = accept
-            return self.store.launch(block, cache.lengths, accept)
+            try:
+                finish = self.store.launch(block, cache.lengths, accept)
+            except Exception as error:
+                # the lengths are as they were: what the pass has written lies in free slots
+                self._leave_fast_path(error)
+            else:
+                cache.moved = accept
+                return finish
         if not self.overlaps:
             return lambda: (self._forward(block), None)
         logits = self._forward(block)
@@ -92,7 +111,11 @@ class Passes:
         tree = torch.from_numpy(block.tree_mask).to(device)
         mask = self.masks.build(cache, tree, depths, windows=self.fast is None)
         if self.fast is not None:
-            return self.fast(ids, positions, cache, mask)
+            try:
+                return self.fast(ids, positions, cache, mask)
+            except Exception as error:
+                self._leave_fast_path(error)
+                mask = self.masks.build(cache, tree, depths)
         return self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -101,3 +124,8 @@ class Passes:
             return_dict=True,
             **{cache_argument(self.model): cache},
         ).logits
+
+    def _leave_fast_path(self, error: Exception) -> None:
+        """Goes on by the model's own forward; the cache stays where it is, in the fixed buffers as well."""
+        give_up(self.model, f"a pass failed ({error})")
+        self.fast = None

@@ -21,10 +21,11 @@ from sssd.errors import InvalidArgumentError
 from sssd.hardware.budget import Budget
 from sssd.hardware.curve import CostCurve, CostCurveError, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
+from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import available_bytes
 from sssd.hf.passes import STATIC_DEVICES, Passes
 from sssd.hf.static import WIDTHS
-from sssd.hf.verify import Block, cache_argument, check_model
+from sssd.hf.verify import Block
 
 BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
 
@@ -102,16 +103,14 @@ def profile(
     with torch.inference_mode():
         for i, batch in enumerate(batches):
             for k, context in enumerate(contexts):
-                passes = _filled(model, batch, context, widths[-1], fast_path)
                 times = np.empty((repeats + 1, len(widths)))
-                try:
+                with Passes(model, batch, None, context + 2 * widths[-1], fast_path) as passes:
+                    _fill(passes, context, widths[-1])
                     for turn in range(repeats + 1):
                         for j, width in enumerate(widths):
                             times[turn, j] = _time(passes, width, rng)
                             done += 1
                             progress(done, total)
-                finally:
-                    passes.close()
                 seconds[i, :, k] = np.median(times[1:], axis=0)
     curve = CostCurve.fit(
         batches,
@@ -156,10 +155,10 @@ def _check_memory(model: Any, batch: int, width: int, context: int) -> None:
         )
 
 
-def _filled(model: Any, batch: int, context: int, width: int, fast_path: bool) -> Passes:
-    """Passes over a cache of random states of the given length."""
-    passes = Passes(model, batch, None, context + 2 * width, fast_path)
-    cache = passes.cache
+def _fill(passes: Passes, context: int, width: int) -> None:
+    """Fills the cache with random states of the given length."""
+    model, cache = passes.model, passes.cache
+    batch = len(cache.lengths)
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     model(input_ids=token, use_cache=True, **{cache_argument(model): cache})
     for layer in cache.layers:
@@ -167,7 +166,6 @@ def _filled(model: Any, batch: int, context: int, width: int, fast_path: bool) -
         for buffer in layer.buffers:
             buffer.normal_()
     cache.lengths = [context] * batch
-    return passes
 
 
 def _time(passes: Passes, width: int, rng: np.random.Generator) -> float:

@@ -10,6 +10,7 @@ On a CPU the same code runs without graphs; tests do so.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 TOP_K = 8
 _SMALLEST_SPAN = 256
 _KEPT_STORES = 2
+"""Idle stores of a model: calls of two shapes may take turns."""
+_lock = Lock()
 
 
 def span_of(slots: int, capacity: int) -> int:
@@ -72,22 +75,24 @@ class StaticStore:
         self.masks = AttentionMasks(fast.model)
         device = fast.device
         shape = (batch, fast.kv_heads, capacity, fast.head_dim)
-        self.buffers = [
-            [torch.zeros(shape, dtype=fast.dtype, device=device) for _ in range(2)] for _ in fast.layers
-        ]
         pin = device.type == "cuda"
         most = WIDTHS[-1]
-        # ids, depths, positions and parents of every entry, and each row's length in the last column
-        self._host = torch.zeros(4, batch, most + 1, dtype=torch.long, pin_memory=pin)
-        self._device = self._host.to(device)
+        # whoever made them, later calls write to them, which inference tensors would not allow
+        with torch.inference_mode(False):
+            self.buffers = [
+                [torch.zeros(shape, dtype=fast.dtype, device=device) for _ in range(2)] for _ in fast.layers
+            ]
+            # ids, depths, positions and parents of every entry, and each row's length in the last column
+            self._host = torch.zeros(4, batch, most + 1, dtype=torch.long, pin_memory=pin)
+            self._device = self._host.to(device)
+            self._host_mask = torch.zeros(batch, most, most, dtype=torch.bool, pin_memory=pin)
+            self._device_mask = self._host_mask.to(device)
+            self._answer = torch.zeros(batch, most, 1 + 2 * TOP_K, dtype=torch.int32, device=device)
+            self._keep = torch.ones(batch, capacity, dtype=torch.bool, device=device)
         self._copied = torch.cuda.Event() if pin else None
-        self._host_mask = torch.zeros(batch, most, most, dtype=torch.bool, pin_memory=pin)
-        self._device_mask = self._host_mask.to(device)
-        self._answer = torch.zeros(batch, most, 1 + 2 * TOP_K, dtype=torch.int32, device=device)
         self._logits: dict[tuple[Any, ...], Any] = {}
         self._recorded: dict[tuple[Any, ...], Callable[[], None]] = {}
         self._record = record or (Recorder() if device.type == "cuda" else lambda function: function)
-        self._keep = torch.ones(batch, capacity, dtype=torch.bool, device=device)
         self.vocab_size = fast.embedding.num_embeddings
 
     def set_padding(self, padding: Any) -> None:
@@ -170,7 +175,7 @@ class StaticStore:
 
     def _tell(self, batch: int, width: int, logits: Any, targets: Any) -> None:
         values, ids = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
-        probs = (values.float() - logits.logsumexp(-1, keepdim=True).float()).exp().clamp(max=1.0)
+        probs = (values.float() - logits.float().logsumexp(-1, keepdim=True)).exp().clamp(max=1.0)
         probs = probs / probs.sum(-1, keepdim=True).clamp(min=1.0)
         answer = self._answer[:batch, :width]
         answer[..., 0] = targets
@@ -250,13 +255,25 @@ class Recorder:
 def lease(fast: FastPass, batch: int, capacity: int) -> StaticStore:
     """A store of at least this size that nobody uses, kept from earlier calls if there is one."""
     capacity = span_of(capacity, 1 << 62)
-    kept: list[StaticStore] = fast.stores
-    for store in kept:
-        if not store.busy and store.batch >= batch and store.capacity >= capacity:
-            store.busy = True
-            return store
-    kept[:] = [store for store in kept if store.busy][-_KEPT_STORES:]
-    store = StaticStore(fast, batch, capacity)
-    store.busy = True
-    kept.append(store)
-    return store
+    with _lock:
+        idle: list[StaticStore] = [store for store in fast.stores if not store.busy]
+        for store in sorted(idle, key=lambda store: store.batch * store.capacity):
+            if store.batch >= batch and store.capacity >= capacity:
+                break
+        else:
+            for store in idle[: len(idle) - _KEPT_STORES + 1]:
+                # before the new one takes its memory
+                fast.stores.remove(store)
+            store = StaticStore(fast, batch, capacity)
+            fast.stores.append(store)
+        store.busy = True
+        return store
+
+
+def give_back(store: StaticStore) -> None:
+    """Lets the next call have a store; the one used last is kept longest."""
+    with _lock:
+        store.busy = False
+        if store in store.fast.stores:
+            store.fast.stores.remove(store)
+            store.fast.stores.append(store)

@@ -1,4 +1,4 @@
-"""Tree verification for decoder-only transformers: mask, key-value cache, and which models qualify.
+"""Tree verification for decoder-only transformers: mask and key-value cache.
 
 One forward pass over ``[last token] + nodes`` gives the target model's logits after every node of a draft
 tree, because each node attends to the committed prefix and to its own ancestors only (tree attention,
@@ -6,7 +6,6 @@ SpecInfer, arXiv 2305.09781). The accepted path is then kept in the cache, where
 ``docs/verification.md``.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sssd._core import DraftTree
-from sssd.errors import UnsupportedModelError
 
 _KV_ALIGNMENT = 16
 """CUDA kernels copy a mask of unaligned rows at every layer, so rows are allocated in this multiple."""
@@ -166,17 +164,7 @@ class TreeCache(Cache):  # type: ignore[misc]
             layer.buffers = [buffer[rows] for buffer in layer.buffers]
 
     def load(self, cache: Any) -> None:
-        """Starts from the states of a user's cache.
-
-        Raises:
-            UnsupportedModelError: The cache drops, quantizes or offloads states.
-        """
-        if getattr(cache, "offloading", False) or any(
-            type(layer) is not DynamicLayer for layer in cache.layers
-        ):
-            raise UnsupportedModelError(
-                "past_key_values must keep every state: pass DynamicCache() made without config, or nothing"
-            )
+        """Starts from the states of a user's cache, which keeps every state."""
         for index, layer in enumerate(cache.layers):
             if layer.get_seq_length():
                 self.update(layer.keys, layer.values, index)
@@ -212,7 +200,7 @@ class AttentionMasks:
     """Builds the 4D masks of a verify pass in the form that the model takes.
 
     Args:
-        model: A decoder-only model that :func:`check_model` lets pass.
+        model: A model that :func:`sssd.hf.contract.check_model` lets pass.
     """
 
     def __init__(self, model: Any) -> None:
@@ -295,46 +283,3 @@ def _windows(config: Any) -> dict[str, int | None] | int | None:
     if len(kinds) > 1:
         return {kind: window if kind == "sliding_attention" else None for kind in kinds}
     return None if kinds == {"full_attention"} else window
-
-
-def cache_argument(model: Any) -> str:
-    """The name under which the model's ``forward`` takes its cache: ``cache`` since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def cannot_roll_back(model: Any) -> bool:
-    """Whether the model has recurrent layers (state space, linear attention, short convolution).
-
-    Their state mixes all tokens of a pass: siblings cannot share one, and a rejected draft stays in it.
-    """
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ()
-    return bool(getattr(model, "_is_stateful", False)) or any(
-        kind == "linear_attention" or not kind.endswith("attention") for kind in kinds
-    )
-
-
-def check_model(model: Any) -> None:
-    """Raises :class:`UnsupportedModelError` if the model cannot verify draft trees losslessly."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "is_decoder", True) is False:
-        raise UnsupportedModelError(f"{name}: attention is bidirectional; set is_decoder=True in the config")
-    implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"{name}: attention {implementation!r} cannot express a tree mask; "
-            "call model.set_attn_implementation('sdpa') or 'eager' first"
-        )
-    parameters = inspect.signature(model.forward).parameters
-    missing = {"attention_mask", "position_ids", cache_argument(model)} - parameters.keys()
-    if missing or not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{name}: the model takes no 4D attention mask with explicit positions")
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unknown or (
-        getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types")
-    ):
-        kinds = ", ".join(sorted(unknown)) or "chunked_attention"
-        raise UnsupportedModelError(f"{name}: no tree mask is known for layers of type {kinds}")

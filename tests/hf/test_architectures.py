@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 from models import ARCHITECTURES, EAGER_ONLY, tiny_model  # noqa: E402
 from trees import paths_of, random_tree  # noqa: E402
 
-from sssd.hf.contract import cache_argument, check_model  # noqa: E402
+from sssd.hf.contract import cache_argument  # noqa: E402
 from sssd.hf.verify import AttentionMasks, TreeCache  # noqa: E402
 
 VOCAB = 64
@@ -28,7 +28,6 @@ def reference(model, token_ids):
 def verify_rows(model, prompts, rounds, nodes, seed):
     """Runs tree passes over rows of different lengths; returns the largest error of any logit of any node."""
     rng = np.random.default_rng(seed)
-    check_model(model)
     batch, width = len(prompts), max(map(len, prompts))
     padding = torch.tensor([[i >= width - len(p) for i in range(width)] for p in prompts])
     cache = TreeCache(batch, None if bool(padding.all()) else padding)

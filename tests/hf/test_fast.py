@@ -1,5 +1,6 @@
 """The fast path against the model's own forward, and when it is not taken."""
 
+import functools
 import gc
 import logging
 import weakref
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from models import tiny_model  # noqa: E402
+from transformers import DynamicCache, modeling_utils  # noqa: E402
 from trees import ScriptedDrafter, random_tree  # noqa: E402
 
 import sssd  # noqa: E402
@@ -19,7 +21,8 @@ from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf import fast  # noqa: E402
 from sssd.hf.contract import cache_argument  # noqa: E402
 from sssd.hf.passes import Passes  # noqa: E402
-from sssd.hf.static import WIDTHS, span_of  # noqa: E402
+from sssd.hf.profile import profile  # noqa: E402
+from sssd.hf.static import WIDTHS, StaticStore, span_of  # noqa: E402
 from sssd.hf.verify import Block  # noqa: E402
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
@@ -31,9 +34,9 @@ GREEDY = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_t
 
 
 @pytest.fixture
-def static(monkeypatch):
-    """Fixed buffers on the CPU too, where nothing is recorded but everything else is as on a GPU."""
-    monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu", "cuda"})
+def log(caplog):
+    caplog.set_level(logging.INFO, "sssd.hf.fast")
+    return caplog
 
 
 def block(rng, lengths, nodes, width=None):
@@ -57,8 +60,7 @@ def started(model, lengths, path):
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("path", ["fast", "static"])
 def test_logits_and_states_are_those_of_the_model(path, name, lengths, nodes, request):
-    if path == "static":
-        request.getfixturevalue("static")
+    request.getfixturevalue("static" if path == "static" else "growing")
     model = tiny_model(name, "sdpa")
     width = next(known for known in WIDTHS if known > nodes) if path == "static" else nodes + 1
     trees = block(np.random.default_rng(nodes), lengths, nodes, width)
@@ -125,6 +127,107 @@ def test_the_answer_holds_the_most_probable_tokens(static):
         probs, tokens = logits.softmax(-1).topk(8)
     assert np.array_equal(answer.topk_ids, tokens.numpy())
     np.testing.assert_allclose(answer.topk_probs, probs.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_calls_of_two_shapes_take_turns_without_new_buffers(static, monkeypatch):
+    made, make = [], StaticStore.__init__
+    monkeypatch.setattr(
+        StaticStore, "__init__", lambda self, *a, **k: (made.append(a), make(self, *a, **k))[1]
+    )
+    model = tiny_model("llama", "sdpa")
+    for _ in range(3):
+        hf.generate(model, PROMPT, max_nodes=3, **{**GREEDY, "max_new_tokens": 260})
+        hf.generate(model, BATCH, attention_mask=(BATCH != 0).long(), max_nodes=3, **GREEDY)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("fails", ["prefill", "begin", "draft", "stream", "load"])
+def test_fixed_buffers_are_given_back_whatever_fails(static, fails, monkeypatch):
+    model = tiny_model("llama", "sdpa")
+    hf.generate(model, PROMPT, max_nodes=3, **GREEDY)
+
+    class Failing(ScriptedDrafter):
+        def begin(self, prompt):
+            if fails == "begin":
+                raise RuntimeError("down")
+            return super().begin(prompt)
+
+        def draft(self, token_ids, max_nodes):
+            raise RuntimeError("down")
+
+    class Stream:
+        def put(self, value):
+            if fails == "stream" and value.numel() == 1:
+                raise RuntimeError("down")
+
+        def end(self):
+            pass
+
+    options = {"drafter": Failing([], 64, 0.0) if fails in ("begin", "draft") else None, "streamer": Stream()}
+    if fails == "prefill":
+        # the model's own forward fails, not the fast path
+        monkeypatch.setattr("sssd.hf.decoder.Decoder._prefill", lambda self: 1 / 0)
+    if fails == "load":
+        monkeypatch.setattr("sssd.hf.verify.TreeCache.load", lambda self, cache: 1 / 0)
+        options[cache_argument(model)] = DynamicCache()
+    for _ in range(4):
+        with pytest.raises((RuntimeError, ZeroDivisionError)):
+            hf.generate(model, PROMPT, max_nodes=3, **options, **GREEDY)
+    assert [store.busy for store in fast.fast_pass(model).stores] == [False]
+
+
+@pytest.mark.parametrize("first", ["generate", "profile"])
+def test_buffers_made_in_inference_mode_serve_everyone(static, first, monkeypatch, tmp_path):
+    monkeypatch.setenv("SSSD_CACHE", str(tmp_path))
+    model = tiny_model("llama", "sdpa")
+    if first == "profile":
+        profile(model, batches=(1, 2), widths=(1, 2, 4), contexts=(16, 128), repeats=1)
+    else:
+        with torch.inference_mode():
+            hf.generate(model, PROMPT, max_nodes=7, **GREEDY)
+    expected = model.generate(PROMPT, **GREEDY)
+    drafter = ScriptedDrafter(expected.tolist(), 64, 0.8)
+    assert torch.equal(hf.generate(model, PROMPT, drafter, max_nodes=7, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("path", ["static", "growing"])
+def test_a_fast_path_that_fails_is_left_in_the_middle_of_a_call(path, request, monkeypatch, log):
+    """The pass is run again by the model's own forward, and the reason logged once."""
+    request.getfixturevalue(path)
+    model = tiny_model("llama", "sdpa")
+    expected = model.generate(PROMPT, **GREEDY)
+    assert fast.fast_pass(model) is not None
+    calls, run = [], fast.FastPass.__call__
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("no kernel for this")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(fast.FastPass, "__call__", failing)
+    for _ in range(2):
+        drafter = ScriptedDrafter(expected.tolist(), 64, 0.8)
+        assert torch.equal(hf.generate(model, PROMPT, drafter, max_nodes=9, **GREEDY), expected)
+    assert len(calls) == 5
+    assert [record.getMessage().count("no kernel for this") for record in log.records] == [1]
+    # new weights, new luck
+    monkeypatch.setattr(fast.FastPass, "__call__", run)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert fast.fast_pass(model) is not None
+
+
+def test_reported_probabilities_are_rounded_in_float32(static):
+    model = tiny_model("llama", "sdpa", vocab_size=4096).to(torch.bfloat16)
+    model.lm_head.weight.data.mul_(4)
+    assert fast.fast_pass(model) is not None
+    with torch.inference_mode():
+        passes = started(model, [9], "static")
+        trees = block(np.random.default_rng(0), [9], 15, 16)
+        logits, answer = passes.launch(trees, accept=True)()
+        right = logits.float().softmax(-1).gather(-1, torch.from_numpy(answer.topk_ids))
+    np.testing.assert_allclose(answer.topk_probs, right.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_fixed_buffers_are_used_again_by_the_next_call_and_not_by_two_at_once(static):
@@ -303,12 +406,6 @@ def test_products_do_not_depend_on_the_number_of_rows(dtype):
             assert torch.equal(product(rows[:count]), whole[:count])
 
 
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO, "sssd.hf.fast")
-    return caplog
-
-
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
@@ -345,22 +442,171 @@ def test_a_model_whose_forward_computes_something_else_is_noticed(monkeypatch, l
     assert "the class LlamaMLP is changed" in log.records[-1].getMessage()
 
 
-@pytest.mark.parametrize("change", ["write", "replace", "load"])
-def test_changed_weights_are_noticed(change):
+def other(model):
+    return tiny_model("llama", "sdpa", seed=3).model.layers[0].mlp.down_proj.weight.detach()
+
+
+def down(model):
+    return model.model.layers[0].mlp.down_proj
+
+
+def write(model):
+    with torch.no_grad():
+        down(model).weight.mul_(-3)
+
+
+def replace(model):
+    down(model).weight = torch.nn.Parameter(down(model).weight * -3)
+
+
+def load(model):
+    model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
+
+
+def write_data(model):
+    down(model).weight.data.copy_(other(model))
+
+
+def write_one_number(model):
+    down(model).weight.data[3, 5] += 2.0
+
+
+def exchange_rows(model):
+    down(model).weight.data[:] = down(model).weight.data.flip(0)
+
+
+def replace_data(model):
+    down(model).weight.data = other(model).clone()
+
+
+def write_by_numpy(model):
+    down(model).weight.detach().numpy()[:] = other(model).numpy()
+
+
+def step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    model(PROMPT, labels=PROMPT).loss.backward()
+    optimizer.step()
+
+
+def write_norm(model):
+    model.model.norm.weight.data.mul_(torch.linspace(-1, 2, 32))
+
+
+def replace_norm(model):
+    model.model.layers[1].input_layernorm = tiny_model("llama", "sdpa").model.norm
+    model.model.layers[1].input_layernorm.weight.data.mul_(torch.linspace(-1, 2, 32))
+
+
+def write_embedding(model):
+    model.model.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight.data.flip(0))
+
+
+def replace_mlp(model):
+    model.model.layers[0].mlp = tiny_model("llama", "sdpa", seed=3).model.layers[0].mlp
+
+
+def activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def scaling(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.05
+
+
+def epsilon(model):
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 3.0
+
+
+def frequencies(model):
+    model.model.rotary_emb.inv_freq.mul_(3.0)
+
+
+def eager(model):
+    model.set_attn_implementation("eager")
+
+
+def adapter(model):
+    """A layer like those of adapters, which keeps the weight's name."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.05 * x.sum(-1, keepdim=True)
+
+    down(model).__class__ = Adapted
+
+
+CHANGES = [
+    write, replace, load, write_data, write_one_number, exchange_rows, replace_data, write_by_numpy, step,
+    write_norm, replace_norm, write_embedding, replace_mlp, activation, scaling, epsilon, frequencies, eager,
+    adapter,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_between_calls_is_noticed(change, packed, monkeypatch):
+    """With a reordered copy of the weights and, as on a GPU, without one."""
+    if not packed:
+        monkeypatch.setattr(fast, "_should_pack", lambda model: False)
+    model = tiny_model("llama", "sdpa")
+    before = model.generate(PROMPT, **GREEDY)
+    assert fast.fast_pass(model) is not None
+    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), before)
+    change(model)
+    expected = model.generate(PROMPT, **GREEDY)
+    if change is not eager:
+        assert not torch.equal(expected, before)
+    for nodes in (0, 4):
+        assert torch.equal(hf.generate(model, PROMPT, max_nodes=nodes, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("place", ["class", "function", "attention"])
+@pytest.mark.parametrize("late", [True, False])
+def test_patched_code_is_noticed(place, late, monkeypatch):
+    """A class, a function of its module or the attention, replaced before or after the first call."""
+    from transformers.models.llama import modeling_llama
+
+    def patch():
+        if place == "class":
+            forward = modeling_llama.LlamaMLP.forward
+            patched = functools.wraps(forward)(lambda self, x: 2 * forward(self, x))
+            monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", patched)
+        elif place == "function":
+            rotate = modeling_llama.apply_rotary_pos_emb
+            patched = functools.wraps(rotate)(
+                lambda q, k, cos, sin, *rest: rotate(q * 1.5, k, cos, sin, *rest)
+            )
+            monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", patched)
+        else:
+            attend = modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+            def patched(*arguments, **options):
+                output, weights = attend(*arguments, **options)
+                return output * 1.5, weights
+
+            monkeypatch.setitem(modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", patched)
+
+    model = tiny_model("llama", "sdpa")
+    if not late:
+        patch()
+    before = hf.generate(model, PROMPT, max_nodes=4, **GREEDY)
+    if late:
+        patch()
+    expected = model.generate(PROMPT, **GREEDY)
+    assert torch.equal(before, expected) != late
+    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), expected)
+
+
+def test_equal_weights_keep_the_copy():
+    """Written to, but as they were: nothing is reordered anew."""
     model = tiny_model("llama", "sdpa")
     before = fast.fast_pass(model)
-    assert before is not None
-    layer = model.model.layers[0].mlp.down_proj
     with torch.no_grad():
-        if change == "write":
-            layer.weight.mul_(-3)
-        elif change == "replace":
-            layer.weight = torch.nn.Parameter(layer.weight * -3)
-        else:
-            model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()})
-    expected = model.generate(PROMPT, **GREEDY)
-    assert torch.equal(hf.generate(model, PROMPT, max_nodes=4, **GREEDY), expected)
-    assert fast.fast_pass(model) is not before
+        down(model).weight.mul_(1.0)
+    assert fast.fast_pass(model) is before
 
 
 def test_a_model_that_is_no_longer_used_is_freed(static):

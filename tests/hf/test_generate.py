@@ -424,8 +424,7 @@ IN_TURN = {("launch", "finish"), ("finish", "observe"), ("observe", "launch")}
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_what_no_pass_waits_for_is_done_while_a_device_works(overlaps, monkeypatch):
     """Streaming and learning follow the launch of the next pass where that runs by itself."""
-    if overlaps:
-        monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu"})
+    monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", {"cpu"} if overlaps else set())
     events = []
 
     def noted(name, function):

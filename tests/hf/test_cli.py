@@ -64,6 +64,36 @@ def test_generate_without_a_model_folder(tmp_path, capsys):
     assert "no model folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "at least 1, got 0"),
+        (["--prompt", "x", "--max-new-tokens", "many"], "expected an integer"),
+        (["--prompt", "x", "--max-nodes", "-1"], "at least 0, got -1"),
+        (["--prompt", "x", "--dtype", "float33"], "dtype must be one of torch"),
+        (["--prompt", "x", "--device", "gpu"], "cannot be used"),
+        (["--prompt-file", "latin"], "not UTF-8"),
+        (["--prompt-file", "none"], "No such file"),
+    ],
+)
+def test_generate_with_wrong_arguments(model_folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    try:
+        status = main(["generate", str(model_folder), *arguments])
+    except SystemExit as exit:
+        status = exit.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_generate_without_a_tokenizer(tmp_path, capsys):
+    tiny_model("llama", "sdpa").save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 1
+    assert "holds no tokenizer that can be loaded" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_demo(capsys):
     assert main(["demo", "--prompts", "edit-code", "--max-new-tokens", "24"]) == 0

@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from sssd.errors import InvalidArgumentError
@@ -18,6 +19,21 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         "--datastore", type=Path, action="append", metavar="FILE", help="datastore file; repeatable"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: integers from ``least`` on."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return integer
 
 
 def budgets(text: str) -> list[int]:

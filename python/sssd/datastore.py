@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -188,7 +189,10 @@ def _decompressed(file: IO[bytes], name: str) -> tuple[IO[bytes], _Damage]:
         return cast(IO[bytes], lzma.LZMAFile(cast(BinaryIO, file))), (EOFError, lzma.LZMAError)
     if suffix == ".zst":
         try:
-            from backports import zstd
+            if sys.version_info >= (3, 14):
+                from compression import zstd
+            else:
+                from backports import zstd
         except ImportError:
             raise InvalidArgumentError(
                 f"{name}: .zst needs backports.zstd: pip install 'sssd[corpus]'"

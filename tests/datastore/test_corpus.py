@@ -41,7 +41,8 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 
 def zstandard(data: bytes) -> bytes:
-    return bytes(pytest.importorskip("backports.zstd").compress(data))
+    module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return bytes(pytest.importorskip(module).compress(data))
 
 
 def read(data: bytes, name: str, **options: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sssd.cli.generate import add_generation_arguments, decode, prepare_torch, report_differences, table
+from sssd.cli.output import status
 
 PROMPTS = ("edit-code", "document-code", "correct-text", "answer-from-document", "open-chat", "story")
 """Text files in ``sssd/hf/prompts``: four where the output repeats the prompt, two where it does not."""
@@ -30,19 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Decodes every prompt both ways, prints texts and figures, and returns 1 if a token differs."""
-    prepare_torch()
     console = Console()
     prompts = [(Path(name).stem, _read(name)) for name in arguments.prompts]
-    with console.status(
-        "loading SmolLM2-135M-Instruct (the first time it is converted, which takes a while)"
-    ):
+    with status(console, "loading SmolLM2-135M-Instruct (converted the first time, which takes a while)"):
+        prepare_torch()
         from sssd.hf import smollm2
 
         model, tokenizer = smollm2.load()
         decode(model, tokenizer, "warm-up", "Hello", True, 4, arguments.max_nodes, compare=True)
     outcomes = []
     for name, prompt in prompts:
-        with console.status(f"{name}: decoding autoregressively, then with drafts"):
+        with status(console, f"{name}: decoding autoregressively, then with drafts"):
             outcome = decode(
                 model,
                 tokenizer,

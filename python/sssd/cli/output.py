@@ -17,6 +17,13 @@ def show(table: Any) -> None:
     console.print(table, soft_wrap=True)
 
 
+def status(console: Console, text: str) -> Any:
+    """A spinner beside a text that goes when it is done; the text alone where nothing can spin."""
+    if not console.is_terminal:
+        console.print(text)
+    return console.status(text)
+
+
 def progress_bar() -> Progress:
     """A bar on stderr that goes when it is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sssd.cli.generate import prepare_torch
-from sssd.cli.output import progress_bar, show
+from sssd.cli.output import progress_bar, show, status
 
 _MOST = 1_000_000
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         from sssd.hardware import plot
     from sssd.hf.profile import cache_file, load_model, profile
 
-    with Console(stderr=True).status(f"loading {arguments.model}"):
+    with status(Console(stderr=True), f"loading {arguments.model}"):
         model = load_model(arguments.model, arguments.dtype, arguments.device)
     started = perf_counter()
     passes = 0

@@ -7,8 +7,9 @@ import numpy as np
 
 from sssd import SOURCES, DraftTree
 
-ROOT_SAMPLES = 64
-"""Occurrences of the last token that the drafter looks at."""
+COVERED = 16
+"""Up to so many earlier occurrences of the last token, all that followed it are drafted. Of more, those with
+the longest contexts come first, and what followed others may be missing."""
 
 
 def successors(history: list[int]) -> dict[int, set[int]]:
@@ -43,7 +44,7 @@ def check_form(tree: DraftTree, max_nodes: int) -> None:
 
 
 def check_draft(history: list[int], end_tokens: set[int], tree: DraftTree, max_nodes: int) -> None:
-    """A draft without a datastore holds what the history supports, and all of it where nothing is capped."""
+    """A draft without a datastore holds what the history supports."""
     check_form(tree, max_nodes)
     followed = successors(history)
     for node, (token, parent) in enumerate(zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True)):
@@ -56,6 +57,9 @@ def check_draft(history: list[int], end_tokens: set[int], tree: DraftTree, max_n
             assert token in history
     if not history or history[-1] in end_tokens:
         assert len(tree) == 0
-    elif max_nodes > len(history) ** 2 and history[:-1].count(history[-1]) <= ROOT_SAMPLES:
-        children = {path[0] for path in paths(tree) if len(path) == 1}
-        assert children >= followed[history[-1]]
+
+
+def check_covered(history: list[int], end_tokens: set[int], tree: DraftTree) -> None:
+    """A draft of depth 1, with all nodes and ``min_prob=0``, holds all that followed the last token."""
+    if history and history[-1] not in end_tokens and history[:-1].count(history[-1]) <= COVERED:
+        assert {path[0] for path in paths(tree)} >= successors(history)[history[-1]]

@@ -1,12 +1,16 @@
 """The drafter against the oracle."""
 
+import random
+
 import numpy as np
+import pytest
+import world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from oracle import ROOT_SAMPLES, check_draft, check_form, paths
+from oracle import COVERED, check_covered, check_draft, check_form, paths
 
-from sssd import Drafter
+from sssd import Datastore, Drafter
 
 END = 6
 TOKENS = st.lists(st.integers(0, END), max_size=40)
@@ -42,6 +46,12 @@ class Drafting(RuleBasedStateMachine):
         check_draft(self.histories[sequence], {END}, tree, max_nodes)
         self.logs[sequence].append(("draft", max_nodes))
 
+    @rule(sequence=sequences)
+    def what_followed_the_last_token_is_drafted(self, sequence):
+        tree = sequence.draft(1024, max_depth=1, min_prob=0.0)
+        check_covered(self.histories[sequence], {END}, tree)
+        self.logs[sequence].append(("draft", 1024, 1, 0.0))
+
     @rule(
         sequence=sequences, max_nodes=st.integers(1, 40), follow=st.integers(0, 40), bonus=st.integers(0, END)
     )
@@ -57,9 +67,11 @@ class Drafting(RuleBasedStateMachine):
     def replay_gives_the_same(self, sequence):
         """A fresh drafter, given the same calls, drafts the same: nothing leaks between sequences."""
         drafter = Drafter(vocab_size=END + 1, end_token_ids=[END])
-        for name, argument in self.logs[sequence]:
+        for name, argument, *limits in self.logs[sequence]:
             if name == "begin":
                 twin = drafter.begin(argument)
+            elif limits:
+                twin.draft(argument, max_depth=limits[0], min_prob=limits[1])
             else:
                 getattr(twin, name)(argument)
         expected, tree = twin.draft(64), sequence.draft(64)
@@ -85,12 +97,46 @@ Drafting.TestCase.settings = settings(max_examples=60, stateful_step_count=30, d
 TestDrafting = Drafting.TestCase
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 30), st.integers(0, 60))
-@settings(deadline=None)
-def test_a_smaller_budget_gives_the_start_of_the_tree(history, small, more):
-    drafter = Drafter()
-    small_tree, large_tree = (drafter.begin(history).draft(budget) for budget in (small, small + more))
-    assert paths(large_tree)[:small] == paths(small_tree)
+@pytest.fixture(scope="module")
+def datastore(tmp_path_factory):
+    return Datastore.open(world.store(tmp_path_factory.mktemp("properties") / "store.sssd"))
+
+
+@pytest.mark.parametrize("kind", ["request", "datastore", "feedback", "live", "prediction", "all"])
+@given(
+    seed=st.integers(0, 2**32),
+    length=st.sampled_from([0, 30, 300, 1000]),
+    most=st.integers(0, 80),
+    few=st.data(),
+)
+@settings(deadline=None, max_examples=25)
+def test_the_first_nodes_are_the_tree_of_a_smaller_budget(kind, seed, length, most, few, datastore):
+    """Whatever speaks for a node, its probability is the same in drafts of all sizes."""
+
+    def has(name):
+        return kind in (name, "all")
+
+    rng = random.Random(seed)
+    drafter = Drafter(
+        vocab_size=world.VOCABULARY,
+        datastore=datastore if has("datastore") else None,
+        live_bytes=1 << 20 if has("live") else 0,
+        soft_bytes=1 << 20 if has("feedback") else 0,
+        threads=1,
+    )
+    for _ in range(3 if has("live") else 0):
+        drafter.begin(world.text(rng, 200)).finish()
+    sequence = drafter.begin(world.text(rng, length), world.text(rng, 50) if has("prediction") else None)
+    for _ in range(4):
+        tokens = world.text(rng, 3)
+        topk = zip(*[world.distribution(rng, token) for token in tokens], strict=True)
+        sequence.extend(tokens, *(topk if has("feedback") else ()))
+        whole = sequence.fork().draft(most)
+        for budget in {0, most // 2, few.draw(st.integers(0, most)), most}:
+            tree, first = sequence.fork().draft(budget), whole.first(budget)
+            for array in ("token_ids", "parents", "probs", "sources"):
+                assert getattr(tree, array).tolist() == getattr(first, array).tolist(), array
+        sequence.draft(16)
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=300, unique=True))
@@ -110,12 +156,11 @@ def test_a_repetition_is_drafted_on_its_second_appearance(before, token):
     assert (token + 1,) in paths(sequence.draft(1))
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=ROOT_SAMPLES))
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=COVERED))
 @settings(deadline=None)
 def test_everything_that_followed_the_last_token_is_drafted(followers):
-    history = [token for follower in followers for token in (0, follower)]
-    drafted = paths(Drafter().begin([*history, 0]).draft(1024, min_prob=0.0))
-    assert {path[0] for path in drafted} >= set(followers)
+    history = [token for follower in followers for token in (0, follower)] + [0]
+    check_covered(history, set(), Drafter().begin(history).draft(1024, max_depth=1, min_prob=0.0))
 
 
 def test_trees_keep_their_form_while_the_weights_are_learned():

@@ -76,6 +76,19 @@ def test_namespaces_are_listed_removed_and_forgotten():
         Drafter(namespace_ttl=-1)
 
 
+def test_the_largest_id_survives_save_and_load(tmp_path):
+    largest = 2**31 - 1
+    drafter = Drafter()
+    drafter.begin([1, 2, 3]).extend([largest], [[largest, 7]], [[0.6, 0.3]])
+    drafter.begin([4, 5, 6, largest, 8]).finish()
+    expected = drafted(drafter, [9, 2, 3]), drafted(drafter, [5, 6])
+    assert largest in expected[0]
+    assert largest in expected[1]
+    drafter.save(tmp_path)
+    loaded = Drafter.load(tmp_path)
+    assert (drafted(loaded, [9, 2, 3]), drafted(loaded, [5, 6])) == expected
+
+
 def test_memory_is_counted_and_limited():
     drafter = Drafter(live_bytes=1 << 20, soft_bytes=1 << 20, max_bytes=8 << 20)
     shared = drafter.memory["shared"]

@@ -40,8 +40,10 @@ const FIRST_READ: usize = 4;
 const NEXT_READ: usize = 16;
 /// Below this mixed probability nothing is refined, and nothing learned about refining.
 const LEAST_REFINED: f32 = 0.003;
-/// No refinement raises a probability by more than about this factor.
-const MOST_GAIN: f32 = 2.0;
+/// Tokens of a list (successors, feedback) become candidates from this probability of their path on. The bound must not
+/// follow the budget: a sibling that is left out is missing from the sum by which the others are scaled, so a node's
+/// probability would depend on how many are drafted.
+const WORTH_OFFERING: f32 = 0.0006;
 /// Contexts to have room for at a node, so that few drafts need more.
 const CONTEXTS: usize = 24;
 /// Class of matches that need no shorter contexts beside them.
@@ -644,12 +646,12 @@ impl Drafting {
         evidence.contexts[source::SOFT + 1] = self.contexts.len() as u32;
     }
 
-    /// Adds what the target held probable, as far as it may become nodes.
+    /// Adds what the target held probable, as far as it is worth it.
     fn add_soft(&mut self, node: u32, evidence: &Evidence) {
-        let reach = self.candidates[node as usize].path * evidence.weights[source::SOFT] * MOST_GAIN;
+        let reach = self.candidates[node as usize].path * evidence.weights[source::SOFT];
         for at in evidence.soft.0..evidence.soft.1 {
             let (token, prob, class) = self.soft[at as usize];
-            let child = if reach * prob >= self.scratch.frontier.floor() {
+            let child = if reach * prob >= WORTH_OFFERING {
                 Some(self.child(node, token))
             } else {
                 self.scratch.table.find(token, &self.candidates).ok()
@@ -686,12 +688,12 @@ impl Drafting {
         best.0 as u8
     }
 
-    /// Adds the last token's usual successors, as far as they may become nodes.
+    /// Adds the last token's usual successors, as far as they are worth it.
     fn add_successors(&mut self, node: u32, evidence: &Evidence) {
-        let reach = self.candidates[node as usize].path * evidence.weights[source::SUCCESSORS] * MOST_GAIN;
+        let reach = self.candidates[node as usize].path * evidence.weights[source::SUCCESSORS];
         for i in 0..self.scratch.successors.len() {
             let (token, share) = self.scratch.successors[i];
-            let child = if reach * share >= self.scratch.frontier.floor() {
+            let child = if reach * share >= WORTH_OFFERING {
                 Some(self.child(node, token))
             } else {
                 self.scratch.table.find(token, &self.candidates).ok()

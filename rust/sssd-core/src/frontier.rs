@@ -8,6 +8,7 @@ pub struct Frontier {
     heap: BinaryHeap<u64>,
     /// How many candidates can still leave.
     room: usize,
+    /// Candidates below this probability will never leave.
     floor: f32,
 }
 
@@ -17,11 +18,6 @@ impl Frontier {
         self.heap.clear();
         self.room = room;
         self.floor = floor;
-    }
-
-    /// Candidates below this probability will never leave.
-    pub fn floor(&self) -> f32 {
-        self.floor
     }
 
     pub fn push(&mut self, candidate: u32, probability: f32) {

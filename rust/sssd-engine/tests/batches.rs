@@ -18,6 +18,35 @@ fn engine(threads: usize) -> Engine {
     Engine::new(options(threads)).unwrap()
 }
 
+fn engine_with(store: bool, threads: usize) -> Engine {
+    let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
+    Engine::new(Options { store, ..options(threads) }).unwrap()
+}
+
+/// A corpus in which much follows everything, with few samples and long lists: some siblings are not worth a node, and
+/// their sum is above 1 now and then.
+struct Plenty;
+
+impl Corpus for Plenty {
+    fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
+        let last = context.last().map_or(0, |&token| u64::from(token));
+        let length = (last as usize % 3 + 1).min(context.len()).min(max_length) as u32;
+        let samples = (last as usize + 1).min(max_samples) as u64;
+        out.extend((0..samples).map(|n| Match { position: last * 5 + n * n, length, weight: 1.5 }));
+    }
+
+    fn continuation(&self, position: u64, out: &mut [Token]) -> usize {
+        out.iter_mut().zip(position..).for_each(|(token, at)| *token = (at * at / 3 % 9) as Token);
+        out.len()
+    }
+
+    fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>) {
+        let shares = [0.4, 0.2, 0.1, 0.08, 0.05, 0.04, 0.03, 0.02, 0.01];
+        out.extend((0..9).zip(shares).map(|(n, share)| ((token * 2 + n) % 9, share)));
+        out.extend((9..32).map(|n| (token + 10 * n, 0.003)));
+    }
+}
+
 fn begin(engine: &Engine, prompt: &[Token]) -> Arc<Request> {
     engine.begin("", prompt, &[], None, || false).unwrap().unwrap()
 }
@@ -77,11 +106,12 @@ proptest! {
     #[test]
     fn a_batch_is_what_single_calls_are(
         threads in 1usize..4,
+        store: bool,
         prompts in prop::collection::vec(prop::collection::vec(0u32..9, 1..120), 1..24),
         outputs in prop::collection::vec(prop::collection::vec(prop::collection::vec(0u32..9, 0..6), 24), 1..6),
         budget in 0usize..24,
     ) {
-        let (together, alone) = (engine(threads), engine(1));
+        let (together, alone) = (engine_with(store, threads), engine_with(store, 1));
         let requests: Vec<_> = prompts.iter().map(|prompt| begin(&together, prompt)).collect();
         let twins: Vec<_> = prompts.iter().map(|prompt| begin(&alone, prompt)).collect();
         for tokens in &outputs {
@@ -99,12 +129,13 @@ proptest! {
     #[test]
     fn a_shared_budget_goes_to_the_most_probable_nodes(
         threads in 1usize..3,
+        store: bool,
         prompts in prop::collection::vec(prop::collection::vec(0u32..9, 1..120), 1..16),
         outputs in prop::collection::vec(prop::collection::vec(prop::collection::vec(0u32..9, 0..6), 16), 1..5),
         bounds in prop::collection::vec((0usize..4, 0usize..40), 16),
         total in 64usize..200,
     ) {
-        let (together, alone) = (engine(threads), engine(1));
+        let (together, alone) = (engine_with(store, threads), engine_with(store, 1));
         let requests: Vec<_> = prompts.iter().map(|prompt| begin(&together, prompt)).collect();
         let twins: Vec<_> = prompts.iter().map(|prompt| begin(&alone, prompt)).collect();
         let plans: Vec<_> = bounds[..requests.len()]

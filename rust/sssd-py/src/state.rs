@@ -147,7 +147,7 @@ impl PyDrafter {
             }
         }
         let drafter = py.get_type::<Self>().call((), Some(&options))?.cast_into::<Self>()?;
-        let (engine, limit) = (&drafter.get().engine, drafter.get().vocab_size.unwrap_or(MAX_TOKEN));
+        let (engine, limit) = (&drafter.get().engine, drafter.get().vocab_size.unwrap_or(MAX_TOKEN + 1));
         let same_soft = engine.options().soft_bytes as u64 == state.soft_bytes;
         for mut namespace in state.namespaces {
             if !same_soft {

@@ -1,0 +1,247 @@
+"""Breaks the predictor one line at a time and asks the tests whether they notice.
+
+Usage: mutants.py FOLDER OUT.md
+
+FOLDER is a copy of this repository that may be broken (`git worktree add --detach FOLDER`); builds are made
+there, hardly optimised. A mutant that does not apply is an error: the list follows the code.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+CORE = "rust/sssd-core/src"
+TESTS = ("tests/test_reference.py", "tests/test_properties.py", "tests/test_learning.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    what: str
+    file: str
+    line: str
+    instead: str
+
+
+MUTANTS = [
+    Mutant(
+        "samples keep their length as they descend",
+        f"{CORE}/draft.rs",
+        "                _ => sample.length + 1,",
+        "                _ => sample.length,",
+    ),
+    Mutant(
+        "a longer context's escape is not passed on to the shorter ones",
+        f"{CORE}/draft.rs",
+        "                rest *= escape;\n                self.contexts.push((class as u8, cell));",
+        "                self.contexts.push((class as u8, cell));",
+    ),
+    Mutant(
+        "votes of shorter contexts are not added to nested ones",
+        f"{CORE}/draft.rs",
+        "value[class] += shorter;",
+        "value[class] += 0.0 * shorter;",
+    ),
+    Mutant(
+        "all sources weigh alike",
+        f"{CORE}/draft.rs",
+        "model.gate(cell).exp()",
+        "(0.0 * model.gate(cell)).exp()",
+    ),
+    Mutant(
+        "escapes are learned past the context that held the truth",
+        f"{CORE}/draft.rs",
+        "                    if !escaped {\n                        break;",
+        "                    if false {\n                        break;",
+    ),
+    Mutant(
+        "gates learn with the wrong sign",
+        f"{CORE}/draft.rs",
+        "weight * truth.probs[source] / truth.mixed - weight)",
+        "weight - weight * truth.probs[source] / truth.mixed)",
+    ),
+    Mutant(
+        "refinements learn the opposite outcome",
+        f"{CORE}/draft.rs",
+        "model.learn_refinement(support, candidate.mixed, candidate.token == token)",
+        "model.learn_refinement(support, candidate.mixed, candidate.token != token)",
+    ),
+    Mutant(
+        "feedback passes no escape on",
+        f"{CORE}/draft.rs",
+        "                rest *= escape;\n                contexts.push((class, cell));",
+        "                contexts.push((class, cell));",
+    ),
+    Mutant(
+        "siblings are not scaled to their parent",
+        f"{CORE}/draft.rs",
+        "above / total.max(1.0)",
+        "above / total.max(9.0) * 9.0",
+    ),
+    Mutant(
+        "lists are offered by the budget",
+        f"{CORE}/draft.rs",
+        "reach * share >= WORTH_OFFERING",
+        "reach * share >= WORTH_OFFERING * (1 + 16 / self.budget) as f32",
+    ),
+    Mutant(
+        "the last node of a budget teaches",
+        f"{CORE}/draft.rs",
+        "self.budget as i32 - 1",
+        "self.budget as i32",
+    ),
+    Mutant(
+        "the outcome is not noted for the request",
+        f"{CORE}/draft.rs",
+        "calibration.note(kind, candidate.refined, candidate.token == token)",
+        "calibration.note(kind, candidate.refined, false)",
+    ),
+    Mutant(
+        "short contexts are looked up at every node",
+        f"{CORE}/draft.rs",
+        "path >= WORTH_LOWER && !copied",
+        "!copied",
+    ),
+    Mutant(
+        "a sample of the datastore stands for itself alone",
+        f"{CORE}/draft.rs",
+        "weight: found.weight",
+        "weight: 1.0",
+    ),
+    Mutant(
+        "the age is that of the first token", f"{CORE}/draft.rs", "self.age = inputs.age;", "self.age = 0;"
+    ),
+    Mutant(
+        "soft contexts learn by the candidate, not by what was said",
+        f"{CORE}/draft.rs",
+        "map_or(NO_CLASS, |said| said.2)",
+        "map_or(NO_CLASS, |said| said.2 + 1)",
+    ),
+    Mutant(
+        "a class has one length more",
+        f"{CORE}/model.rs",
+        "0, 0, 1, 2, 3, 4, 5, 6, 6, 7,",
+        "0, 0, 1, 2, 3, 4, 5, 6, 6, 6,",
+    ),
+    Mutant(
+        "requests hand on half of what they learn",
+        f"{CORE}/model.rs",
+        "i32::from(own.value)) / 4)",
+        "i32::from(own.value)) / 2)",
+    ),
+    Mutant(
+        "a recent token counts as long ago", f"{CORE}/model.rs", "0..64 => Self::Just", "0..63 => Self::Just"
+    ),
+    Mutant(
+        "refinements are not interpolated",
+        f"{CORE}/model.rs",
+        "let above = scale - step as f32;",
+        "let above = 0.0 * (scale - step as f32);",
+    ),
+    Mutant(
+        "ages learn with the wrong sign", f"{CORE}/model.rs", "AGE_RATE * gradient", "-AGE_RATE * gradient"
+    ),
+    Mutant(
+        "the noise of a bias is not taken off",
+        f"{CORE}/calibration.rs",
+        "bias.value - 0.5 *",
+        "bias.value - 0.0 *",
+    ),
+    Mutant(
+        "kinds of evidence share one prior with the knots",
+        f"{CORE}/calibration.rs",
+        "const KIND_PRIOR: f32 = 6.0",
+        "const KIND_PRIOR: f32 = 1.0",
+    ),
+    Mutant(
+        "outcomes do not fade",
+        f"{CORE}/calibration.rs",
+        "const FADING: f32 = 0.998",
+        "const FADING: f32 = 1.0",
+    ),
+    Mutant(
+        "a copy found again counts as any match", f"{CORE}/aligned.rs", "1..=4 => 4,", "1..=4 => length + 1,"
+    ),
+    Mutant(
+        "a copy is given up at once",
+        f"{CORE}/aligned.rs",
+        "const PATIENCE: u16 = 16",
+        "const PATIENCE: u16 = 1",
+    ),
+    Mutant(
+        "what came stays among the lately probable",
+        f"{CORE}/soft.rs",
+        "self.tokens.retain(|held| held.0 != came);",
+        "self.tokens.retain(|held| held.0 != came || held.1 > 0.0);",
+    ),
+    Mutant(
+        "live matches are oldest first within a length",
+        f"{CORE}/live.rs",
+        "(ORDERS[order]..longer).contains(&length) &&",
+        "(ORDERS[order] + 1..longer).contains(&length) &&",
+    ),
+]
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def build(folder: Path) -> None:
+    profile = {"LTO": "off", "CODEGEN_UNITS": "16", "INCREMENTAL": "true", "OPT_LEVEL": "1", "DEBUG": "0"}
+    environment = {f"CARGO_PROFILE_RELEASE_{name}": value for name, value in profile.items()}
+    environment |= {"CARGO_TARGET_DIR": str(folder / "target"), "CARGO_BUILD_JOBS": "2"}
+    maturin = str(Path(sys.executable).parent / "maturin")
+    built = run(folder, maturin, "develop", "--release", "--skip-install", **environment)
+    if built.returncode:
+        raise SystemExit(f"a mutant does not compile:\n{built.stderr[-2000:]}")
+
+
+def killers(folder: Path) -> list[str]:
+    """The tests that fail."""
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    tests = run(folder, *command, PYTHONPATH=str(folder / "python"))
+    failed = [line.split()[1] for line in tests.stdout.splitlines() if line.startswith("FAILED")]
+    if tests.returncode and not failed:
+        raise SystemExit(f"the tests did not run:\n{tests.stdout[-2000:]}")
+    return sorted({name.partition("::")[2].partition("[")[0] for name in failed})
+
+
+def main(folder: Path, out: Path) -> None:
+    build(folder)
+    if broken := killers(folder):
+        raise SystemExit(f"tests fail without any mutant: {broken}")
+    rows = []
+    for mutant in MUTANTS:
+        path = folder / mutant.file
+        whole = path.read_text()
+        if whole.count(mutant.line) != 1:
+            raise SystemExit(f"{mutant.file} has this {whole.count(mutant.line)} times: {mutant.line}")
+        try:
+            path.write_text(whole.replace(mutant.line, mutant.instead))
+            build(folder)
+            found = killers(folder)
+        finally:
+            path.write_text(whole)
+        killed = ", ".join(f"`{name}`" for name in found) or "**nothing**"
+        rows.append(f"| {mutant.what} | `{mutant.file.removeprefix(CORE + '/')}` | {killed} |")
+        print(rows[-1], flush=True)
+    commit = run(folder, "git", "rev-parse", "--short", "HEAD").stdout.strip()
+    killed = sum("**nothing**" not in row for row in rows)
+    head = [
+        "# Mutants of the predictor",
+        "",
+        f"`python benches/mutants.py` at {commit}: {killed} of {len(rows)} one-line mutants are noticed by",
+        f"{', '.join(f'`{test}`' for test in TESTS)}.",
+        "",
+        "| mutant | file | noticed by |",
+        "| --- | --- | --- |",
+    ]
+    out.write_text("\n".join([*head, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))

@@ -1,0 +1,50 @@
+"""What drafts are worth on recorded requests: nothing else notices a predictor that is sound and worse.
+
+A change for the better fails as well. Then look at `python -m sssd replay` on longer traces, and write down
+the new figures here.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from sssd import Datastore, DatastoreBuilder, Drafter
+from sssd.replay import Replay, read_trace
+
+END = 128009
+REQUESTS = list(read_trace(Path(__file__).parent / "data" / "requests.jsonl.xz"))
+
+
+@pytest.fixture(scope="module")
+def datastore(tmp_path_factory):
+    """The requests with an odd number, which are replayed by nobody who uses it."""
+    path = tmp_path_factory.mktemp("acceptance") / "store.sssd"
+    with DatastoreBuilder(path, vocab_size=END + 1) as builder:
+        for request in REQUESTS[1::2]:
+            builder.add(request.prompt_ids)
+            builder.add(request.response_ids)
+    return Datastore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "nodes", "accepted", "expected"),
+    [
+        ("alone", 16, 0.6117, 0.6474),
+        ("alone", 64, 0.6645, 0.7039),
+        ("datastore", 16, 0.5854, 0.6167),
+        ("datastore", 64, 0.6660, 0.6839),
+        ("shared", 16, 0.6584, 0.6928),
+        ("shared", 64, 0.7184, 0.7722),
+    ],
+)
+def test_accepted_tokens_and_their_sum_of_probabilities_per_step(
+    setting, nodes, accepted, expected, datastore
+):
+    replay = Replay(nodes)
+    shared = Drafter(end_token_ids=[END])
+    for request in REQUESTS[::2] if setting == "datastore" else REQUESTS:
+        store = datastore if setting == "datastore" else None
+        alone = Drafter(end_token_ids=[END], datastore=store, live_bytes=0, soft_bytes=0)
+        replay.run(shared if setting == "shared" else alone, request)
+    assert replay.accepted / replay.steps == pytest.approx(accepted, rel=0.005)
+    assert replay.expected / replay.steps == pytest.approx(expected, rel=0.005)

@@ -33,6 +33,7 @@ test: check ## run the checks and all tests
 	else \
 		cargo test --locked --workspace --exclude sssd-py; \
 	fi
+	SSSD_TEST_FIXED_BUFFERS=1 $(BIN)/python -m pytest tests/hf -m "not slow"
 	$(BIN)/python -m pytest
 
 .PHONY: newest

@@ -743,13 +743,6 @@ def test_stop_strings(model, custom, batch):
 # Adapters
 
 
-def peft():
-    module = pytest.importorskip("peft")
-    if transformers.__version__ >= "5.24" and module.__version__ < "0.22":
-        pytest.skip(f"peft {module.__version__} does not work with transformers {transformers.__version__}")
-    return module
-
-
 def perturb(model, scale=0.05):
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
@@ -760,7 +753,7 @@ def perturb(model, scale=0.05):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_adapters_added_switched_and_merged_between_calls(dtype, wrapped):
-    lib = peft()
+    lib = pytest.importorskip("peft")
     model = tiny_model("llama", "sdpa").to(dtype)
     model.name_or_path = "tiny"
     options = {**GREEDY, "max_new_tokens": 20}
@@ -792,7 +785,10 @@ def test_adapters_added_switched_and_merged_between_calls(dtype, wrapped):
         same(merged)
         assert fast.fast_pass(merged) is not None
     else:
-        model.add_adapter(config)
+        try:
+            model.add_adapter(config)
+        except ValueError as error:  # transformers may want a peft that is not out yet
+            pytest.skip(str(error))
         perturb(model)
         model.eval()
         assert not torch.equal(same(model), base)

@@ -296,7 +296,7 @@ class FastPass:
                     use_cache=True,
                     **{name: own},
                 ).logits
-                ours = self(*block, mine, masks.build(mine, *shape, windows=False))
+                ours = self(*block, mine, masks.build(mine, *shape))
                 pairs.append((ours.float(), theirs.float()))
         return pairs
 

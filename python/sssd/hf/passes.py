@@ -109,13 +109,12 @@ class Passes:
             device
         )
         tree = torch.from_numpy(block.tree_mask).to(device)
-        mask = self.masks.build(cache, tree, depths, windows=self.fast is None)
+        mask = self.masks.build(cache, tree, depths)
         if self.fast is not None:
             try:
                 return self.fast(ids, positions, cache, mask)
             except Exception as error:
                 self._leave_fast_path(error)
-                mask = self.masks.build(cache, tree, depths)
         return self.model(
             input_ids=ids,
             attention_mask=mask,

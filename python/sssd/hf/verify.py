@@ -206,28 +206,30 @@ class AttentionMasks:
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config(decoder=True)
         self._windows = _windows(config)
+        known = self._windows.values() if isinstance(self._windows, dict) else [self._windows]
+        self._narrowest = min((window for window in known if window is not None), default=1 << 62)
         self._additive = config._attn_implementation == "eager"
         self._dtype = model.dtype
 
-    def build(self, cache: TreeCache, tree_mask: Any, depths: Any, windows: bool = True) -> Any:
+    def build(self, cache: TreeCache, tree_mask: Any, depths: Any) -> Any:
         """Returns the mask of ``[root] + nodes`` against the cached prefix and against one another.
 
         Args:
             cache: The cache before the pass.
             tree_mask: Bool [B, T, T], True where query i may attend to entry j of the block.
             depths: Int64 [B, T], 0 for the root.
-            windows: Whether who gets None applies sliding windows itself, as models do.
 
         Returns:
             A mask [B, 1, T, S + T], S the longest cached row: bool (True = attend) for sdpa, additive for
             eager; a dict of such masks by layer type for models that mix full and sliding attention; None
-            where the model's own causal mask says the same.
+            for one token that attends to everything.
         """
         count = depths.shape[1]
         lengths = cache.lengths
-        if count == 1 and cache.padding is None and len(set(lengths)) == 1 and (windows or not self._windows):
-            return None
         end = max(lengths) + count
+        # some models leave the window to their cache, and ours keeps everything
+        if count == 1 and cache.padding is None and len(set(lengths)) == 1 and end <= self._narrowest:
+            return None
         # rows of a mask are allocated in multiples, and only then cut
         aligned = -(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT
         starts = torch.tensor(lengths, device=depths.device)

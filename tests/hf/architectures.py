@@ -115,6 +115,7 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config.num_kv_shared_layers": LAYERS},
     "moshi": {"num_codebooks": 2},
     "nemotron": {"num_key_value_heads": 2},
+    "prophetnet": {"max_position_embeddings": 64},
     "qwen4_exp": {"text_config.eos_token_id": 2} | {f"text_config.{key}": value for key, value in _QWEN4.items()},
     "qwen4_exp_text": _QWEN4,
     "reformer": {

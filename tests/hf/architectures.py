@@ -1,8 +1,8 @@
-"""Every causal language model of the installed transformers, tiny and random, made from its default config."""
+"""Every causal language model of the installed transformers, tiny and random, from its default config."""
 
-import sys
-import warnings
-from dataclasses import astuple, dataclass
+import functools
+import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,41 +15,102 @@ from sssd import hf
 from sssd.errors import UnsupportedModelError
 from sssd.hf.fast import fast_pass
 
+REFUSES = "on_unsupported" not in inspect.signature(hf.generate).parameters
+"""FOR NOW: whether sssd refuses what it cannot verify; goes when it never does, with what asks for it."""
+if REFUSES:
+    from sssd.hf.verify import cannot_roll_back
+
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+DOCUMENT = Path(__file__).parents[2] / "docs/verification.md"
+MARKS = "<!-- made by benches/architectures.py -->", "<!-- end of what benches/architectures.py makes -->"
 VOCAB, LAYERS, HEADS, HEAD_DIM, WINDOW = 64, 4, 4, 8, 6
 PLACES = 45
 """Entries of position tables: as many as the longest text has tokens, none for drafts beyond it."""
 
-_LAYERS = "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks".split()
-_HEADS = "num_attention_heads n_head n_heads num_heads decoder_attention_heads".split()
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_blocks",
+)
+_HEADS = "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"
 _SIZES = [
-    (VOCAB, "vocab_size vocab_size_per_layer_input decoder_vocab_size pronunciation_vocab_size shape_vocab_size"),
-    (VOCAB, "unpadded_vocab_size vocab_offset audio_vocab_size"),
-    (HEADS * HEAD_DIM, "hidden_size d_model n_embd embedding_size embedding_dim emb_dim word_embed_proj_dim"),
-    (HEADS * HEAD_DIM, "mamba_d_ssm dim_model_base hidden_size_global input_embedding_size output_embedding_size"),
-    (HEADS * HEAD_DIM, "lru_width attention_hidden_size pronunciation_embed_dim shape_embed_dim out_hidden_size"),
-    (HEADS * HEAD_DIM, "adapter_in_dim adapter_out_dim adapter_input_size router_hidden_size backbone_hidden_size"),
-    (HEADS * HEAD_DIM, "projector_input_dim projector_output_dim ple_embed_dim input_size"),
-    (48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff dff dim_ff d_inner n_inner mlp_dim"),
-    (48, "ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size"),
-    (24, "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size"),
-    (24, "shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size"),
+    (
+        VOCAB,
+        """
+        vocab_size vocab_size_per_layer_input decoder_vocab_size pronunciation_vocab_size
+        shape_vocab_size unpadded_vocab_size vocab_offset audio_vocab_size
+        """,
+    ),
+    (
+        HEADS * HEAD_DIM,
+        """
+        hidden_size d_model n_embd embedding_size embedding_dim emb_dim word_embed_proj_dim
+        mamba_d_ssm dim_model_base hidden_size_global input_embedding_size output_embedding_size
+        lru_width attention_hidden_size pronunciation_embed_dim shape_embed_dim out_hidden_size
+        adapter_in_dim adapter_out_dim adapter_input_size router_hidden_size backbone_hidden_size
+        projector_input_dim projector_output_dim ple_embed_dim input_size
+        """,
+    ),
+    (
+        48,
+        """
+        intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff dff dim_ff d_inner n_inner
+        mlp_dim ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size
+        """,
+    ),
+    (
+        24,
+        """
+        moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
+        shared_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size
+        """,
+    ),
     (16, "q_lora_rank kv_lora_rank o_lora_rank chunk_size mamba_chunk_size"),
-    (HEAD_DIM, "head_dim d_kv dim_head d_head attention_head_size attention_head_dim swa_head_dim qk_nope_head_dim"),
-    (HEAD_DIM, "qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim rotary_dim"),
-    (HEAD_DIM, "index_head_dim mamba_d_head mamba_head_dim mamba_d_state ssm_state_size state_size kv_channels"),
-    (HEAD_DIM, "hidden_size_per_layer_input laurel_rank hc_lowrank loop_gate_rank adapter_rank"),
-    (HEADS, "encoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_key_heads"),
-    (HEADS, "linear_num_heads mamba_n_heads mamba_num_heads index_n_heads num_attention_heads_per_layer"),
-    (HEADS, "n_routed_experts num_experts num_local_experts moe_num_experts zero_expert_num"),
-    (2, "depth num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_quantizers n_group n_groups"),
-    (2, "num_expert_group H_cycles"),
+    (
+        HEAD_DIM,
+        """
+        head_dim d_kv dim_head d_head attention_head_size attention_head_dim swa_head_dim
+        qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim
+        linear_head_dim rotary_dim index_head_dim mamba_d_head mamba_head_dim mamba_d_state
+        ssm_state_size state_size kv_channels hidden_size_per_layer_input laurel_rank hc_lowrank
+        loop_gate_rank adapter_rank attention_chunk_size
+        """,
+    ),
+    (
+        HEADS,
+        """
+        encoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_key_heads
+        linear_num_heads mamba_n_heads mamba_num_heads index_n_heads num_attention_heads_per_layer
+        n_routed_experts num_experts num_local_experts moe_num_experts zero_expert_num
+        """,
+    ),
+    (
+        2,
+        """
+        depth num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_quantizers
+        n_group n_groups num_expert_group H_cycles
+        """,
+    ),
     (1, "topk_group L_cycles"),
     (2 * HEAD_DIM, "qk_head_dim"),
-    (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_window_size index_topk"),
-    (HEAD_DIM, "attention_chunk_size"),
-    (PLACES, "max_position_embeddings n_positions n_ctx max_target_positions context_length max_seq_len"),
-    (PLACES, "model_max_length"),
+    (
+        WINDOW,
+        """
+        sliding_window sliding_window_size window_size local_attention attention_window_size
+        index_topk
+        """,
+    ),
+    (
+        PLACES,
+        """
+        max_position_embeddings n_positions n_ctx max_target_positions context_length max_seq_len
+        model_max_length
+        """,
+    ),
 ]
 _SETTINGS = {name: size for size, names in _SIZES for name in names.split()}
 _SETTINGS |= dict.fromkeys(_LAYERS, LAYERS) | dict.fromkeys(_HEADS, HEADS)
@@ -80,7 +141,9 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": LAYERS},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {
@@ -90,7 +153,12 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
         "n_recurrent_layers": 4,
         "n_output_layers": 4,
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "dots3_note": {f"text_config.{key}": value for key, value in _DOTS3.items()},
     "dots3_note_text": _DOTS3,
     "gemma3n_text": _GEMMA3N,
@@ -116,7 +184,8 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
     "moshi": {"num_codebooks": 2},
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"max_position_embeddings": 64},
-    "qwen4_exp": {"text_config.eos_token_id": 2} | {f"text_config.{key}": value for key, value in _QWEN4.items()},
+    "qwen4_exp": {"text_config.eos_token_id": 2}
+    | {f"text_config.{key}": value for key, value in _QWEN4.items()},
     "qwen4_exp_text": _QWEN4,
     "reformer": {
         "axial_pos_embds_dim": [16, 16],
@@ -134,18 +203,32 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
         "attention_head_dim": 16,
     },
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8},
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 8,
+    },
 }
 """What the rules do not make, by model type; a key with dots leads into a sub-config."""
-_GIVEN = {"gemma4_assistant": {"text_config": {
-    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}}}
+_GIVEN = {
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 30,
+        }
+    }
+}
 """Without these there is no default config."""
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     """The config with all sizes small, and of its layers one of each kind at least."""
     depth = next((config[key] for key in _LAYERS if isinstance(config.get(key), int)), None)
-    per_layer = [value for value in config.values() if isinstance(value, list | tuple) and len(value) == depth]
+    per_layer = [
+        value for value in config.values() if isinstance(value, list | tuple) and len(value) == depth
+    ]
     kinds = list(zip(*per_layer, strict=True)) if per_layer else []
     firsts = sorted({kinds.index(kind) for kind in kinds})
     picked = sorted([*firsts, *(i for i in range(len(kinds)) if i not in firsts)][:LAYERS])
@@ -198,42 +281,70 @@ BATCH = torch.tensor(
     [[0, 0, 0, 5, 9, 33, 12, 5, 9], [7, 7, 3, 41, 22, 7, 7, 3, 41], [0, 0, 0, 0, 0, 0, 0, 0, 50]]
 )
 CALLS = [(PROMPT, torch.ones_like(PROMPT)), (BATCH, (BATCH != 0).long())]
-GREEDY = {"do_sample": False, "max_new_tokens": PLACES - PROMPT.shape[1], "eos_token_id": None, "pad_token_id": 0}
+GREEDY = {
+    "do_sample": False,
+    "max_new_tokens": PLACES - PROMPT.shape[1],
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 UNDECODABLE: dict[str, tuple[type[Exception], str, str]] = {
     "blt": (AttributeError, "num_hidden_layers", "generate makes no cache for its config"),
     "gemma3n": (ImportError, "timm", "needs timm"),
     "gemma4_assistant": (ValueError, "get_seq_length", "reads the cache of the model that it drafts for"),
-    "gemma4_unified_assistant": (ValueError, "get_seq_length", "reads the cache of the model that it drafts for"),
+    "gemma4_unified_assistant": (
+        ValueError,
+        "get_seq_length",
+        "reads the cache of the model that it drafts for",
+    ),
     "musicgen": (AttributeError, "dropout", "cannot be built from its own config"),
     "musicgen_melody": (AttributeError, "dropout", "cannot be built from its own config"),
 }
 """What ``model.generate`` cannot decode from text: its error, words of its message, and why."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """How a model is decoded; a line of the table in ``docs/verification.md``."""
-
-    name: str
-    model: str
-    attention: str
-    way: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"| {' | '.join(astuple(self))} |"
-
-
-def examine(name: str) -> Row:
-    """Decodes one row and a batch with and without drafts.
+@functools.cache
+def examine(name: str) -> str:
+    """Decodes one row and a batch with and without drafts; the line of the table in ``docs/verification.md``.
 
     Raises:
         AssertionError: The tokens differ, or a model is decoded plainly without a reason given.
     """
+    if name in UNDECODABLE:
+        return _line(
+            name,
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name],
+            "",
+            "",
+            f"not by `generate`: {UNDECODABLE[name][2]}",
+        )
     model, attention = build(name)
-    ways = dict.fromkeys(_way(model, ids, mask) for ids, mask in CALLS)
-    way, reason = (" / ".join(dict.fromkeys(part)).strip(" /") for part in zip(*ways, strict=True))
-    return Row(name, type(model).__name__, attention, way, reason)
+    ways = [_way(model, ids, mask) for ids, mask in CALLS]
+    way, reason = (" / ".join(dict.fromkeys(filter(None, part))) for part in zip(*ways, strict=True))
+    return _line(name, type(model).__name__, attention, way, reason)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table() -> str:
+    """What ``docs/verification.md`` says between its two marks, for the installed transformers."""
+    head = [f"transformers {transformers.__version__}:", ""]
+    head += [_line("type", "class", "attention", "decoded", "why not with drafts"), _line(*["---"] * 5)]
+    return "\n".join(["", *head, *map(_found, TYPES), ""])
+
+
+def _found(name: str) -> str:
+    try:
+        return examine(name)
+    except AssertionError:
+        return _line(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], "", "DIFFERENT", "")
+
+
+def documented() -> tuple[str, str]:
+    """The version of transformers that the table in the documentation was made with, and the table."""
+    text = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0]
+    return text.split(":")[0].split()[-1], text
 
 
 def _way(model: Any, ids: Any, mask: Any) -> tuple[str, str]:
@@ -252,14 +363,15 @@ def _way(model: Any, ids: Any, mask: Any) -> tuple[str, str]:
 
 
 def generate(model: Any, ids: Any, mask: Any, drafter: Any = None) -> tuple[Any, str]:
-    """The tokens by ``sssd.hf.generate``, and its reason if it warns that they are decoded without drafts."""
-    sys.modules["sssd.hf.generate"]._warned.clear()
-    with warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
+    """The tokens by ``sssd.hf.generate``, and why they are decoded without drafts, if they are."""
+    options = {"attention_mask": mask, **GREEDY}
+    call = functools.partial(hf.generate, model, ids, drafter, max_nodes=9, **options)
+    if REFUSES:
         try:
-            tokens = hf.generate(model, ids, drafter, max_nodes=9, attention_mask=mask, **GREEDY)
-        except UnsupportedModelError as error:  # FOR NOW: until sssd.hf.generate itself falls back
-            return model.generate(ids, attention_mask=mask, **GREEDY), str(error).split(": ", 1)[-1]
-    said = [str(w.message) for w in given if w.category is UserWarning and "without drafts" in str(w.message)]
-    assert len(said) <= 1
-    return tokens, said[0].removeprefix(f"{type(model).__name__} is decoded without drafts: ") if said else ""
+            return call(), "recurrent layers" if cannot_roll_back(model) else ""
+        except UnsupportedModelError as error:
+            return model.generate(ids, **options), str(error).split(": ", 1)[-1]
+    try:
+        return call(on_unsupported="raise"), ""
+    except UnsupportedModelError as error:
+        return call(), str(error).split(": ", 1)[-1]

@@ -4,13 +4,49 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import architectures  # noqa: E402
-from architectures import CALLS, GREEDY, TYPES, UNDECODABLE, build, examine, generate  # noqa: E402
+from architectures import (  # noqa: E402
+    CALLS,
+    GREEDY,
+    REFUSES,
+    TYPES,
+    UNDECODABLE,
+    build,
+    documented,
+    examine,
+    generate,
+    table,
+)
+from transformers import __version__  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of old models about their own code
 
 
-@pytest.mark.parametrize("name", [name for name in TYPES if name not in UNDECODABLE])
+# FOR NOW: drafts reach beyond the position table
+TABLES = {
+    "bert",
+    "bert-generation",
+    "camembert",
+    "codegen",
+    "ctrl",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "gpt-sw3",
+}
+TABLES |= {"gpt2", "gpt_bigcode", "gptj", "opt", "roberta", "roberta-prelayernorm", "roc_bert", "xlm-roberta"}
+TABLES |= {"xlm-roberta-xl", "xmod"}
+# FOR NOW: only the cache knows the window, and a pass over one token without padding gets no mask
+AWAITED = {"moshi"} | (TABLES if REFUSES else set())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in AWAITED else name
+        for name in TYPES
+        if name not in UNDECODABLE
+    ],
+)
 def test_tokens_are_those_of_generate(name):
     examine(name)
 
@@ -22,3 +58,11 @@ def test_what_generate_refuses_is_refused_alike(name):
         build(name)[0].generate(CALLS[0][0], **GREEDY)
     with pytest.raises(error, match=words):
         generate(build(name)[0], *CALLS[0])
+
+
+@pytest.mark.skipif(REFUSES, reason="FOR NOW: the table is of the sssd that never refuses")
+def test_the_documentation_says_how_each_is_decoded():
+    version, text = documented()
+    if version != __version__:
+        pytest.skip(f"the table is of transformers {version}")
+    assert text == table()

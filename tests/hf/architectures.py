@@ -92,7 +92,7 @@ _SIZES = [
         2,
         """
         depth num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts num_quantizers
-        n_group n_groups num_expert_group H_cycles
+        n_group n_groups num_expert_group H_cycles hc_sinkhorn_iters
         """,
     ),
     (1, "topk_group L_cycles"),
@@ -114,6 +114,7 @@ _SIZES = [
 ]
 _SETTINGS = {name: size for size, names in _SIZES for name in names.split()}
 _SETTINGS |= dict.fromkeys(_LAYERS, LAYERS) | dict.fromkeys(_HEADS, HEADS)
+_NOT_OF_THE_MODEL = {"transformers_version", "architectures", "_name_or_path", "dtype", "output_attentions"}
 _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "per_layer_config": {1: {"head_dim": 2 * HEAD_DIM}, 3: {"head_dim": 2 * HEAD_DIM}},
@@ -142,7 +143,9 @@ _PER_TYPE: dict[str, dict[str, Any]] = {
     "blenderbot": {"encoder_layers": LAYERS},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+        }
     },
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"num_experts_per_tok": 2},
@@ -218,7 +221,8 @@ _GIVEN = {
             "vocab_size_per_layer_input": 0,
             "num_kv_shared_layers": 30,
         }
-    }
+    },
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 30}},
 }
 """Without these there is no default config."""
 
@@ -249,15 +253,14 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
             return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(key, min(value, VOCAB - 1))
         return min(value, _SETTINGS.get(key, value))
 
-    return {key: small(key, value) for key, value in config.items()}
+    return {key: small(key, value) for key, value in config.items() if key not in _NOT_OF_THE_MODEL}
 
 
 def build(name: str) -> tuple[Any, str]:
     """Builds the model of a type in float32, in evaluation mode; returns it and its attention."""
     config = AutoConfig.for_model(name, **_GIVEN.get(name, {}))
     values = _shrunk(config.to_dict())
-    for key in ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"):
-        values.pop(key, None)
+    del values["model_type"]
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     for path, value in _PER_TYPE.get(name, {}).items():
         *parents, key = path.split(".")
@@ -287,19 +290,21 @@ GREEDY = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-UNDECODABLE: dict[str, tuple[type[Exception], str, str]] = {
-    "blt": (AttributeError, "num_hidden_layers", "generate makes no cache for its config"),
-    "gemma3n": (ImportError, "timm", "needs timm"),
-    "gemma4_assistant": (ValueError, "get_seq_length", "reads the cache of the model that it drafts for"),
-    "gemma4_unified_assistant": (
-        ValueError,
-        "get_seq_length",
+UNDECODABLE = {
+    "blt": ("num_hidden_layers", "generate makes no cache for its config"),
+    "gemma3n": ("timm", "needs timm"),
+    "gemma4_assistant": (
+        "get_seq_length|shared_kv_states",
         "reads the cache of the model that it drafts for",
     ),
-    "musicgen": (AttributeError, "dropout", "cannot be built from its own config"),
-    "musicgen_melody": (AttributeError, "dropout", "cannot be built from its own config"),
+    "gemma4_unified_assistant": (
+        "get_seq_length|shared_kv_states",
+        "reads the cache of the model that it drafts for",
+    ),
+    "musicgen": ("dropout|text_encoder", "cannot be built from its own config"),
+    "musicgen_melody": ("dropout|text_encoder", "cannot be built from its own config"),
 }
-"""What ``model.generate`` cannot decode from text: its error, words of its message, and why."""
+"""What ``model.generate`` cannot decode from text: words of its error, and why."""
 
 
 @functools.cache
@@ -315,7 +320,7 @@ def examine(name: str) -> str:
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name],
             "",
             "",
-            f"not by `generate`: {UNDECODABLE[name][2]}",
+            f"not by `generate`: {UNDECODABLE[name][1]}",
         )
     model, attention = build(name)
     ways = [_way(model, ids, mask) for ids, mask in CALLS]

@@ -53,10 +53,10 @@ def test_tokens_are_those_of_generate(name):
 
 @pytest.mark.parametrize("name", [name for name in TYPES if name in UNDECODABLE])
 def test_what_generate_refuses_is_refused_alike(name):
-    error, words, _ = UNDECODABLE[name]
-    with pytest.raises(error, match=words):
+    words, _ = UNDECODABLE[name]
+    with pytest.raises(Exception, match=words) as plain:
         build(name)[0].generate(CALLS[0][0], **GREEDY)
-    with pytest.raises(error, match=words):
+    with pytest.raises(plain.type, match=words):
         generate(build(name)[0], *CALLS[0])
 
 

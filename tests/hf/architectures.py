@@ -1,7 +1,6 @@
 """Every causal language model of the installed transformers, tiny and random, from its default config."""
 
 import functools
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,6 @@ from trees import ScriptedDrafter
 from sssd import hf
 from sssd.errors import UnsupportedModelError
 from sssd.hf.fast import fast_pass
-
-REFUSES = "on_unsupported" not in inspect.signature(hf.generate).parameters
-"""FOR NOW: whether sssd refuses what it cannot verify; goes when it never does, with what asks for it."""
-if REFUSES:
-    from sssd.hf.verify import cannot_roll_back
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 DOCUMENT = Path(__file__).parents[2] / "docs/verification.md"
@@ -377,11 +371,6 @@ def generate(model: Any, ids: Any, mask: Any, drafter: Any = None, **more: Any) 
     """What ``sssd.hf.generate`` gives, and why it decodes without drafts, if it does."""
     options = {"attention_mask": mask, **GREEDY, **more}
     call = functools.partial(hf.generate, model, ids, drafter, max_nodes=9, **options)
-    if REFUSES:
-        try:
-            return call(), "recurrent layers" if cannot_roll_back(model) else ""
-        except UnsupportedModelError as error:
-            return model.generate(ids, **options), str(error).split(": ", 1)[-1]
     try:
         return call(on_unsupported="raise"), ""
     except UnsupportedModelError as error:

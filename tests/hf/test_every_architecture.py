@@ -7,7 +7,6 @@ torch = pytest.importorskip("torch")
 from architectures import (  # noqa: E402
     CALLS,
     GREEDY,
-    REFUSES,
     TYPES,
     UNDECODABLE,
     build,
@@ -21,22 +20,8 @@ from transformers import __version__  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")  # of old models about their own code
 
 
-# FOR NOW: drafts reach beyond the position table
-TABLES = {
-    "bert",
-    "bert-generation",
-    "camembert",
-    "codegen",
-    "ctrl",
-    "data2vec-text",
-    "electra",
-    "ernie",
-    "gpt-sw3",
-}
-TABLES |= {"gpt2", "gpt_bigcode", "gptj", "opt", "roberta", "roberta-prelayernorm", "roc_bert", "xlm-roberta"}
-TABLES |= {"xlm-roberta-xl", "xmod"}
 # FOR NOW: only the cache knows the window, and a pass over one token without padding gets no mask
-AWAITED = {"moshi"} | (TABLES if REFUSES else set())
+AWAITED = {"moshi"}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +45,6 @@ def test_what_generate_refuses_is_refused_alike(name):
         generate(build(name)[0], *CALLS[0])
 
 
-@pytest.mark.skipif(REFUSES, reason="FOR NOW: the table is of the sssd that never refuses")
 def test_the_documentation_says_how_each_is_decoded():
     version, text = documented()
     if version != __version__:

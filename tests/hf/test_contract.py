@@ -593,6 +593,13 @@ def test_drafts_never_change_rotary_frequencies(kind, new_tokens):
     assert check(model, BATCH, {**GREEDY, **B, "max_new_tokens": 8}) is None
 
 
+def test_the_border_of_dynamic_frequencies_is_the_models(model):
+    """An original length, which other kinds go by, does not move it."""
+    parameters = {**ROPE["dynamic"], "original_max_position_embeddings": 4096}
+    model = tiny_model("llama", "sdpa", rope_parameters=parameters, max_position_embeddings=28)
+    assert "rotary frequencies" in check(model, PROMPT, GREEDY)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_bigcode"])
 def test_drafts_end_where_a_table_of_positions_does(name):
     changes = {"n_positions": 48} if name == "gpt2" else {}

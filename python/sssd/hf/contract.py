@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.modules import module as torch_module
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import (
     EosTokenCriteria,
@@ -70,6 +70,21 @@ _ROWWISE_CRITERIA = {EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopS
 
 _PREPARED = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
 """Methods of the loop that a model may override, to do in them what a verify pass would leave out."""
+
+_HARMLESS = {
+    f"transformers.models.{place}.prepare_inputs_for_generation"
+    for place in (
+        "ctrl.modeling_ctrl.CTRLLMHeadModel",
+        "gemma3.modeling_gemma3.Gemma3ForConditionalGeneration",
+        "gemma4.modeling_gemma4.Gemma4ForConditionalGeneration",
+        "gemma4_unified.modeling_gemma4_unified.Gemma4UnifiedForConditionalGeneration",
+        "roc_bert.modeling_roc_bert.RoCBertForCausalLM",
+    )
+}
+"""Overrides that do nothing to text."""
+
+_CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)}
+"""Layers that hold keys and values, or share those of another layer."""
 
 _OURS = ("sssd.", "transformers.", "torch.", "peft.", "contextlib")
 _warned: set[tuple[type, str]] = set()
@@ -249,8 +264,9 @@ def why_not_model(model: Any) -> str | None:
 def _why_not_code(model: Any) -> str | None:
     """Code of the model's own or of its user's that a pass over several tokens may not do justice to."""
     for name in _PREPARED:
-        own = getattr(type(model), name, None)
-        if name in vars(model) or own is not getattr(GenerationMixin, name, None):
+        own, common = getattr(type(model), name, None), getattr(GenerationMixin, name, None)
+        harmless = f"{type(model).__module__}.{getattr(own, '__qualname__', None)}" in _HARMLESS
+        if name in vars(model) or (own is not common and not harmless):
             return f"{name} is overridden"
     if model.training:
         return "it is in training mode"
@@ -300,12 +316,12 @@ def _why_not_inputs(call: Call) -> str | None:
         return f"a {type(cache).__name__}{offloaded} cannot be verified in, only a DynamicCache"
     if call.user_cache is not None and layers - {DynamicLayer}:
         return "the cache passed drops states; pass DynamicCache() made without config, or nothing"
-    if layers - {DynamicLayer, DynamicSlidingWindowLayer}:
+    if layers - _CACHE_LAYERS:
         kinds = ", ".join(sorted(kind.__name__ for kind in layers))
         return f"its cache holds more than keys and values ({kinds})"
     known = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"}
     known.add(cache_argument(call.model))
-    other = sorted(name for name, value in call.inputs.items() if name not in known and value is not None)
+    other = sorted(name for name, value in call.inputs.items() if name not in known and not _is_absent(value))
     if other:
         return f"there are inputs beside text: {', '.join(other)}"
     if call.lengths[1] <= 0:
@@ -316,6 +332,11 @@ def _why_not_inputs(call: Call) -> str | None:
     if limit is not None and (call.criteria.max_length is None or _last_position(call) + 1 >= limit):
         return f"its rotary frequencies depend on the length from {limit} tokens on"
     return None
+
+
+def _is_absent(value: Any) -> bool:
+    # an empty dict stands for no picture and no sound
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def _last_position(call: Call) -> int:
@@ -357,8 +378,8 @@ def frequency_limit(model: Any) -> int | None:
     limits = []
     for parameters in _rope_parameters(config):
         if any(kind in str(parameters.get("rope_type")) for kind in _LENGTH_DEPENDENT):
-            original = parameters.get("original_max_position_embeddings")
-            limits.append(int(original or config.max_position_embeddings))
+            limits.append(int(config.max_position_embeddings))
+            limits.append(int(parameters.get("original_max_position_embeddings") or limits[-1]))
     return min(limits, default=None)
 
 

@@ -147,6 +147,8 @@ class TreeCache(Cache):  # type: ignore[misc]
             target = [list(range(width))] * len(kept)
             moves: dict[Any, Any] = {}
             for layer in self.layers:
+                if not layer.buffers:  # it shares those of another
+                    continue
                 if layer.device not in moves:
                     rows, to = self._slots(target, layer.device)
                     moves[layer.device] = rows, to, self._slots(source, layer.device)[1]
@@ -174,6 +176,8 @@ class TreeCache(Cache):  # type: ignore[misc]
         """Writes the committed states of a one-row cache to ``cache``, a ``DynamicCache``, and returns it."""
         for index, layer in enumerate(self.layers):
             states = [buffer[:, :, : self.lengths[0]].clone() for buffer in layer.buffers]
+            if not states:
+                continue
             if index < len(cache.layers):
                 held = cache.layers[index]
                 held.lazy_initialization(*states)

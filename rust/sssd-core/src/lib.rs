@@ -16,8 +16,8 @@ mod sync;
 mod tree;
 
 pub use budget::{CostError, Layout, PassCosts};
-pub use index::Scout;
-pub use memory::{Charge, Ledger, MemoryFull};
+pub use index::Lookahead;
+pub use memory::{Charge, MemoryFull, MemoryPool};
 pub use namespace::{Knowledge, Namespace};
 pub use predictor::inputs::Limits;
 pub use predictor::weights::{Model, WeightsError};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::index::{Index, Scout, grown};
+use crate::index::{Index, Lookahead, grown};
 use crate::memory::{Charge, MemoryFull};
 use crate::namespace::{Namespace, Shared, lock};
 use crate::predictor::Predictor;
@@ -215,13 +215,13 @@ impl Sequence {
     }
 
     /// Begins to read what appending `tokens` and drafting after them will read.
-    pub fn scout(&self, tokens: &[Token]) -> Scout {
-        self.index.scout(tokens)
+    pub fn look_ahead(&self, tokens: &[Token]) -> Lookahead {
+        self.index.look_ahead(tokens)
     }
 
     /// Reads on; false if there is nothing more to read.
-    pub fn advance(&self, scout: &mut Scout) -> bool {
-        self.index.advance(scout)
+    pub fn advance(&self, lookahead: &mut Lookahead) -> bool {
+        self.index.advance(lookahead)
     }
 
     fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {
@@ -401,7 +401,7 @@ impl Drop for Sequence {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Ledger;
+    use crate::memory::MemoryPool;
     use crate::{Corpus, Knowledge, Match};
     use proptest::prelude::*;
 
@@ -429,13 +429,13 @@ mod tests {
     }
 
     fn namespace() -> Namespace {
-        let ledger = Arc::new(Ledger::new(usize::MAX));
+        let pool = Arc::new(MemoryPool::new(usize::MAX));
         let knowledge = Knowledge::new(Model::default(), 0, 0);
-        Namespace::new(vec![7], None, knowledge, Charge::new(&ledger, usize::MAX)).unwrap()
+        Namespace::new(vec![7], None, knowledge, Charge::new(&pool, usize::MAX)).unwrap()
     }
 
-    fn begin(namespace: &Namespace, ledger: &Arc<Ledger>, prompt: &[Token]) -> Sequence {
-        Sequence::begin(namespace, prompt, &[], Charge::new(ledger, usize::MAX)).unwrap()
+    fn begin(namespace: &Namespace, pool: &Arc<MemoryPool>, prompt: &[Token]) -> Sequence {
+        Sequence::begin(namespace, prompt, &[], Charge::new(pool, usize::MAX)).unwrap()
     }
 
     proptest! {
@@ -445,8 +445,8 @@ mod tests {
             prompt in prop::collection::vec(0u32..8, 0..150),
             operations in prop::collection::vec((0usize..4, 0usize..4, prop::collection::vec(0u32..8, 0..100)), 0..12),
         ) {
-            let (namespace, ledger) = (namespace(), Arc::new(Ledger::new(usize::MAX)));
-            let mut family = vec![(begin(&namespace, &ledger, &prompt), prompt.len(), prompt)];
+            let (namespace, pool) = (namespace(), Arc::new(MemoryPool::new(usize::MAX)));
+            let mut family = vec![(begin(&namespace, &pool, &prompt), prompt.len(), prompt)];
             for (member, kind, tokens) in operations {
                 let at = member % family.len();
                 let (sequence, prompt, history) = &mut family[at];
@@ -467,7 +467,7 @@ mod tests {
                 }
                 for (sequence, prompt, history) in &mut family {
                     prop_assert_eq!(sequence.check(), Ok(()));
-                    let mut twin = begin(&namespace, &ledger, &history[..*prompt]);
+                    let mut twin = begin(&namespace, &pool, &history[..*prompt]);
                     twin.extend(&history[*prompt..], None).unwrap();
                     let limits = Limits { max_nodes: 20, max_depth: 3, min_prob: 0.001 };
                     prop_assert_eq!(sequence.draft(limits), twin.draft(limits));
@@ -475,7 +475,7 @@ mod tests {
                 }
             }
             drop(family);
-            prop_assert_eq!(ledger.used(), 0);
+            prop_assert_eq!(pool.used(), 0);
         }
 
         /// Whatever speaks for its nodes, a draft that is cut is the draft of that size, and teaches the same.
@@ -484,14 +484,14 @@ mod tests {
             tokens in prop::collection::vec(0u32..6, 1..200), most in 0usize..80, cut in 0usize..40, store: bool, feedback: bool,
             live: bool, predicted in 0usize..20,
         ) {
-            let ledger = Arc::new(Ledger::new(usize::MAX));
+            let pool = Arc::new(MemoryPool::new(usize::MAX));
             let (prompt, output) = tokens.split_at(tokens.len() / 2);
             let [mut one, mut two] = [(); 2].map(|()| {
                 let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
                 let knowledge = Knowledge::new(Model::default(), if live { 1 << 16 } else { 0 }, 1 << 16);
-                let namespace = Namespace::new(vec![7], store, knowledge, Charge::new(&ledger, usize::MAX)).unwrap();
-                Sequence::begin(&namespace, &tokens, &[], Charge::new(&ledger, usize::MAX)).unwrap().finish();
-                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Charge::new(&ledger, usize::MAX)).unwrap()
+                let namespace = Namespace::new(vec![7], store, knowledge, Charge::new(&pool, usize::MAX)).unwrap();
+                Sequence::begin(&namespace, &tokens, &[], Charge::new(&pool, usize::MAX)).unwrap().finish();
+                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Charge::new(&pool, usize::MAX)).unwrap()
             });
             for output in output.chunks(4) {
                 one.start_draft(Limits::nodes(most), most);
@@ -514,16 +514,16 @@ mod tests {
     fn a_full_memory_refuses_and_changes_nothing() {
         let (namespace, tokens) =
             (namespace(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());
-        let ledger = Arc::new(Ledger::new(400_000));
-        let charge = || Charge::new(&ledger, usize::MAX);
+        let pool = Arc::new(MemoryPool::new(400_000));
+        let charge = || Charge::new(&pool, usize::MAX);
         assert!(Sequence::begin(&namespace, &vec![3; 100_000], &[], charge()).is_err());
-        assert_eq!(ledger.used(), 0);
+        assert_eq!(pool.used(), 0);
         let mut sequence = Sequence::begin(&namespace, &tokens[..1000], &[], charge()).unwrap();
         let mut forks = Vec::new();
         while let Ok(fork) = sequence.fork() {
             forks.push(fork);
         }
-        assert!(!forks.is_empty() && ledger.used() <= ledger.limit());
+        assert!(!forks.is_empty() && pool.used() <= pool.limit());
         assert_eq!(sequence.check(), Ok(()));
         sequence.draft(Limits::nodes(1024));
         assert_eq!(sequence.check(), Ok(()));
@@ -531,15 +531,15 @@ mod tests {
         assert!(sequence.extend(&tokens, None).is_err());
         assert_eq!(sequence.tokens(), &tokens[..1000]);
         assert_eq!(sequence.check(), Ok(()));
-        assert!(ledger.peak() <= ledger.limit() && ledger.refused() >= 3);
+        assert!(pool.peak() <= pool.limit() && pool.refused() >= 3);
         drop(sequence);
-        assert_eq!(ledger.used(), 0);
+        assert_eq!(pool.used(), 0);
     }
 
     #[test]
     fn nothing_is_drafted_beyond_the_longest_length() {
-        let (namespace, ledger) = (namespace(), Arc::new(Ledger::new(usize::MAX)));
-        let mut sequence = begin(&namespace, &ledger, &[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1]);
+        let (namespace, pool) = (namespace(), Arc::new(MemoryPool::new(usize::MAX)));
+        let mut sequence = begin(&namespace, &pool, &[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1]);
         for (max_length, depth) in [(16, 4), (14, 2), (13, 1), (12, 0), (11, 0), (5, 0)] {
             sequence.set_max_length(max_length);
             let tree = sequence.draft(Limits::nodes(32));

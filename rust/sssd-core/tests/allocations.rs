@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use allocation_counter::measure;
-use sssd_core::{Charge, Corpus, Knowledge, Ledger, Limits, Match, Model, Namespace, Sequence, Token, TopK};
+use sssd_core::{
+    Charge, Corpus, Knowledge, Limits, Match, MemoryPool, Model, Namespace, Sequence, Token, TopK,
+};
 
 /// A corpus in which everything is followed by a cycle.
 struct Cycle;
@@ -27,7 +29,7 @@ impl Corpus for Cycle {
 }
 
 fn charge() -> Charge {
-    Charge::new(&Arc::new(Ledger::new(usize::MAX)), usize::MAX)
+    Charge::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX)
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use sssd_core::{
-    Charge, Corpus, Knowledge, Ledger, Limits, MemoryFull, Model, Namespace, Sequence, Token, TopK,
+    Charge, Corpus, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Sequence, Token, TopK,
 };
 
 use crate::batch::Step;
@@ -59,7 +59,7 @@ impl Default for Options {
 /// Many requests, in namespaces.
 pub struct Engine {
     options: Options,
-    ledger: Arc<Ledger>,
+    pool: Arc<MemoryPool>,
     namespaces: Mutex<BTreeMap<String, Tenant>>,
     crew: Crew,
     idle: Mutex<Vec<Arc<Step>>>,
@@ -105,7 +105,7 @@ impl Engine {
     /// An engine with the default namespace.
     pub fn new(options: Options) -> Result<Self, MemoryFull> {
         let engine = Self {
-            ledger: Arc::new(Ledger::new(options.max_bytes)),
+            pool: Arc::new(MemoryPool::new(options.max_bytes)),
             namespaces: Mutex::default(),
             crew: Crew::new(options.threads.max(1)),
             idle: Mutex::default(),
@@ -136,7 +136,7 @@ impl Engine {
         }
         let Options { end_tokens, store, live_bytes, soft_bytes, .. } = &self.options;
         let knowledge = Knowledge::new(Model::default(), *live_bytes, *soft_bytes);
-        let charge = Charge::new(&self.ledger, usize::MAX);
+        let charge = Charge::new(&self.pool, usize::MAX);
         let namespace = Arc::new(Namespace::new(end_tokens.clone(), store.clone(), knowledge, charge)?);
         let tenant = Tenant { namespace: Arc::clone(&namespace), used: Instant::now() };
         namespaces.insert(name.to_owned(), tenant);
@@ -212,11 +212,11 @@ impl Engine {
         let namespaces = lock(&self.namespaces);
         let shared = namespaces.values().map(|tenant| tenant.namespace.most_bytes());
         Memory {
-            limit: self.ledger.limit(),
-            used: self.ledger.used(),
-            peak: self.ledger.peak(),
+            limit: self.pool.limit(),
+            used: self.pool.used(),
+            peak: self.pool.peak(),
             shared: shared.sum(),
-            refused: self.ledger.refused(),
+            refused: self.pool.refused(),
         }
     }
 
@@ -250,7 +250,7 @@ impl Engine {
         max_length: Option<usize>,
     ) -> Result<Arc<Request>, MemoryFull> {
         let mut sequence = self.start(namespace, prediction, max_length)?;
-        let mut charge = Charge::new(&self.ledger, self.options.max_request_bytes);
+        let mut charge = Charge::new(&self.pool, self.options.max_request_bytes);
         charge.resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
@@ -264,7 +264,7 @@ impl Engine {
         prediction: &[Token],
         max_length: Option<usize>,
     ) -> Result<sssd_core::Sequence, MemoryFull> {
-        let charge = Charge::new(&self.ledger, self.options.max_request_bytes);
+        let charge = Charge::new(&self.pool, self.options.max_request_bytes);
         let namespace = self.namespace(namespace)?;
         let mut sequence = Sequence::begin(&namespace, &[], prediction, charge)?;
         sequence.set_max_length(max_length.unwrap_or(usize::MAX));

@@ -244,10 +244,10 @@ def build(folder: Path) -> None:
 
 
 def killers(folder: Path) -> list[str]:
-    """The tests that fail."""
+    """The unit tests that fail, and the first test in Python that does."""
     rust = run(folder, "cargo", "test", "--locked", "--lib", "-p", "sssd-core")
     found = set(re.findall(r"^test (\S+) \.\.\. FAILED$", rust.stdout, re.MULTILINE))
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS)
     tests = run(folder, *command, PYTHONPATH=str(folder / "python"))
     failed = re.findall(r"^FAILED \S+?::([^\s\[]+)", tests.stdout, re.MULTILINE)
     if (rust.returncode and not found) or (tests.returncode and not failed):

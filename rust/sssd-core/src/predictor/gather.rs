@@ -101,3 +101,40 @@ pub fn feedback(
     inputs.soft.find(path.chain(before), &mut found);
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::predictor::inputs::tests::Parts;
+
+    fn expanded(parts: &Parts, path: f32, class: u8) -> Vec<(u32, u16)> {
+        let mut scratch = Scratch::default();
+        let mut candidates = vec![Candidate::new(5, NONE, 0), Candidate::new(6, 0, 1)];
+        (candidates[1].path, candidates[1].classes[REQUEST]) = (path, class);
+        scratch.start();
+        let lower = newest_lower(&candidates[1], 5, &parts.index);
+        scratch.origins.push(crate::predictor::arena::Origin { samples: NONE, lower });
+        samples(1, &candidates, &parts.inputs(), &mut scratch);
+        scratch.samples.iter().map(|sample| (sample.cursor, sample.length)).collect()
+    }
+
+    #[test]
+    fn short_contexts_are_looked_up_where_they_are_worth_it_and_new() {
+        // 6 after 5 is on the node's path; 6 after 4 and at the start is not
+        let parts = Parts::new(&[6, 1, 5, 6, 2, 4, 6, 3, 5]);
+        assert_eq!(expanded(&parts, WORTH_LOWER, NO_CLASS), [(7, 1), (1, 1)]);
+        assert_eq!(expanded(&parts, WORTH_LOWER, COPY - 1), [(7, 1), (1, 1)]);
+        assert_eq!(expanded(&parts, WORTH_LOWER, COPY), []);
+        assert_eq!(expanded(&parts, WORTH_LOWER * 0.99, NO_CLASS), []);
+    }
+
+    #[test]
+    fn the_root_has_what_followed_the_end_of_the_context() {
+        let parts = Parts::new(&[1, 2, 3, 9, 2, 3, 8, 3]);
+        let mut scratch = Scratch::default();
+        scratch.start();
+        samples(0, &[Candidate::new(3, NONE, 0)], &parts.inputs(), &mut scratch);
+        let found: Vec<_> = scratch.samples.iter().map(|sample| (sample.cursor, sample.length)).collect();
+        assert_eq!(found, [(6, 1), (3, 1)]);
+    }
+}

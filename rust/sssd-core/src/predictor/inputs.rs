@@ -58,3 +58,56 @@ impl Limits {
         Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }
     }
 }
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// What a request without datastore drafts from.
+    pub struct Parts {
+        pub index: Index,
+        pub aligned: Aligned,
+        live: LiveStore,
+        soft: SoftTable,
+        recent: Recent,
+        model: Model,
+        pub calibration: Calibration,
+    }
+
+    impl Parts {
+        pub fn new(tokens: &[Token]) -> Self {
+            let mut index = Index::default();
+            tokens.iter().for_each(|&token| index.push(token));
+            let mut calibration = Calibration::default();
+            let model = Model::default();
+            calibration.start(model.ages(0));
+            let (aligned, recent) = (Aligned::default(), Recent::default());
+            Self {
+                index,
+                aligned,
+                live: LiveStore::new(0),
+                soft: SoftTable::new(0),
+                recent,
+                model,
+                calibration,
+            }
+        }
+
+        pub fn inputs(&self) -> Inputs<'_> {
+            Inputs {
+                index: &self.index,
+                predicted: 0,
+                aligned: &self.aligned,
+                store: None,
+                live: &self.live,
+                soft: &self.soft,
+                recent: &self.recent,
+                model: &self.model,
+                calibration: &self.calibration,
+                end_tokens: &[],
+                age: 0,
+                limits: Limits::nodes(16),
+            }
+        }
+    }
+}

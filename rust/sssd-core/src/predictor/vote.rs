@@ -80,7 +80,27 @@ fn tally_vote(tally: &mut Tally, source: usize, class: u8, weight: f32, candidat
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sources::{REQUEST, STORE};
+    use crate::predictor::inputs::tests::Parts;
+    use crate::sources::{ALIGNED, REQUEST, STORE};
+
+    #[test]
+    fn samples_go_on_to_the_candidate_for_their_next_token_one_token_longer() {
+        let parts = Parts::new(&[5, 6, 7, 5, 6, 8, 5]);
+        let (mut scratch, mut tally) = (Scratch::default(), Tally::default());
+        let mut candidates = vec![Candidate::new(5, 0, 0)];
+        scratch.start();
+        scratch.table.clear();
+        for (source, cursor, length) in [(REQUEST, 1, 1), (REQUEST, 4, 3), (ALIGNED, 2, 1), (REQUEST, 7, 2)] {
+            scratch.add_sample(0, Sample::in_request(source, cursor, 7, length));
+        }
+        vote(0, &mut candidates, &parts.inputs(), &mut scratch, &mut tally);
+        assert_eq!(candidates[1..].iter().map(|child| child.token).collect::<Vec<_>>(), [7, 6]);
+        // the last sample stands at the end of the text and has no voice
+        assert_eq!(scratch.votes.iter().map(|vote| vote.candidate).collect::<Vec<_>>(), [1, 2, 2]);
+        let lengths: Vec<_> = scratch.samples.iter().map(|sample| (sample.cursor, sample.length)).collect();
+        assert_eq!(lengths, [(2, 2), (5, 4), (3, aligned::agreed(1)), (7, 2)]);
+        assert_eq!((scratch.origins[1].samples, scratch.origins[2].samples), (2, 0));
+    }
 
     #[test]
     fn candidates_count_once_at_the_longest_context_they_followed() {

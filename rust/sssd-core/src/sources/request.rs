@@ -34,3 +34,29 @@ pub fn occurrences(index: &Index, mut act: impl FnMut(u32, usize)) {
         longer = ORDERS[order];
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(tokens: &[u32]) -> Vec<(u32, usize)> {
+        let (mut index, mut found) = (Index::default(), Vec::new());
+        tokens.iter().for_each(|&token| index.push(token));
+        occurrences(&index, |position, length| found.push((position, length)));
+        found
+    }
+
+    #[test]
+    fn the_longest_come_first_and_the_newest_of_each_length() {
+        assert_eq!(found(&[1, 2, 9, 2, 8, 1, 2, 7, 1, 2]), [(6, 2), (1, 2), (3, 1)]);
+        assert_eq!(found(&[1, 2, 3]), []);
+    }
+
+    #[test]
+    fn there_are_fewer_of_shorter_lengths_beside_longer_ones() {
+        let alone = [[0, 9], [1, 9]].concat().repeat(50);
+        assert_eq!(found(&[&alone[..], &[2, 9]].concat()).len(), SAMPLES);
+        let beside = found(&[&[2, 9][..], &alone, &[2, 9]].concat());
+        assert_eq!((beside.len(), beside[0]), (1 + SHORTER_SAMPLES, (1, 2)));
+    }
+}

@@ -7,6 +7,7 @@ there, hardly optimised. A mutant that does not apply is an error: the list foll
 """
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,159 +28,201 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "samples keep their length as they descend",
-        f"{CORE}/draft.rs",
-        "                _ => sample.length + 1,",
-        "                _ => sample.length,",
+        f"{CORE}/predictor/vote.rs",
+        "Length::PlusOne => sample.length + 1",
+        "Length::PlusOne => sample.length",
     ),
     Mutant(
         "a longer context's escape is not passed on to the shorter ones",
-        f"{CORE}/draft.rs",
-        "                rest *= escape;\n                self.contexts.push((class as u8, cell));",
-        "                self.contexts.push((class as u8, cell));",
+        f"{CORE}/predictor/blend.rs",
+        "        rest *= escape;\n        contexts.push((class as u8, cell));",
+        "        contexts.push((class as u8, cell));",
     ),
     Mutant(
         "votes of shorter contexts are not added to nested ones",
-        f"{CORE}/draft.rs",
-        "value[class] += shorter;",
-        "value[class] += 0.0 * shorter;",
+        f"{CORE}/predictor/blend.rs",
+        "values[class] += shorter;",
+        "values[class] += 0.0 * shorter;",
     ),
     Mutant(
         "all sources weigh alike",
-        f"{CORE}/draft.rs",
+        f"{CORE}/predictor/mix.rs",
         "model.gate(cell).exp()",
         "(0.0 * model.gate(cell)).exp()",
     ),
     Mutant(
         "escapes are learned past the context that held the truth",
-        f"{CORE}/draft.rs",
-        "                    if !escaped {\n                        break;",
-        "                    if false {\n                        break;",
+        f"{CORE}/predictor/learn.rs",
+        "            if !escaped {\n                break;",
+        "            if false {\n                break;",
     ),
     Mutant(
         "gates learn with the wrong sign",
-        f"{CORE}/draft.rs",
-        "weight * truth.probs[source] / truth.mixed - weight)",
-        "weight - weight * truth.probs[source] / truth.mixed)",
+        f"{CORE}/predictor/mix.rs",
+        "weight * prob / truth.mixed - weight",
+        "weight - weight * prob / truth.mixed",
     ),
     Mutant(
         "refinements learn the opposite outcome",
-        f"{CORE}/draft.rs",
-        "model.learn_refinement(support, candidate.mixed, candidate.token == token)",
-        "model.learn_refinement(support, candidate.mixed, candidate.token != token)",
+        f"{CORE}/predictor/learn.rs",
+        "model.learn_refinement(support.row(), candidate.mixed, came_true)",
+        "model.learn_refinement(support.row(), candidate.mixed, !came_true)",
     ),
     Mutant(
-        "feedback passes no escape on",
-        f"{CORE}/draft.rs",
-        "                rest *= escape;\n                contexts.push((class, cell));",
-        "                contexts.push((class, cell));",
+        "the outcome of a draft is not noted for the request",
+        f"{CORE}/predictor/learn.rs",
+        "candidate.refined, came_true)",
+        "candidate.refined, false)",
     ),
     Mutant(
-        "siblings are not scaled to their parent",
-        f"{CORE}/draft.rs",
-        "above / total.max(1.0)",
-        "above / total.max(9.0) * 9.0",
-    ),
-    Mutant(
-        "lists are offered by the budget",
-        f"{CORE}/draft.rs",
-        "reach * share >= WORTH_OFFERING",
-        "reach * share >= WORTH_OFFERING * (1 + 16 / self.budget) as f32",
-    ),
-    Mutant(
-        "the last node of a budget teaches",
-        f"{CORE}/draft.rs",
-        "self.budget as i32 - 1",
-        "self.budget as i32",
-    ),
-    Mutant(
-        "the outcome is not noted for the request",
-        f"{CORE}/draft.rs",
-        "calibration.note(kind, candidate.refined, candidate.token == token)",
-        "calibration.note(kind, candidate.refined, false)",
-    ),
-    Mutant(
-        "short contexts are looked up at every node",
-        f"{CORE}/draft.rs",
-        "path >= WORTH_LOWER && !copied",
-        "!copied",
-    ),
-    Mutant(
-        "a sample of the datastore stands for itself alone",
-        f"{CORE}/draft.rs",
-        "weight: found.weight",
-        "weight: 1.0",
-    ),
-    Mutant(
-        "the age is that of the first token", f"{CORE}/draft.rs", "self.age = inputs.age;", "self.age = 0;"
-    ),
-    Mutant(
-        "soft contexts learn by the candidate, not by what was said",
-        f"{CORE}/draft.rs",
+        "feedback learns by a longer class than was said",
+        f"{CORE}/predictor/learn.rs",
         "map_or(NO_CLASS, |said| said.2)",
         "map_or(NO_CLASS, |said| said.2 + 1)",
     ),
     Mutant(
+        "feedback passes no escape on",
+        f"{CORE}/predictor/blend.rs",
+        "            rest *= escape;\n            contexts.push((class, cell));",
+        "            contexts.push((class, cell));",
+    ),
+    Mutant(
+        "escapes of nested sources see each length's own votes",
+        f"{CORE}/predictor/blend.rs",
+        "if nested { count + tally.counts[source][class] }",
+        "if false { count + tally.counts[source][class] }",
+    ),
+    Mutant(
+        "a candidate counts at every context it followed",
+        f"{CORE}/predictor/vote.rs",
+        "tally.distinct[source][usize::from(*held)] -= 1;",
+        "tally.distinct[source][usize::from(*held)] -= 0;",
+    ),
+    Mutant(
+        "siblings are not scaled to their parent",
+        f"{CORE}/predictor/refine.rs",
+        "above / total.max(1.0)",
+        "above / total.max(9.0) * 9.0",
+    ),
+    Mutant(
+        "tokens in a short context count as recent ones too",
+        f"{CORE}/predictor/refine.rs",
+        "|| candidate.classes[LOWER] != NO_CLASS",
+        "&& candidate.classes[LOWER] != NO_CLASS",
+    ),
+    Mutant(
+        "lists are offered by their probability, not their path's",
+        f"{CORE}/predictor/mix.rs",
+        "if reach * prob >= WORTH_OFFERING",
+        "if weight * prob >= WORTH_OFFERING",
+    ),
+    Mutant(
+        "a cut draft teaches what its last node would not",
+        f"{CORE}/predictor/mod.rs",
+        "self.budget as i32 - 1",
+        "self.budget as i32",
+    ),
+    Mutant(
+        "short contexts are looked up at every node",
+        f"{CORE}/predictor/gather.rs",
+        "if child.path >= WORTH_LOWER {",
+        "if child.path >= 0.0 {",
+    ),
+    Mutant(
+        "short contexts are looked up in copies as well",
+        f"{CORE}/predictor/gather.rs",
+        "&& !copied {",
+        "&& (!copied || copied) {",
+    ),
+    Mutant(
+        "a sample of the datastore stands for itself alone",
+        f"{CORE}/predictor/arena.rs",
+        "weight: found.weight",
+        "weight: 1.0",
+    ),
+    Mutant(
+        "the age is that of the first token",
+        f"{CORE}/predictor/mod.rs",
+        "(max_nodes, inputs.age)",
+        "(max_nodes, 0)",
+    ),
+    Mutant(
         "a class has one length more",
-        f"{CORE}/model.rs",
+        f"{CORE}/sources/mod.rs",
         "0, 0, 1, 2, 3, 4, 5, 6, 6, 7,",
         "0, 0, 1, 2, 3, 4, 5, 6, 6, 6,",
     ),
     Mutant(
+        "fewer samples of shorter lengths",
+        f"{CORE}/sources/request.rs",
+        "const SHORTER_SAMPLES: usize = 16",
+        "const SHORTER_SAMPLES: usize = 15",
+    ),
+    Mutant(
         "requests hand on half of what they learn",
-        f"{CORE}/model.rs",
+        f"{CORE}/predictor/weights.rs",
         "i32::from(own.value)) / 4)",
         "i32::from(own.value)) / 2)",
     ),
     Mutant(
-        "a recent token counts as long ago", f"{CORE}/model.rs", "0..64 => Self::Just", "0..63 => Self::Just"
+        "a recent token counts as long ago",
+        f"{CORE}/predictor/support.rs",
+        "0..64 => Self::Just",
+        "0..63 => Self::Just",
     ),
     Mutant(
         "refinements are not interpolated",
-        f"{CORE}/model.rs",
+        f"{CORE}/predictor/weights.rs",
         "let above = scale - step as f32;",
         "let above = 0.0 * (scale - step as f32);",
     ),
     Mutant(
-        "ages learn with the wrong sign", f"{CORE}/model.rs", "AGE_RATE * gradient", "-AGE_RATE * gradient"
+        "ages learn with the wrong sign",
+        f"{CORE}/predictor/weights.rs",
+        "AGE_RATE * gradient",
+        "-AGE_RATE * gradient",
     ),
     Mutant(
         "the noise of a bias is not taken off",
-        f"{CORE}/calibration.rs",
+        f"{CORE}/predictor/correct.rs",
         "bias.value - 0.5 *",
         "bias.value - 0.0 *",
     ),
     Mutant(
-        "kinds of evidence share one prior with the knots",
-        f"{CORE}/calibration.rs",
-        "const KIND_PRIOR: f32 = 6.0",
-        "const KIND_PRIOR: f32 = 1.0",
-    ),
-    Mutant(
         "outcomes do not fade",
-        f"{CORE}/calibration.rs",
+        f"{CORE}/predictor/correct.rs",
         "const FADING: f32 = 0.998",
         "const FADING: f32 = 1.0",
     ),
     Mutant(
-        "a copy found again counts as any match", f"{CORE}/aligned.rs", "1..=4 => 4,", "1..=4 => length + 1,"
+        "a copy found again counts as any match",
+        f"{CORE}/sources/aligned.rs",
+        "1..=4 => 4,",
+        "1..=4 => length + 1,",
     ),
     Mutant(
         "a copy is given up at once",
-        f"{CORE}/aligned.rs",
+        f"{CORE}/sources/aligned.rs",
         "const PATIENCE: u16 = 16",
         "const PATIENCE: u16 = 1",
     ),
     Mutant(
         "what came stays among the lately probable",
-        f"{CORE}/soft.rs",
+        f"{CORE}/sources/feedback.rs",
         "self.tokens.retain(|held| held.0 != came);",
         "self.tokens.retain(|held| held.0 != came || held.1 > 0.0);",
     ),
     Mutant(
-        "live matches are oldest first within a length",
-        f"{CORE}/live.rs",
+        "live matches of the shortest length are left out",
+        f"{CORE}/sources/live.rs",
         "(ORDERS[order]..longer).contains(&length) &&",
         "(ORDERS[order] + 1..longer).contains(&length) &&",
+    ),
+    Mutant(
+        "weights of another layout are taken",
+        f"{CORE}/predictor/weights.rs",
+        "} else if version != VERSION.to_le_bytes() {",
+        "} else if version == [0xff; 4] {",
     ),
 ]
 
@@ -201,13 +244,15 @@ def build(folder: Path) -> None:
 
 
 def killers(folder: Path) -> list[str]:
-    """The tests that fail."""
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    """The unit tests that fail, and the first test in Python that does."""
+    rust = run(folder, "cargo", "test", "--locked", "--lib", "-p", "sssd-core")
+    found = set(re.findall(r"^test (\S+) \.\.\. FAILED$", rust.stdout, re.MULTILINE))
+    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS)
     tests = run(folder, *command, PYTHONPATH=str(folder / "python"))
-    failed = [line.split()[1] for line in tests.stdout.splitlines() if line.startswith("FAILED")]
-    if tests.returncode and not failed:
-        raise SystemExit(f"the tests did not run:\n{tests.stdout[-2000:]}")
-    return sorted({name.partition("::")[2].partition("[")[0] for name in failed})
+    failed = re.findall(r"^FAILED \S+?::([^\s\[]+)", tests.stdout, re.MULTILINE)
+    if (rust.returncode and not found) or (tests.returncode and not failed):
+        raise SystemExit(f"the tests did not run:\n{rust.stderr[-2000:]}{tests.stdout[-2000:]}")
+    return sorted(found | set(failed))
 
 
 def main(folder: Path, out: Path) -> None:
@@ -235,7 +280,7 @@ def main(folder: Path, out: Path) -> None:
         "# Mutants of the predictor",
         "",
         f"`python benches/mutants.py` at {commit}: {killed} of {len(rows)} one-line mutants are noticed by",
-        f"{', '.join(f'`{test}`' for test in TESTS)}.",
+        f"the unit tests of sssd-core or {', '.join(f'`{test}`' for test in TESTS)}.",
         "",
         "| mutant | file | noticed by |",
         "| --- | --- | --- |",

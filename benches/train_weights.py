@@ -1,4 +1,4 @@
-"""Learns the predictor's shipped weights, rust/sssd-core/src/weights.bin, from recorded requests.
+"""Learns the predictor's shipped weights, rust/sssd-core/src/predictor/weights.bin, from recorded requests.
 
 Usage: train_weights.py TRACES_FOLDER STORE_FILE OUT
 
@@ -6,14 +6,18 @@ Requests of permissively licensed records are replayed in random order, with and
 and without earlier requests, some with a predicted output. In the first half of the run, what one request
 learns is handed on to the next whole; in the second half a small share of it, so that the weights settle
 where requests that start from them are right in the mean. They are averaged over the last quarter.
-TRACES_FOLDER holds dev/*.jsonl.xz and prepare_tokens.py, which tokenises.
+TRACES_FOLDER holds dev/*.jsonl.xz and prepare_tokens.py, which tokenises. OUT goes to weights.bin, and what
+it was made from into weights.toml beside it. Where tables have changed their shape, build with
+SSSD_UNTRAINED=1 first.
 """
 
 import glob
 import importlib.util
 import json
 import lzma
+import math
 import random
+import struct
 import sys
 import tempfile
 from dataclasses import replace
@@ -27,12 +31,11 @@ from sssd.replay import Replay, Request, read_trace
 PERMISSIVE = ("apache-2.0", "cc0-1.0", "mit")
 TOKENS_PER_WORKLOAD = 20_000
 BUDGET = 32
-RATES = 6 * 12 * 8 * 5 + (9 * 6 * 2 * 2 + 3 * 4 * 7 * 4 * 2) * 17
-"""Cells of (value, count) before the gates; see Model.to_bytes."""
 # old experience must not outweigh what a request shows
 MOST_COUNT = 150
 SHARE = 0.1
-AGES, KINDS = 9, 12
+# magic, version, then the shapes of escapes [4], refinements [2], gates [3] and ages [2]; see weights.rs
+HEADER = struct.Struct("<8s12I")
 SETTLING = 1000
 # there are few recorded generations with probabilities
 REPEATS = 4
@@ -107,17 +110,21 @@ def main(traces: str, store: str, out: str) -> None:
     for at, (request, end) in enumerate(generations * REPEATS):
         order.insert(2 * at * (step + 1), (request, lambda e=end: Drafter(end_token_ids=[e], **private)))
         order.insert(2 * at * (step + 1) + step, (request, lambda: warm))
-    (name,) = warm.state_dict()
+    ((name, start),) = warm.state_dict().items()
+    header = start[: HEADER.size]
+    _, _, *shapes = HEADER.unpack(header)
+    cells = math.prod(shapes[:4]) + math.prod(shapes[4:6])
+    n_ages, n_kinds = shapes[9:]
     rates, floats, mean = None, None, 0.0
     for index, (request, make) in enumerate(order):
         drafter = make()
         if rates is not None:
-            drafter.load_state_dict({name: packed(rates, floats)})
+            drafter.load_state_dict({name: header + packed(rates, floats)})
         with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
             Replay(BUDGET).follow(sequence, request)
             (learned,) = sequence.state_dict().values()
-        after = np.frombuffer(learned, "<u2", 2 * RATES).reshape(-1, 2).astype(float)
-        biases = np.frombuffer(learned, "<f4", offset=4 * RATES).astype(float)
+        after = np.frombuffer(learned, "<u2", 2 * cells, HEADER.size).reshape(-1, 2).astype(float)
+        biases = np.frombuffer(learned, "<f4", offset=HEADER.size + 4 * cells).astype(float)
         share = 1.0 if index < len(order) // 2 else SHARE
         if rates is None:
             rates, floats = after, biases
@@ -130,18 +137,18 @@ def main(traces: str, store: str, out: str) -> None:
     mean /= len(order) - len(order) * 3 // 4
     rates[:, 0], floats = mean[: len(rates)], mean[len(rates) :]
     # nodes are drafted because they look probable, so those drafted look better than they are
-    ages = floats[-AGES * KINDS :].reshape(AGES, KINDS // 3, 3)
+    ages = floats[-n_ages * n_kinds :].reshape(n_ages, n_kinds // 3, 3)
     sample = rng.sample(texts, min(SETTLING, len(texts)))
     for _ in range(2):
         for source, kinds in ((None, slice(0, 1)), (datastore, slice(1, 3))):
             replay = Replay(BUDGET)
             for request, end in sample:
                 drafter = Drafter(end_token_ids=[end], datastore=source, **private)
-                drafter.load_state_dict({name: packed(rates, floats)})
+                drafter.load_state_dict({name: header + packed(rates, floats)})
                 replay.run(drafter, request)
             print(f"expected / accepted {replay.expected / replay.accepted:.3f}", flush=True)
             ages[:, :, kinds] += np.log(replay.accepted / replay.expected)
-    Path(out).write_bytes(packed(rates, floats))
+    Path(out).write_bytes(header + packed(rates, floats))
 
 
 def packed(rates: np.ndarray, floats: np.ndarray) -> bytes:

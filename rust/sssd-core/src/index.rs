@@ -48,21 +48,21 @@ struct Links {
     previous: [u32; NEAR],
 }
 
-/// Reads ahead of a draft what the draft will read, and so brings it near the processor. Several scouts that
-/// advance in turn wait for memory together.
+/// Reads ahead of a draft what the draft will read, and so brings it near the processor. Several that advance in
+/// turn wait for memory together.
 #[derive(Clone, Copy)]
-pub struct Scout {
+pub struct Lookahead {
     position: u32,
     left: u32,
     /// What was read, so that nobody can leave the reads out.
     seen: u32,
 }
 
-/// Tokens to be appended, and occurrences of the last one, that a scout looks at.
-const SCOUTED: usize = 4;
-const SCOUTS: u32 = 64;
+/// Tokens to be appended, and occurrences of the last one, that are looked at ahead.
+const TOKENS_AHEAD: usize = 4;
+const AHEAD: u32 = 64;
 /// The same where longer matches make the others less important.
-const SCOUTS_BESIDE_LONGER: u32 = 24;
+const AHEAD_BESIDE_LONGER: u32 = 24;
 
 /// Positions with their chains, and the newest position of each context.
 #[derive(Clone, Default)]
@@ -245,46 +245,46 @@ impl Index {
     }
 
     /// Begins to read what appending `tokens` and drafting after them will read.
-    pub fn scout(&self, tokens: &[Token]) -> Scout {
+    pub fn look_ahead(&self, tokens: &[Token]) -> Lookahead {
         const KNOWN: usize = ORDERS[ORDERS.len() - 1];
-        let tokens = &tokens[tokens.len().saturating_sub(SCOUTED)..];
+        let tokens = &tokens[tokens.len().saturating_sub(TOKENS_AHEAD)..];
         let before = &self.tokens[self.tokens.len().saturating_sub(KNOWN)..];
-        let mut tail = [0; KNOWN + SCOUTED];
+        let mut tail = [0; KNOWN + TOKENS_AHEAD];
         tail[..before.len()].copy_from_slice(before);
         tail[before.len()..][..tokens.len()].copy_from_slice(tokens);
         let tail = &tail[..before.len() + tokens.len()];
-        let mut scout = Scout { position: NONE, left: SCOUTS, seen: 0 };
+        let mut lookahead = Lookahead { position: NONE, left: AHEAD, seen: 0 };
         for end in before.len() + 1..=tail.len() {
             let (hashes, known) = hashes(&tail[..end]);
             for layer in std::iter::once(&self.own).chain(self.base.iter().map(|base| &base.layer)) {
                 for (heads, &hash) in layer.heads.iter().zip(&hashes[..known]) {
                     let slot = heads.slots.get(Heads::home(hash) & heads.slots.len().wrapping_sub(1));
-                    scout.seen ^= slot.map_or(0, |slot| slot.position);
+                    lookahead.seen ^= slot.map_or(0, |slot| slot.position);
                 }
             }
         }
         if let Some(last) = tail.last() {
-            scout.position = self.newest(0, std::slice::from_ref(last));
+            lookahead.position = self.newest(0, std::slice::from_ref(last));
         }
         if let &[.., before, last] = tail
             && self.newest(1, &[last, before]) != NONE
         {
-            scout.left = SCOUTS_BESIDE_LONGER;
+            lookahead.left = AHEAD_BESIDE_LONGER;
         }
-        scout
+        lookahead
     }
 
     /// Goes on to the next earlier occurrence of the last token; false if there is none.
-    pub fn advance(&self, scout: &mut Scout) -> bool {
-        if scout.position == NONE || scout.left == 0 {
+    pub fn advance(&self, lookahead: &mut Lookahead) -> bool {
+        if lookahead.position == NONE || lookahead.left == 0 {
             return false;
         }
-        let (layer, at) = self.layer(scout.position);
+        let (layer, at) = self.layer(lookahead.position);
         // samples are compared with the tokens before, and read on
         let next = layer.links.get(at + 1).map_or(0, |next| next.token);
-        scout.seen ^= layer.links[at.saturating_sub(3)].token ^ next;
-        scout.position = layer.links[at].previous[0];
-        scout.left -= 1;
+        lookahead.seen ^= layer.links[at.saturating_sub(3)].token ^ next;
+        lookahead.position = layer.links[at].previous[0];
+        lookahead.left -= 1;
         true
     }
 
@@ -557,7 +557,7 @@ impl Heads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Ledger;
+    use crate::memory::MemoryPool;
     use proptest::prelude::*;
 
     proptest! {
@@ -595,8 +595,8 @@ mod tests {
         fn forks_and_truncations_leave_what_a_new_index_holds(
             operations in prop::collection::vec((0usize..6, 0usize..5, prop::collection::vec(0u32..3, 0..90)), 0..24),
         ) {
-            let ledger = Arc::new(Ledger::new(usize::MAX));
-            let charge = || Charge::new(&ledger, usize::MAX);
+            let pool = Arc::new(MemoryPool::new(usize::MAX));
+            let charge = || Charge::new(&pool, usize::MAX);
             let mut family = vec![(Index::default(), charge(), Vec::new())];
             for (member, kind, tokens) in operations {
                 let at = member % family.len();
@@ -628,10 +628,10 @@ mod tests {
                     charge.resize(index.memory_bytes().0).unwrap();
                     prop_assert_eq!(index.tokens(), &history[..]);
                     prop_assert_eq!(index.check(), Ok(()));
-                    let mut scout = index.scout(&[1]);
-                    let steps = std::iter::repeat(()).take_while(|()| index.advance(&mut scout)).count();
+                    let mut lookahead = index.look_ahead(&[1]);
+                    let steps = std::iter::repeat(()).take_while(|()| index.advance(&mut lookahead)).count();
                     let occurrences = history.iter().filter(|&&token| token == 1).count();
-                    prop_assert!(steps == occurrences.min(SCOUTS as usize) || steps == SCOUTS_BESIDE_LONGER as usize);
+                    prop_assert!(steps == occurrences.min(AHEAD as usize) || steps == AHEAD_BESIDE_LONGER as usize);
                 }
                 // every byte is charged once
                 let own: usize = family.iter().map(|member| member.0.memory_bytes().0).sum();
@@ -639,7 +639,7 @@ mod tests {
                 bases.sort_by_key(Arc::as_ptr);
                 bases.dedup_by_key(|base| Arc::as_ptr(base));
                 let shared: usize = bases.iter().map(|base| base.layer.memory_bytes()).sum();
-                prop_assert_eq!(ledger.used(), own + shared);
+                prop_assert_eq!(pool.used(), own + shared);
             }
         }
     }
@@ -649,7 +649,7 @@ mod tests {
         let mut index = Index::default();
         (0..1000).for_each(|token| index.push(token % 7));
         let (alone, _) = index.memory_bytes();
-        let mut charge = Charge::new(&Arc::new(Ledger::new(usize::MAX)), usize::MAX);
+        let mut charge = Charge::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX);
         charge.resize(alone).unwrap();
         let mut forks: Vec<_> = (0..8).map(|_| index.fork(&mut charge).unwrap()).collect();
         forks.iter_mut().for_each(|fork| fork.push(1));

@@ -4,35 +4,29 @@
 //! tokens -> index -> predictor -> draft tree -> (verified by the caller) -> tokens.
 #![forbid(unsafe_code)]
 
-mod aligned;
 mod budget;
-mod calibration;
-mod corpus;
-mod draft;
-mod drafter;
-mod entry;
-mod frontier;
 mod index;
-mod knowledge;
-mod live;
 mod memory;
-mod model;
+mod namespace;
+mod predictor;
 mod sequence;
-mod soft;
+mod sources;
+mod stats;
 mod sync;
 mod tree;
 
 pub use budget::{CostError, Layout, PassCosts};
-pub use corpus::{Corpus, Match};
-pub use draft::Limits;
-pub use drafter::Drafter;
-pub use entry::WORDS as SOFT_WORDS;
-pub use index::Scout;
-pub use knowledge::{Knowledge, SourceStats, Stats};
-pub use memory::{Charge, Ledger, MemoryFull};
-pub use model::{Model, source::NAMES as SOURCES};
+pub use index::Lookahead;
+pub use memory::{Charge, MemoryFull, MemoryPool};
+pub use namespace::{Knowledge, Namespace};
+pub use predictor::inputs::Limits;
+pub use predictor::weights::{Model, WeightsError};
 pub use sequence::Sequence;
-pub use soft::{TOP_K, TopK};
+pub use sources::NAMES as SOURCES;
+pub use sources::corpus::{Corpus, Match};
+pub use sources::feedback::{TOP_K, TopK};
+pub use sources::seqlock::WORDS as SOFT_WORDS;
+pub use stats::{SourceStats, Stats};
 pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError, UNKNOWN};
 
 /// A token id of the target model's vocabulary. Ids stay below 2^31, so that they fit Python's int32 arrays.

@@ -27,14 +27,14 @@ const KEPT: usize = 8;
 
 /// Counts bytes against a limit.
 #[derive(Debug)]
-pub struct Ledger {
+pub struct MemoryPool {
     limit: usize,
     used: AtomicUsize,
     peak: AtomicUsize,
     refused: AtomicU64,
 }
 
-impl Ledger {
+impl MemoryPool {
     /// Allows at most `limit` bytes.
     pub fn new(limit: usize) -> Self {
         Self { limit, used: AtomicUsize::new(0), peak: AtomicUsize::new(0), refused: AtomicU64::new(0) }
@@ -83,17 +83,17 @@ impl Ledger {
 /// Bytes held by one owner; given back when dropped.
 #[derive(Debug)]
 pub struct Charge {
-    ledger: Arc<Ledger>,
+    pool: Arc<MemoryPool>,
     bytes: usize,
     limit: usize,
     entering: bool,
 }
 
 impl Charge {
-    /// Holds nothing yet, and never more than `limit` bytes. Until it is admitted, part of the ledger's limit is
+    /// Holds nothing yet, and never more than `limit` bytes. Until it is admitted, part of the pool's limit is
     /// kept for those who are.
-    pub fn new(ledger: &Arc<Ledger>, limit: usize) -> Self {
-        Self { ledger: Arc::clone(ledger), bytes: 0, limit, entering: true }
+    pub fn new(pool: &Arc<MemoryPool>, limit: usize) -> Self {
+        Self { pool: Arc::clone(pool), bytes: 0, limit, entering: true }
     }
 
     /// From now on the whole limit is open to it.
@@ -108,19 +108,19 @@ impl Charge {
 
     /// Another owner under the same limits, who holds nothing yet.
     pub fn sibling(&self) -> Self {
-        Self::new(&self.ledger, self.limit)
+        Self::new(&self.pool, self.limit)
     }
 
     /// Holds exactly `bytes` from now on.
     pub fn resize(&mut self, bytes: usize) -> Result<(), MemoryFull> {
         match bytes.checked_sub(self.bytes) {
-            None => self.ledger.subtract(self.bytes - bytes),
+            None => self.pool.subtract(self.bytes - bytes),
             Some(0) => return Ok(()),
             Some(wanted) if bytes > self.limit => {
-                self.ledger.refused.fetch_add(1, Ordering::Relaxed);
+                self.pool.refused.fetch_add(1, Ordering::Relaxed);
                 return Err(MemoryFull { scope: "request's", wanted, used: self.bytes, limit: self.limit });
             }
-            Some(wanted) => self.ledger.add(wanted, self.entering)?,
+            Some(wanted) => self.pool.add(wanted, self.entering)?,
         }
         self.bytes = bytes;
         Ok(())
@@ -130,7 +130,7 @@ impl Charge {
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
-        Self { ledger: Arc::clone(&self.ledger), bytes, limit: self.limit, entering: self.entering }
+        Self { pool: Arc::clone(&self.pool), bytes, limit: self.limit, entering: self.entering }
     }
 
     /// Takes over what another owner holds, beyond its own limit if need be.
@@ -141,7 +141,7 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.ledger.subtract(self.bytes);
+        self.pool.subtract(self.bytes);
     }
 }
 
@@ -151,8 +151,8 @@ mod tests {
 
     #[test]
     fn charges_keep_both_limits_and_give_back_what_they_hold() {
-        let ledger = Arc::new(Ledger::new(100));
-        let (mut one, mut two) = (Charge::new(&ledger, 80), Charge::new(&ledger, 80));
+        let pool = Arc::new(MemoryPool::new(100));
+        let (mut one, mut two) = (Charge::new(&pool, 80), Charge::new(&pool, 80));
         one.admit();
         two.resize(80).unwrap();
         one.resize(20).unwrap();
@@ -165,10 +165,10 @@ mod tests {
         assert_eq!(two.resize(31).unwrap_err().scope, "drafter's");
         two.resize(30).unwrap();
         let part = one.split(50);
-        assert_eq!((one.bytes(), part.bytes(), ledger.used()), (20, 50, 100));
+        assert_eq!((one.bytes(), part.bytes(), pool.used()), (20, 50, 100));
         drop((one, two));
-        assert_eq!((ledger.used(), ledger.peak(), ledger.refused()), (50, 100, 3));
+        assert_eq!((pool.used(), pool.peak(), pool.refused()), (50, 100, 3));
         drop(part);
-        assert_eq!(ledger.used(), 0);
+        assert_eq!(pool.used(), 0);
     }
 }

@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::aligned::Aligned;
-use crate::calibration::Calibration;
-use crate::draft::{Drafting, Inputs, Limits};
-use crate::drafter::Shared;
-use crate::index::{Index, Scout, grown};
-use crate::knowledge::{Stats, lock};
+use crate::index::{Index, Lookahead, grown};
 use crate::memory::{Charge, MemoryFull};
-use crate::model::Model;
-use crate::soft::{Recent, SOFT_ORDERS, TopK};
+use crate::namespace::{Namespace, Shared, lock};
+use crate::predictor::Predictor;
+use crate::predictor::correct::Calibration;
+use crate::predictor::inputs::{Inputs, Limits};
+use crate::predictor::weights::Model;
+use crate::sources::aligned::Aligned;
+use crate::sources::feedback::{Recent, SOFT_ORDERS, TopK};
+use crate::stats::Stats;
 use crate::{DraftTree, Token};
 
 /// Drafts after which their counts are handed on.
@@ -33,7 +34,7 @@ pub struct Sequence {
     base: Arc<Model>,
     model: Arc<Model>,
     calibration: Calibration,
-    drafting: Drafting,
+    predictor: Predictor,
     stats: Stats,
     /// Tokens that the live store has been given.
     committed: usize,
@@ -44,7 +45,19 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(shared: Arc<Shared>, prediction: &[Token], charge: Charge) -> Result<Self, MemoryFull> {
+    /// Starts with the tokens of a prompt and, if there is one, of a predicted output.
+    pub fn begin(
+        namespace: &Namespace,
+        prompt: &[Token],
+        prediction: &[Token],
+        charge: Charge,
+    ) -> Result<Self, MemoryFull> {
+        let mut sequence = Self::new(Arc::clone(&namespace.shared), prediction, charge)?;
+        sequence.prefill(prompt)?;
+        Ok(sequence)
+    }
+
+    fn new(shared: Arc<Shared>, prediction: &[Token], charge: Charge) -> Result<Self, MemoryFull> {
         let base = shared.knowledge.model();
         let mut sequence = Self {
             shared,
@@ -56,7 +69,7 @@ impl Sequence {
             model: Arc::clone(&base),
             base,
             calibration: Calibration::default(),
-            drafting: Drafting::default(),
+            predictor: Predictor::default(),
             stats: Stats::default(),
             committed: 0,
             max_length: usize::MAX,
@@ -88,7 +101,7 @@ impl Sequence {
     /// been appended.
     pub fn prefill(&mut self, tokens: &[Token]) -> Result<(), MemoryFull> {
         let output = !self.past.is_empty();
-        self.drafting.forget();
+        self.predictor.forget();
         self.append(tokens, |sequence, _, token| {
             if output {
                 sequence.past.push(sequence.aligned.clone());
@@ -133,7 +146,7 @@ impl Sequence {
         self.index.settle(&mut self.charge);
         let past = self.past.capacity() * size_of::<Aligned>();
         self.charge.resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
-        self.drafting.forget();
+        self.predictor.forget();
         self.forget(len);
         Ok(())
     }
@@ -168,7 +181,7 @@ impl Sequence {
             base: Arc::clone(&self.model),
             model: Arc::clone(&self.model),
             calibration: self.calibration.clone(),
-            drafting: Drafting::default(),
+            predictor: Predictor::default(),
             stats: Stats::default(),
             committed: self.committed,
             max_length: self.max_length,
@@ -185,9 +198,9 @@ impl Sequence {
     /// is the distribution that token `i` came from. After an error nothing has been appended.
     pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) -> Result<(), MemoryFull> {
         self.append(tokens, |sequence, row, token| sequence.push(row, token, soft))?;
-        if self.drafting.awaits_outcome() {
+        if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
-            self.drafting.learn(
+            self.predictor.learn(
                 Arc::make_mut(&mut self.model),
                 &mut self.calibration,
                 tokens,
@@ -202,13 +215,13 @@ impl Sequence {
     }
 
     /// Begins to read what appending `tokens` and drafting after them will read.
-    pub fn scout(&self, tokens: &[Token]) -> Scout {
-        self.index.scout(tokens)
+    pub fn look_ahead(&self, tokens: &[Token]) -> Lookahead {
+        self.index.look_ahead(tokens)
     }
 
     /// Reads on; false if there is nothing more to read.
-    pub fn advance(&self, scout: &mut Scout) -> bool {
-        self.index.advance(scout)
+    pub fn advance(&self, lookahead: &mut Lookahead) -> bool {
+        self.index.advance(lookahead)
     }
 
     fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {
@@ -259,7 +272,7 @@ impl Sequence {
         self.drafts += 1;
         self.calibration.start(self.model.ages(self.past.len()));
         let mut scratch = lock(&self.shared.scratch).pop().unwrap_or_default();
-        self.with_inputs(limits, |drafting, inputs| drafting.draft(nodes, inputs, &mut scratch));
+        self.with_inputs(limits, |predictor, inputs| predictor.draft(nodes, inputs, &mut scratch));
         lock(&self.shared.scratch).push(scratch);
         self.drafts
     }
@@ -271,29 +284,29 @@ impl Sequence {
 
     /// The last draft.
     pub fn tree(&self) -> &DraftTree {
-        self.drafting.tree()
+        self.predictor.tree()
     }
 
     /// Whether the outcome of the last draft is not known yet.
     pub fn awaits_outcome(&self) -> bool {
-        self.drafting.awaits_outcome()
+        self.predictor.awaits_outcome()
     }
 
     /// Ends the draft with at most `nodes` nodes: tree and learning are those of a draft of so many.
     pub fn end_draft(&mut self, nodes: usize) -> &DraftTree {
-        self.drafting.cut(nodes);
+        self.predictor.cut(nodes);
         // what does not fit into memory is given back at once, and the draft is not learned from
         if self.settle().is_err() {
-            self.drafting.shrink();
+            self.predictor.shrink();
             if self.settle().is_err() {
-                self.drafting = Drafting::default();
+                self.predictor = Predictor::default();
                 let _ = self.settle();
             }
         }
-        self.drafting.tree()
+        self.predictor.tree()
     }
 
-    fn with_inputs(&mut self, limits: Limits, work: impl FnOnce(&mut Drafting, &Inputs)) {
+    fn with_inputs(&mut self, limits: Limits, work: impl FnOnce(&mut Predictor, &Inputs)) {
         let knowledge = &self.shared.knowledge;
         // the last token to come needs no draft
         let left = self.max_length.saturating_sub(self.index.tokens().len() - self.predicted + 1);
@@ -311,7 +324,7 @@ impl Sequence {
             age: self.past.len(),
             limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
         };
-        work(&mut self.drafting, &inputs);
+        work(&mut self.predictor, &inputs);
     }
 
     /// Gives what is new since the last commit to the live store.
@@ -347,7 +360,7 @@ impl Sequence {
 
     /// Bytes of the weights and of the last draft. The weights may become its own at any time.
     fn other_bytes(&self) -> usize {
-        size_of::<Self>() + Recent::MOST_BYTES + self.model.memory_bytes() + self.drafting.memory_bytes()
+        size_of::<Self>() + Recent::MOST_BYTES + self.model.memory_bytes() + self.predictor.memory_bytes()
     }
 
     /// Charges what is held alone.
@@ -388,8 +401,8 @@ impl Drop for Sequence {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Ledger;
-    use crate::{Corpus, Drafter, Knowledge, Match};
+    use crate::memory::MemoryPool;
+    use crate::{Corpus, Knowledge, Match};
     use proptest::prelude::*;
 
     /// A corpus in which much follows everything: few samples, long lists, sums above 1 now and then.
@@ -415,14 +428,14 @@ mod tests {
         }
     }
 
-    fn drafter() -> Drafter {
-        let ledger = Arc::new(Ledger::new(usize::MAX));
+    fn namespace() -> Namespace {
+        let pool = Arc::new(MemoryPool::new(usize::MAX));
         let knowledge = Knowledge::new(Model::default(), 0, 0);
-        Drafter::new(vec![7], None, knowledge, Charge::new(&ledger, usize::MAX)).unwrap()
+        Namespace::new(vec![7], None, knowledge, Charge::new(&pool, usize::MAX)).unwrap()
     }
 
-    fn begin(drafter: &Drafter, ledger: &Arc<Ledger>, prompt: &[Token]) -> Sequence {
-        drafter.begin(prompt, &[], Charge::new(ledger, usize::MAX)).unwrap()
+    fn begin(namespace: &Namespace, pool: &Arc<MemoryPool>, prompt: &[Token]) -> Sequence {
+        Sequence::begin(namespace, prompt, &[], Charge::new(pool, usize::MAX)).unwrap()
     }
 
     proptest! {
@@ -432,8 +445,8 @@ mod tests {
             prompt in prop::collection::vec(0u32..8, 0..150),
             operations in prop::collection::vec((0usize..4, 0usize..4, prop::collection::vec(0u32..8, 0..100)), 0..12),
         ) {
-            let (drafter, ledger) = (drafter(), Arc::new(Ledger::new(usize::MAX)));
-            let mut family = vec![(begin(&drafter, &ledger, &prompt), prompt.len(), prompt)];
+            let (namespace, pool) = (namespace(), Arc::new(MemoryPool::new(usize::MAX)));
+            let mut family = vec![(begin(&namespace, &pool, &prompt), prompt.len(), prompt)];
             for (member, kind, tokens) in operations {
                 let at = member % family.len();
                 let (sequence, prompt, history) = &mut family[at];
@@ -454,15 +467,15 @@ mod tests {
                 }
                 for (sequence, prompt, history) in &mut family {
                     prop_assert_eq!(sequence.check(), Ok(()));
-                    let mut twin = begin(&drafter, &ledger, &history[..*prompt]);
+                    let mut twin = begin(&namespace, &pool, &history[..*prompt]);
                     twin.extend(&history[*prompt..], None).unwrap();
                     let limits = Limits { max_nodes: 20, max_depth: 3, min_prob: 0.001 };
                     prop_assert_eq!(sequence.draft(limits), twin.draft(limits));
-                    sequence.drafting.forget();
+                    sequence.predictor.forget();
                 }
             }
             drop(family);
-            prop_assert_eq!(ledger.used(), 0);
+            prop_assert_eq!(pool.used(), 0);
         }
 
         /// Whatever speaks for its nodes, a draft that is cut is the draft of that size, and teaches the same.
@@ -471,18 +484,18 @@ mod tests {
             tokens in prop::collection::vec(0u32..6, 1..200), most in 0usize..80, cut in 0usize..40, store: bool, feedback: bool,
             live: bool, predicted in 0usize..20,
         ) {
-            let ledger = Arc::new(Ledger::new(usize::MAX));
+            let pool = Arc::new(MemoryPool::new(usize::MAX));
             let (prompt, output) = tokens.split_at(tokens.len() / 2);
             let [mut one, mut two] = [(); 2].map(|()| {
                 let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
                 let knowledge = Knowledge::new(Model::default(), if live { 1 << 16 } else { 0 }, 1 << 16);
-                let drafter = Drafter::new(vec![7], store, knowledge, Charge::new(&ledger, usize::MAX)).unwrap();
-                drafter.begin(&tokens, &[], Charge::new(&ledger, usize::MAX)).unwrap().finish();
-                drafter.begin(prompt, &output[..predicted.min(output.len())], Charge::new(&ledger, usize::MAX)).unwrap()
+                let namespace = Namespace::new(vec![7], store, knowledge, Charge::new(&pool, usize::MAX)).unwrap();
+                Sequence::begin(&namespace, &tokens, &[], Charge::new(&pool, usize::MAX)).unwrap().finish();
+                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Charge::new(&pool, usize::MAX)).unwrap()
             });
             for output in output.chunks(4) {
                 one.start_draft(Limits::nodes(most), most);
-                let grown = one.drafting.tree().len();
+                let grown = one.predictor.tree().len();
                 let cut = cut.min(most);
                 // all there is: nothing was left unexpanded for want of budget
                 let cut = if grown < most && cut >= grown { 80 } else { cut };
@@ -499,17 +512,18 @@ mod tests {
 
     #[test]
     fn a_full_memory_refuses_and_changes_nothing() {
-        let (drafter, tokens) = (drafter(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());
-        let ledger = Arc::new(Ledger::new(400_000));
-        let charge = || Charge::new(&ledger, usize::MAX);
-        assert!(drafter.begin(&vec![3; 100_000], &[], charge()).is_err());
-        assert_eq!(ledger.used(), 0);
-        let mut sequence = drafter.begin(&tokens[..1000], &[], charge()).unwrap();
+        let (namespace, tokens) =
+            (namespace(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());
+        let pool = Arc::new(MemoryPool::new(400_000));
+        let charge = || Charge::new(&pool, usize::MAX);
+        assert!(Sequence::begin(&namespace, &vec![3; 100_000], &[], charge()).is_err());
+        assert_eq!(pool.used(), 0);
+        let mut sequence = Sequence::begin(&namespace, &tokens[..1000], &[], charge()).unwrap();
         let mut forks = Vec::new();
         while let Ok(fork) = sequence.fork() {
             forks.push(fork);
         }
-        assert!(!forks.is_empty() && ledger.used() <= ledger.limit());
+        assert!(!forks.is_empty() && pool.used() <= pool.limit());
         assert_eq!(sequence.check(), Ok(()));
         sequence.draft(Limits::nodes(1024));
         assert_eq!(sequence.check(), Ok(()));
@@ -517,15 +531,15 @@ mod tests {
         assert!(sequence.extend(&tokens, None).is_err());
         assert_eq!(sequence.tokens(), &tokens[..1000]);
         assert_eq!(sequence.check(), Ok(()));
-        assert!(ledger.peak() <= ledger.limit() && ledger.refused() >= 3);
+        assert!(pool.peak() <= pool.limit() && pool.refused() >= 3);
         drop(sequence);
-        assert_eq!(ledger.used(), 0);
+        assert_eq!(pool.used(), 0);
     }
 
     #[test]
     fn nothing_is_drafted_beyond_the_longest_length() {
-        let (drafter, ledger) = (drafter(), Arc::new(Ledger::new(usize::MAX)));
-        let mut sequence = begin(&drafter, &ledger, &[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1]);
+        let (namespace, pool) = (namespace(), Arc::new(MemoryPool::new(usize::MAX)));
+        let mut sequence = begin(&namespace, &pool, &[1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1]);
         for (max_length, depth) in [(16, 4), (14, 2), (13, 1), (12, 0), (11, 0), (5, 0)] {
             sequence.set_max_length(max_length);
             let tree = sequence.draft(Limits::nodes(32));

@@ -1,17 +1,17 @@
 //! The entries of the lock-free table under loom: all interleavings, and whatever the memory orders allow.
 #![cfg(model)]
 
-#[path = "../src/entry.rs"]
+#[path = "../src/sources/seqlock.rs"]
 #[allow(dead_code)]
-mod entry;
+mod seqlock;
 
 mod sync {
     pub use loom::sync::atomic::{AtomicU64, Ordering, fence};
 }
 
-use entry::WORDS;
 use loom::sync::Arc;
 use loom::thread;
+use seqlock::WORDS;
 use sync::AtomicU64;
 
 fn check(model: impl Fn() + Sync + Send + 'static) {
@@ -28,7 +28,7 @@ fn new_entry() -> Arc<Vec<AtomicU64>> {
 }
 
 fn write(entry: &[AtomicU64], tag: u32) {
-    entry::write(entry, tag, &[u64::from(tag); WORDS]);
+    seqlock::write(entry, tag, &[u64::from(tag); WORDS]);
 }
 
 /// The tag of a whole entry.
@@ -48,12 +48,12 @@ fn a_reader_sees_whole_entries_of_two_writers() {
                 thread::spawn(move || write(&entry, tag))
             })
             .collect();
-        if let Some(words) = entry::read(&entry) {
+        if let Some(words) = seqlock::read(&entry) {
             whole(&words);
         }
         writers.into_iter().for_each(|writer| writer.join().unwrap());
-        let last = entry::read(&entry).expect("nobody writes any more");
-        assert_eq!((whole(&last), entry::writes(&last)), (entry::tag(&entry), 1));
+        let last = seqlock::read(&entry).expect("nobody writes any more");
+        assert_eq!((whole(&last), seqlock::writes(&last)), (seqlock::tag(&entry), 1));
         assert_ne!(whole(&last), 0);
     });
 }
@@ -72,13 +72,13 @@ fn a_reader_sees_one_of_two_writes_of_a_writer() {
         };
         let mut newest = 0;
         for _ in 0..2 {
-            if let Some(words) = entry::read(&entry) {
+            if let Some(words) = seqlock::read(&entry) {
                 let seen = whole(&words);
                 assert!(seen >= newest.max(1));
                 newest = seen;
             }
         }
         writer.join().unwrap();
-        assert_eq!(entry::read(&entry).map(|words| whole(&words)), Some(3));
+        assert_eq!(seqlock::read(&entry).map(|words| whole(&words)), Some(3));
     });
 }

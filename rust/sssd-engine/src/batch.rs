@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use sssd_core::{DraftTree, Limits, PassCosts, Scout, Sequence, Token, TopK};
+use sssd_core::{DraftTree, Limits, Lookahead, PassCosts, Sequence, Token, TopK};
 
 use crate::crew::Crew;
 use crate::request::{Peek, Request, RequestError};
@@ -174,25 +174,25 @@ impl Work {
 
     /// Has the processor fetch what the requests of a group will read. A request by itself spends half of its time
     /// waiting for memory, one read after the other; those of several can wait together.
-    fn scout(&self, group: &[u32]) {
+    fn prefetch(&self, group: &[u32]) {
         let mut peeks: [Option<Peek>; GROUP] = [const { None }; GROUP];
         for (peek, &item) in peeks.iter_mut().zip(group) {
             *peek = self.requests[item as usize].peek();
         }
-        let mut scouts: [Option<(&Sequence, Scout)>; GROUP] = [None; GROUP];
-        for ((scout, peek), &item) in scouts.iter_mut().zip(&peeks).zip(group) {
+        let mut lookaheads: [Option<(&Sequence, Lookahead)>; GROUP] = [None; GROUP];
+        for ((lookahead, peek), &item) in lookaheads.iter_mut().zip(&peeks).zip(group) {
             let tokens = self.news(item as usize).unwrap_or_default();
             let sequence = peek.as_ref().and_then(Peek::sequence);
-            *scout = sequence.map(|sequence| (sequence, sequence.scout(tokens)));
+            *lookahead = sequence.map(|sequence| (sequence, sequence.look_ahead(tokens)));
         }
         let mut more = true;
         while more {
             more = false;
-            for (sequence, scout) in scouts.iter_mut().flatten() {
-                more |= sequence.advance(scout);
+            for (sequence, lookahead) in lookaheads.iter_mut().flatten() {
+                more |= sequence.advance(lookahead);
             }
         }
-        scouts.iter().flatten().for_each(|(_, scout)| _ = std::hint::black_box(scout));
+        lookaheads.iter().flatten().for_each(|(_, lookahead)| _ = std::hint::black_box(lookahead));
     }
 
     /// The tokens that this stage appends to a request, if it appends any to any.
@@ -326,7 +326,7 @@ impl Items for Work {
     fn run(&self, items: Range<usize>) {
         let group = &self.todo[items];
         if group.len() > 1 {
-            self.scout(group);
+            self.prefetch(group);
         }
         group.iter().for_each(|&item| self.serve(item as usize));
     }

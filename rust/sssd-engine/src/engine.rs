@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use sssd_core::{Charge, Corpus, Drafter, Knowledge, Ledger, Limits, MemoryFull, Model, Token, TopK};
+use sssd_core::{
+    Charge, Corpus, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Sequence, Token, TopK,
+};
 
 use crate::batch::Step;
 use crate::crew::Crew;
@@ -57,15 +59,15 @@ impl Default for Options {
 /// Many requests, in namespaces.
 pub struct Engine {
     options: Options,
-    ledger: Arc<Ledger>,
-    namespaces: Mutex<BTreeMap<String, Namespace>>,
+    pool: Arc<MemoryPool>,
+    namespaces: Mutex<BTreeMap<String, Tenant>>,
     crew: Crew,
     idle: Mutex<Vec<Arc<Step>>>,
     metrics: Metrics,
 }
 
-struct Namespace {
-    drafter: Arc<Drafter>,
+struct Tenant {
+    namespace: Arc<Namespace>,
     used: Instant,
 }
 
@@ -103,7 +105,7 @@ impl Engine {
     /// An engine with the default namespace.
     pub fn new(options: Options) -> Result<Self, MemoryFull> {
         let engine = Self {
-            ledger: Arc::new(Ledger::new(options.max_bytes)),
+            pool: Arc::new(MemoryPool::new(options.max_bytes)),
             namespaces: Mutex::default(),
             crew: Crew::new(options.threads.max(1)),
             idle: Mutex::default(),
@@ -125,63 +127,63 @@ impl Engine {
     }
 
     /// What requests of a namespace share; made if it is not there.
-    pub fn namespace(&self, name: &str) -> Result<Arc<Drafter>, MemoryFull> {
+    pub fn namespace(&self, name: &str) -> Result<Arc<Namespace>, MemoryFull> {
         let mut namespaces = lock(&self.namespaces);
         self.expire(&mut namespaces);
-        if let Some(namespace) = namespaces.get_mut(name) {
-            namespace.used = Instant::now();
-            return Ok(Arc::clone(&namespace.drafter));
+        if let Some(tenant) = namespaces.get_mut(name) {
+            tenant.used = Instant::now();
+            return Ok(Arc::clone(&tenant.namespace));
         }
         let Options { end_tokens, store, live_bytes, soft_bytes, .. } = &self.options;
         let knowledge = Knowledge::new(Model::default(), *live_bytes, *soft_bytes);
-        let charge = Charge::new(&self.ledger, usize::MAX);
-        let drafter = Arc::new(Drafter::new(end_tokens.clone(), store.clone(), knowledge, charge)?);
-        let namespace = Namespace { drafter: Arc::clone(&drafter), used: Instant::now() };
-        namespaces.insert(name.to_owned(), namespace);
-        Ok(drafter)
+        let charge = Charge::new(&self.pool, usize::MAX);
+        let namespace = Arc::new(Namespace::new(end_tokens.clone(), store.clone(), knowledge, charge)?);
+        let tenant = Tenant { namespace: Arc::clone(&namespace), used: Instant::now() };
+        namespaces.insert(name.to_owned(), tenant);
+        Ok(namespace)
     }
 
     /// What requests of a namespace share, if it is there.
-    pub fn find_namespace(&self, name: &str) -> Option<Arc<Drafter>> {
+    pub fn find_namespace(&self, name: &str) -> Option<Arc<Namespace>> {
         let mut namespaces = lock(&self.namespaces);
         self.expire(&mut namespaces);
-        namespaces.get(name).map(|namespace| Arc::clone(&namespace.drafter))
+        namespaces.get(name).map(|tenant| Arc::clone(&tenant.namespace))
     }
 
     /// What all namespaces have learned.
     pub fn state(&self) -> Vec<NamespaceState> {
         let namespaces = lock(&self.namespaces);
-        let drafters: Vec<_> =
-            namespaces.iter().map(|(name, held)| (name.clone(), Arc::clone(&held.drafter))).collect();
+        let held: Vec<_> =
+            namespaces.iter().map(|(name, tenant)| (name.clone(), Arc::clone(&tenant.namespace))).collect();
         drop(namespaces);
-        let state = |(name, drafter): (String, Arc<Drafter>)| NamespaceState {
+        let state = |(name, namespace): (String, Arc<Namespace>)| NamespaceState {
             name,
-            weights: drafter.model().to_bytes(),
-            documents: drafter.documents(),
-            soft: drafter.soft_entries(),
+            weights: namespace.model().to_bytes(),
+            documents: namespace.documents(),
+            soft: namespace.soft_entries(),
         };
-        drafters.into_iter().map(state).collect()
+        held.into_iter().map(state).collect()
     }
 
     /// Makes a namespace with what one has learned, in place of what it knew; ids are below `limit`. False if the
     /// weights are not those of this release.
     pub fn restore(&self, state: &NamespaceState, limit: Token) -> Result<bool, MemoryFull> {
-        let Some(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
+        let Ok(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
         self.remove_namespace(&state.name);
-        let drafter = self.namespace(&state.name)?;
-        drafter.restore(model, &state.documents, &state.soft, limit);
+        let namespace = self.namespace(&state.name)?;
+        namespace.restore(model, &state.documents, &state.soft, limit);
         Ok(true)
     }
 
     /// Forgets the namespaces whose time is up.
-    fn expire(&self, namespaces: &mut BTreeMap<String, Namespace>) {
+    fn expire(&self, namespaces: &mut BTreeMap<String, Tenant>) {
         let Some(ttl) = self.options.namespace_ttl else { return };
         let now = Instant::now();
-        namespaces.retain(|name, namespace| {
-            if namespace.drafter.sequences() > 0 {
-                namespace.used = now;
+        namespaces.retain(|name, tenant| {
+            if tenant.namespace.sequences() > 0 {
+                tenant.used = now;
             }
-            name.is_empty() || now.duration_since(namespace.used) < ttl
+            name.is_empty() || now.duration_since(tenant.used) < ttl
         });
     }
 
@@ -189,12 +191,12 @@ impl Engine {
     pub fn namespaces(&self) -> Vec<NamespaceInfo> {
         let mut namespaces = lock(&self.namespaces);
         self.expire(&mut namespaces);
-        let info = |(name, namespace): (&String, &Namespace)| NamespaceInfo {
+        let info = |(name, tenant): (&String, &Tenant)| NamespaceInfo {
             name: name.clone(),
-            requests: namespace.drafter.sequences(),
-            live_tokens: namespace.drafter.live_len().0,
-            memory_bytes: namespace.drafter.memory_bytes(),
-            idle: namespace.used.elapsed(),
+            requests: tenant.namespace.sequences(),
+            live_tokens: tenant.namespace.live_len().0,
+            memory_bytes: tenant.namespace.memory_bytes(),
+            idle: tenant.used.elapsed(),
         };
         namespaces.iter().map(info).collect()
     }
@@ -208,13 +210,13 @@ impl Engine {
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
         let namespaces = lock(&self.namespaces);
-        let shared = namespaces.values().map(|namespace| namespace.drafter.most_bytes());
+        let shared = namespaces.values().map(|tenant| tenant.namespace.most_bytes());
         Memory {
-            limit: self.ledger.limit(),
-            used: self.ledger.used(),
-            peak: self.ledger.peak(),
+            limit: self.pool.limit(),
+            used: self.pool.used(),
+            peak: self.pool.peak(),
             shared: shared.sum(),
-            refused: self.ledger.refused(),
+            refused: self.pool.refused(),
         }
     }
 
@@ -248,7 +250,7 @@ impl Engine {
         max_length: Option<usize>,
     ) -> Result<Arc<Request>, MemoryFull> {
         let mut sequence = self.start(namespace, prediction, max_length)?;
-        let mut charge = Charge::new(&self.ledger, self.options.max_request_bytes);
+        let mut charge = Charge::new(&self.pool, self.options.max_request_bytes);
         charge.resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
@@ -262,8 +264,9 @@ impl Engine {
         prediction: &[Token],
         max_length: Option<usize>,
     ) -> Result<sssd_core::Sequence, MemoryFull> {
-        let charge = Charge::new(&self.ledger, self.options.max_request_bytes);
-        let mut sequence = self.namespace(namespace)?.begin(&[], prediction, charge)?;
+        let charge = Charge::new(&self.pool, self.options.max_request_bytes);
+        let namespace = self.namespace(namespace)?;
+        let mut sequence = Sequence::begin(&namespace, &[], prediction, charge)?;
         sequence.set_max_length(max_length.unwrap_or(usize::MAX));
         Metrics::count(&self.metrics.begun, 1);
         Ok(sequence)

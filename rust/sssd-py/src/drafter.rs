@@ -9,7 +9,7 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Corpus, Drafter, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, SOURCES, Sequence};
+use sssd_core::{Corpus, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, Namespace, SOURCES, Sequence};
 use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
 use crate::budget::{invalid, read_costs};
@@ -218,7 +218,7 @@ impl PyDrafter {
     fn load_state_dict(&self, state: &Bound<'_, PyDict>) -> PyResult<()> {
         let weights = state.get_item(WEIGHTS)?;
         let weights = weights.as_ref().and_then(|weights| weights.cast::<PyBytes>().ok());
-        match weights.and_then(|weights| Model::from_bytes(weights.as_bytes())) {
+        match weights.and_then(|weights| Model::from_bytes(weights.as_bytes()).ok()) {
             Some(model) => {
                 self.default(state.py())?.set_model(model);
                 Ok(())
@@ -273,7 +273,7 @@ impl PyDrafter {
 }
 
 impl PyDrafter {
-    fn default(&self, py: Python<'_>) -> PyResult<Arc<Drafter>> {
+    fn default(&self, py: Python<'_>) -> PyResult<Arc<Namespace>> {
         self.engine.namespace("").map_err(|full| memory_full(py, &full))
     }
 

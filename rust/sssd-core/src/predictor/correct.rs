@@ -3,7 +3,8 @@
 //! The learned tables know the average request; this is what is special about one: a few biases on the log-odds,
 //! each moved by Newton steps on the logistic loss from a prior at 0, so that a handful of outcomes already counts.
 
-use crate::model::{KINDS, PROBABILITIES, scale};
+use crate::predictor::support::KINDS;
+use crate::predictor::weights::{PROBABILITIES, scale};
 
 /// Knots along the scale of probabilities; between them the bias is interpolated.
 const KNOTS: usize = 8;
@@ -62,6 +63,7 @@ impl Calibration {
     }
 
     /// The corrected probability of a token with this kind of evidence.
+    #[inline]
     pub fn correct(&self, kind: usize, prob: f32) -> f32 {
         let (knot, above) = position(prob);
         let knots = self.knots[knot].odds * (1.0 - above) + self.knots[knot + 1].odds * above;
@@ -94,5 +96,69 @@ impl Calibration {
             bias.odds = bias.centred.exp();
             (bias.gradient, bias.pending) = (0.0, 0.0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn started() -> Calibration {
+        let mut calibration = Calibration::default();
+        calibration.start(&[0.0; KINDS]);
+        calibration
+    }
+
+    #[test]
+    fn nothing_is_corrected_before_there_are_outcomes() {
+        let calibration = started();
+        for prob in [0.003, 0.1, 0.5, 0.9, 0.999] {
+            assert!((calibration.correct(4, prob) - prob).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn what_the_model_says_of_a_kind_moves_its_odds() {
+        let mut calibration = Calibration::default();
+        let mut biases = [0.0; KINDS];
+        biases[4] = 2f32.ln();
+        calibration.start(&biases);
+        assert!((calibration.correct(4, 0.5) - 2.0 / 3.0).abs() < 1e-6);
+        assert!((calibration.correct(3, 0.5) - 0.5).abs() < 1e-6);
+    }
+
+    #[test]
+    fn outcomes_move_probabilities_of_that_size_and_kind_towards_them() {
+        for came_true in [false, true] {
+            let mut calibration = started();
+            for _ in 0..200 {
+                calibration.note(4, 0.3, came_true);
+                calibration.learn();
+            }
+            calibration.start(&[0.0; KINDS]);
+            let moved = |kind: usize, prob: f32| {
+                (calibration.correct(kind, prob) - prob) * if came_true { 1.0 } else { -1.0 }
+            };
+            assert!(moved(4, 0.3) > 0.2);
+            assert!(moved(4, 0.3) > moved(5, 0.3) && moved(5, 0.3) > moved(5, 0.9).abs());
+        }
+    }
+
+    #[test]
+    fn the_error_is_that_of_the_corrected_probability() {
+        let mut calibration = started();
+        assert!((calibration.note(2, 0.25, true) - 0.75).abs() < 1e-6);
+        assert!((calibration.note(2, 0.25, false) + 0.25).abs() < 1e-6);
+    }
+
+    #[test]
+    fn true_probabilities_are_left_as_they_are() {
+        let mut calibration = started();
+        for n in 0..4000 {
+            calibration.start(&[0.0; KINDS]);
+            calibration.note(4, 0.25, n % 4 == 0);
+            calibration.learn();
+        }
+        assert!((calibration.correct(4, 0.25) - 0.25).abs() < 0.02);
     }
 }

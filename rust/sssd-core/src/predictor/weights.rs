@@ -9,178 +9,97 @@
 //!   that came true (adaptive probability maps, as in context-mixing compressors);
 //! - *ages*: a bias on the log-odds by age of the output and kind of evidence.
 
-/// Where evidence comes from. Blended sources come first: they predict after contexts of several lengths, which
-/// pass the escapes.
-pub mod source {
-    /// The request's own prompt and output.
-    pub const REQUEST: usize = 0;
-    /// The same, for contexts shorter than those of `REQUEST`, looked up anew at drafted nodes.
-    pub const LOWER: usize = 1;
-    /// The static datastore.
-    pub const STORE: usize = 2;
-    /// Finished requests.
-    pub const LIVE: usize = 3;
-    /// The text that the output has been following: a predicted output, or what it copied until it went astray.
-    pub const ALIGNED: usize = 4;
-    /// Number of sources that give samples.
-    pub const SAMPLED: usize = 5;
-    /// The target's own most probable tokens after such contexts.
-    pub const SOFT: usize = 5;
-    /// Number of sources that blend contexts of several lengths.
-    pub const BLENDED: usize = 6;
-    /// The most frequent successors of the last token in the datastore.
-    pub const SUCCESSORS: usize = 6;
-    /// Number of sources.
-    pub const COUNT: usize = 7;
-    /// What users call them.
-    pub const NAMES: [&str; COUNT] =
-        ["request", "lower", "datastore", "live", "aligned", "soft", "successors"];
-}
+use thiserror::Error;
 
-/// Match lengths are told apart up to 32 tokens, in this many classes.
-pub const CLASSES: usize = 12;
-/// Longer matches count as this long.
-pub const MAX_LENGTH: usize = 32;
+use crate::predictor::support::{KINDS, ROWS};
+use crate::sources::{self, BLENDED, CLASSES, FEEDBACK, SUCCESSORS};
+
+/// Buckets of an escape: occurrences, and different successors (for feedback: positions, and first probability).
 const COUNTS: usize = 8;
 const DISTINCTS: usize = 5;
+/// Buckets of a source's best probability.
 const PEAKS: usize = 8;
-const TEXTS: usize = 9 * 6 * 2 * 2;
-const OTHERS: usize = 3 * 4 * 7 * 4 * 2;
+/// Steps of the scale of probabilities, and the one of probability one half.
 pub const PROBABILITIES: usize = 17;
-/// The cell of probability one half.
 const HALF: f32 = 8.5;
+/// Ages of an output: powers of two of tokens.
+const AGES: usize = 9;
 
-const ESCAPES: usize = source::BLENDED * CLASSES * COUNTS * DISTINCTS;
-const GATES: usize = source::COUNT * CLASSES * PEAKS;
-const REFINEMENTS: usize = (TEXTS + OTHERS) * PROBABILITIES;
+const ESCAPES: usize = BLENDED * CLASSES * COUNTS * DISTINCTS;
+const REFINEMENTS: usize = ROWS * PROBABILITIES;
+const GATES: usize = sources::COUNT * CLASSES * PEAKS;
+const BIASES: usize = AGES * KINDS;
+
+/// What stands before the tables: magic, version of the layout, then the shape of each table in their order. Tables
+/// of another shape, or whose rows mean something else, are other weights: whoever changes what a row means counts
+/// the version up.
+const MAGIC: [u8; 8] = *b"sssd wts";
+const VERSION: u32 = 3;
+const SHAPES: [usize; 11] =
+    [BLENDED, CLASSES, COUNTS, DISTINCTS, ROWS, PROBABILITIES, sources::COUNT, CLASSES, PEAKS, AGES, KINDS];
+const HEADER: [u8; MAGIC.len() + 4 + 4 * SHAPES.len()] = {
+    let mut header = [0; MAGIC.len() + 4 + 4 * SHAPES.len()];
+    let mut at = 0;
+    while at < header.len() {
+        header[at] = match at {
+            0..8 => MAGIC[at],
+            8..12 => VERSION.to_le_bytes()[at - 8],
+            _ => (SHAPES[at / 4 - 3] as u32).to_le_bytes()[at % 4],
+        };
+        at += 1;
+    }
+    header
+};
+const BYTES: usize = HEADER.len() + 4 * (ESCAPES + REFINEMENTS + GATES + BIASES);
+
+/// The weights that ship with the package, learned by `benches/train_weights.py` as `weights.toml` says.
+const SHIPPED: &[u8] = include_bytes!("weights.bin");
+/// Set when the package is built to learn weights for tables of new shapes.
+const UNTRAINED: bool = option_env!("SSSD_UNTRAINED").is_some();
+const _: () = assert!(
+    UNTRAINED || fits(SHIPPED),
+    "weights.bin is not of this predictor: docs/predictor.md says how to learn new weights"
+);
+
+/// Whether bytes have the length and the header of weights.
+const fn fits(bytes: &[u8]) -> bool {
+    let mut same = bytes.len() == BYTES;
+    let mut at = 0;
+    while same && at < HEADER.len() {
+        same = bytes[at] == HEADER[at];
+        at += 1;
+    }
+    same
+}
 
 /// A cell forgets the past with a rate of at least one over this many outcomes.
 const ESCAPE_MEMORY: u16 = 60;
 const REFINEMENT_MEMORY: u16 = 255;
 const GATE_RATE: f32 = 0.02;
 const GATE_LIMIT: f32 = 8.0;
-
-/// The class of a match of `length` >= 1 tokens.
-pub fn class(length: u16) -> usize {
-    const TABLE: [u8; MAX_LENGTH + 1] = [
-        0, 0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 7, 8, 8, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9, 10, 10, 10, 10, 10, 10, 10,
-        10, 11,
-    ];
-    TABLE[usize::from(length).min(MAX_LENGTH)] as usize
-}
-
-/// Which kinds of evidence speak for a token.
-#[derive(Clone, Copy)]
-pub struct Support {
-    /// For each source, the class of the longest context that the token followed, or [`NO_CLASS`].
-    pub classes: [u8; source::COUNT],
-    /// A bit for each source that has anything to say, about this token or others.
-    pub speaks: u8,
-    /// How recently the token itself occurred in the request, if no context speaks for it.
-    pub occurrence: Occurrence,
-}
-
-/// In place of a class: nothing matches.
-pub const NO_CLASS: u8 = u8::MAX;
-
-/// How long ago a token occurred in the request.
-#[derive(Clone, Copy, Default, PartialEq)]
-pub enum Occurrence {
-    #[default]
-    Never,
-    Long,
-    Recent,
-    Just,
-}
-
-impl Occurrence {
-    /// From the distance in tokens.
-    pub fn ago(distance: usize) -> Self {
-        match distance {
-            0..64 => Self::Just,
-            64..512 => Self::Recent,
-            _ => Self::Long,
-        }
-    }
-}
-
-impl Support {
-    fn speaks(self, source: usize) -> bool {
-        self.speaks >> source & 1 != 0
-    }
-
-    fn holds(self, source: usize) -> bool {
-        self.classes[source] != NO_CLASS
-    }
-
-    /// What `table` has for the source's class: the first entry if it has none.
-    fn look(self, source: usize, table: &[u8; 16]) -> usize {
-        usize::from(table[usize::from(self.classes[source].wrapping_add(1) & 15)])
-    }
-
-    /// Its row among the contexts of request and datastore.
-    fn texts(self) -> usize {
-        let request = match self.look(source::REQUEST, &GROUPS) {
-            0 => [0, 6, 7, 8][self.occurrence as usize],
-            group => group,
-        };
-        let store = match self.speaks(source::STORE) {
-            false => 0,
-            true => self.look(source::STORE, &GROUPS).max(1),
-        };
-        let (lower, successor) = (self.holds(source::LOWER), self.holds(source::SUCCESSORS));
-        ((request * 6 + store) * 2 + usize::from(lower)) * 2 + usize::from(successor)
-    }
-
-    /// Its row among all: those of the other sources, if any of them speaks, are apart, since what has them to go
-    /// by as well comes true more often.
-    fn row(self) -> usize {
-        self.others().map_or_else(|| self.texts(), |row| TEXTS + row)
-    }
-
-    /// The kind of evidence, for the request's own calibration.
-    pub fn kind(self) -> usize {
-        let request = self.look(source::REQUEST, &[0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]);
-        let others = [source::STORE, source::LIVE, source::SOFT];
-        let speaks = others.iter().any(|&source| self.speaks(source));
-        let holds = others.iter().any(|&source| self.holds(source));
-        request * 3 + usize::from(speaks) + usize::from(holds)
-    }
-
-    /// Its row among the contexts of the other sources, if any of them speaks.
-    fn others(self) -> Option<usize> {
-        let live = self.look(source::LIVE, &[0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]);
-        let aligned = self.look(source::ALIGNED, &[0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3]);
-        let soft = match self.speaks(source::SOFT) {
-            false => 0,
-            true => self.look(source::SOFT, &[1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]),
-        };
-        if live + aligned + soft == 0 {
-            return None;
-        }
-        let request = match self.look(source::REQUEST, &GROUPS) {
-            0 => usize::from(self.occurrence != Occurrence::Never),
-            group => 2 + usize::from(group > 3),
-        };
-        let store = usize::from(self.speaks(source::STORE));
-        Some((((live * 4 + aligned) * 7 + soft) * 4 + request) * 2 + store)
-    }
-}
-
-/// Groups of classes, after the one of no class.
-const GROUPS: [u8; 16] = [0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5];
-
-/// Ages of an output: powers of two of tokens.
-const AGES: usize = 9;
 const AGE_RATE: f32 = 0.01;
 const AGE_LIMIT: f32 = 2.0;
+
+/// Why bytes are not the weights of this predictor.
+#[derive(Clone, Copy, Debug, Error, PartialEq)]
+pub enum WeightsError {
+    /// They do not begin like weights, or are cut short.
+    #[error("these are no weights of a predictor")]
+    Foreign,
+    /// Another layout.
+    #[error("the weights are of layout {0}, not {VERSION}")]
+    Version(u32),
+    /// Tables of another predictor.
+    #[error("the tables of the weights have other shapes than the predictor's")]
+    Shapes,
+    /// Numbers that no predictor learns.
+    #[error("the weights hold values out of range")]
+    Values,
+}
 
 fn age(tokens: usize) -> usize {
     (tokens.max(1).ilog2() as usize).min(AGES - 1)
 }
-
-/// Number of kinds of evidence.
-pub const KINDS: usize = 12;
 
 /// A learned probability, in units of 2^-16, and how many outcomes stand behind it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -217,9 +136,9 @@ pub struct Model {
 }
 
 impl Default for Model {
-    /// The weights that ship with the package, learned by `benches/train_weights.py`.
+    /// The weights that ship with the package.
     fn default() -> Self {
-        Self::from_bytes(include_bytes!("weights.bin")).unwrap_or_else(Self::untrained)
+        if UNTRAINED { Self::untrained() } else { Self::from_tables(SHIPPED) }
     }
 }
 
@@ -241,7 +160,7 @@ impl Model {
             let d = [1.0f32, 2.0, 3.5, 7.0, 20.0][distinct].min(n);
             Rate::new((d + 0.3) / (n + d + 0.6) / (1.0 + 0.35 * class as f32), 12)
         };
-        let gate = |cell: usize| if cell / (PEAKS * CLASSES) == source::SUCCESSORS { -2.0 } else { 0.0 };
+        let gate = |cell: usize| if cell / (PEAKS * CLASSES) == SUCCESSORS { -2.0 } else { 0.0 };
         let refinement = |cell: usize| {
             let steps = (cell % PROBABILITIES) as f32 - HALF;
             let tail = 0.5 * 2f32.powf(-steps.abs());
@@ -250,40 +169,55 @@ impl Model {
         Self {
             escapes: (0..ESCAPES).map(escape).collect(),
             gates: (0..GATES).map(gate).collect(),
-            ages: [0.0; AGES * KINDS].into(),
+            ages: [0.0; BIASES].into(),
             refinements: (0..REFINEMENTS).map(refinement).collect(),
         }
     }
 
-    /// The tables as little-endian bytes: escapes and refinements as (value, count) in 16 bits each, then gates
-    /// and ages as 32-bit floats.
+    /// The header and the tables as little-endian bytes: escapes and refinements as (value, count) in 16 bits each,
+    /// then gates and ages as 32-bit floats.
     pub fn to_bytes(&self) -> Vec<u8> {
         let rates = self.escapes.iter().chain(&self.refinements);
         let halves = rates.flat_map(|rate| [rate.value, rate.count]).flat_map(u16::to_le_bytes);
-        halves.chain(self.gates.iter().chain(&self.ages).flat_map(|gate| gate.to_le_bytes())).collect()
+        let floats = self.gates.iter().chain(&self.ages).flat_map(|float| float.to_le_bytes());
+        HEADER.into_iter().chain(halves).chain(floats).collect()
     }
 
-    /// The tables from [`Model::to_bytes`], or nothing if the bytes are not such tables.
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        if bytes.len() != 4 * (ESCAPES + REFINEMENTS + GATES + AGES * KINDS) {
-            return None;
+    /// The tables from [`Model::to_bytes`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, WeightsError> {
+        let start = bytes.get(..HEADER.len()).ok_or(WeightsError::Foreign)?;
+        let version = [start[8], start[9], start[10], start[11]];
+        if start[..8] != MAGIC {
+            return Err(WeightsError::Foreign);
+        } else if version != VERSION.to_le_bytes() {
+            return Err(WeightsError::Version(u32::from_le_bytes(version)));
+        } else if start != HEADER {
+            return Err(WeightsError::Shapes);
+        } else if !fits(bytes) {
+            return Err(WeightsError::Foreign);
         }
-        let words: Vec<[u8; 4]> = bytes.as_chunks().0.to_vec();
+        let model = Self::from_tables(bytes);
+        let sound = model.gates.iter().chain(&model.ages).all(|float| float.abs() <= GATE_LIMIT);
+        if sound { Ok(model) } else { Err(WeightsError::Values) }
+    }
+
+    /// From bytes that fit.
+    fn from_tables(bytes: &[u8]) -> Self {
+        let words: &[[u8; 4]] = bytes[HEADER.len()..].as_chunks().0;
         let rate = |&[a, b, c, d]: &[u8; 4]| Rate {
             value: u16::from_le_bytes([a, b]),
             count: u16::from_le_bytes([c, d]).min(REFINEMENT_MEMORY),
         };
+        let float = |&word: &[u8; 4]| f32::from_le_bytes(word);
         let (escapes, rest) = words.split_at(ESCAPES);
-        let (refinements, gates) = rest.split_at(REFINEMENTS);
-        let floats: Vec<f32> = gates.iter().map(|&word| f32::from_le_bytes(word)).collect();
-        let sound = floats.iter().all(|gate| gate.abs() <= GATE_LIMIT);
-        let (gates, ages) = floats.split_at(GATES);
-        sound.then(|| Self {
+        let (refinements, rest) = rest.split_at(REFINEMENTS);
+        let (gates, ages) = rest.split_at(GATES);
+        Self {
             escapes: escapes.iter().map(rate).collect(),
-            gates: gates.into(),
-            ages: ages.into(),
             refinements: refinements.iter().map(rate).collect(),
-        })
+            gates: gates.iter().map(float).collect(),
+            ages: ages.iter().map(float).collect(),
+        }
     }
 
     /// The cell of contexts of `class` that occurred `count` times with `distinct` different successors.
@@ -310,10 +244,10 @@ impl Model {
 
     /// The cell of distributions known for contexts of `class` from `writes` positions, which gave their first
     /// token probability `peak`.
-    pub fn soft_cell(class: usize, writes: u8, peak: f32) -> EscapeCell {
+    pub fn feedback_cell(class: usize, writes: u8, peak: f32) -> EscapeCell {
         let peak = (peak * (DISTINCTS as f32 - 0.01)) as usize;
         let count = (u32::from(writes) + 1).ilog2() as usize;
-        let cell = ((source::SOFT * CLASSES + class) * COUNTS + count.min(COUNTS - 1)) * DISTINCTS;
+        let cell = ((FEEDBACK * CLASSES + class) * COUNTS + count.min(COUNTS - 1)) * DISTINCTS;
         EscapeCell((cell + peak.min(DISTINCTS - 1)) as u16)
     }
 
@@ -343,18 +277,18 @@ impl Model {
         *gate = (*gate + GATE_RATE * gradient).clamp(-GATE_LIMIT, GATE_LIMIT);
     }
 
-    /// The probability of a token that the mixture gives `mixed` and that has this support.
-    pub fn refine(&self, support: Support, mixed: f32) -> f32 {
+    /// The probability of a token that the mixture gives `mixed` and whose support has this row.
+    pub fn refine(&self, row: usize, mixed: f32) -> f32 {
         let scale = scale(mixed);
         let step = usize::from(scale as u8);
         let above = scale - step as f32;
-        let cell = support.row() * PROBABILITIES + step;
+        let cell = row * PROBABILITIES + step;
         self.refinements[cell].get() * (1.0 - above) + self.refinements[cell + 1].get() * above
     }
 
-    pub(crate) fn learn_refinement(&mut self, support: Support, mixed: f32, came_true: bool) {
+    pub(crate) fn learn_refinement(&mut self, row: usize, mixed: f32, came_true: bool) {
         let step = usize::from((scale(mixed) + 0.5) as u8);
-        self.refinements[support.row() * PROBABILITIES + step].update(came_true, REFINEMENT_MEMORY);
+        self.refinements[row * PROBABILITIES + step].update(came_true, REFINEMENT_MEMORY);
     }
 
     /// Moves towards what a request has learned since it started from `base`, by a quarter of the way.
@@ -407,23 +341,78 @@ pub fn scale(probability: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sources::{REQUEST, STORE};
 
     #[test]
-    fn shipped_weights_are_read() {
-        assert!(Model::from_bytes(include_bytes!("weights.bin")).is_some());
+    fn shipped_weights_are_those_of_this_predictor() {
+        assert_eq!(Model::from_bytes(SHIPPED), Ok(Model::default()));
+        assert_eq!(Model::default().to_bytes(), SHIPPED);
     }
 
     #[test]
-    fn bytes_round_trip_and_bad_ones_are_refused() {
-        let mut model = Model::untrained();
-        model.learn_gate(Model::gate_cell(source::STORE, 3, 0.5), 0.7);
-        model.learn_escape(Model::escape_cell(source::REQUEST, 11, 1.0, 1), true);
-        let mut bytes = model.to_bytes();
-        assert_eq!(Model::from_bytes(&bytes), Some(model));
-        assert_eq!(Model::from_bytes(&bytes[1..]), None);
-        let gate = bytes.len() - 4;
-        bytes[gate..].copy_from_slice(&f32::NAN.to_le_bytes());
-        assert_eq!(Model::from_bytes(&bytes), None);
+    fn bytes_round_trip_and_others_are_refused() {
+        let mut model = Model::default();
+        model.learn_gate(Model::gate_cell(STORE, 3, 0.5), 0.7);
+        model.learn_escape(Model::escape_cell(REQUEST, 11, 1.0, 1), true);
+        model.learn_age(5, 3, 0.5);
+        let bytes = model.to_bytes();
+        assert_eq!(Model::from_bytes(&bytes), Ok(model));
+        let changed = |at: usize, new: &[u8]| {
+            let mut bytes = bytes.clone();
+            bytes[at..at + new.len()].copy_from_slice(new);
+            Model::from_bytes(&bytes)
+        };
+        assert_eq!(changed(0, b"S"), Err(WeightsError::Foreign));
+        assert_eq!(changed(8, &[2]), Err(WeightsError::Version(2)));
+        for shape in 0..SHAPES.len() {
+            assert_eq!(changed(12 + 4 * shape, &[99]), Err(WeightsError::Shapes));
+        }
+        assert_eq!(changed(bytes.len() - 4, &f32::NAN.to_le_bytes()), Err(WeightsError::Values));
+        for length in [0, HEADER.len() - 1, HEADER.len(), bytes.len() - 1] {
+            assert_eq!(Model::from_bytes(&bytes[..length]), Err(WeightsError::Foreign));
+        }
+        assert_eq!(Model::from_bytes(&[&bytes[..], &[0]].concat()), Err(WeightsError::Foreign));
+    }
+
+    #[test]
+    fn refinements_are_interpolated_and_learned_at_the_nearest_step() {
+        let mut model = Model::default();
+        model.refinements[..PROBABILITIES].iter_mut().for_each(|rate| *rate = Rate::new(0.0, 0));
+        let step = scale(0.3) as usize;
+        model.refinements[step + 1] = Rate::new(0.5, 100);
+        assert!((model.refine(0, 0.3) - 0.5 * (scale(0.3) - step as f32)).abs() < 1e-6);
+        model.learn_refinement(0, 0.5, true);
+        let changed: Vec<_> = (0..PROBABILITIES).filter(|&at| model.refinements[at].count == 1).collect();
+        assert_eq!(changed, [9]);
+    }
+
+    #[test]
+    fn gates_and_ages_go_the_way_of_the_gradient_and_stay_within_their_limits() {
+        let mut model = Model::default();
+        let cell = Model::gate_cell(STORE, 3, 0.5);
+        let before = model.gate(cell);
+        model.learn_gate(cell, 0.5);
+        assert!((model.gate(cell) - before - 0.01).abs() < 1e-6);
+        (0..10_000).for_each(|_| model.learn_gate(cell, -1.0));
+        assert_eq!(model.gate(cell), -GATE_LIMIT);
+        let before = model.ages(70)[3];
+        model.learn_age(127, 3, 1.0);
+        assert!((model.ages(64)[3] - before - AGE_RATE).abs() < 1e-6);
+        (0..1000).for_each(|_| model.learn_age(64, 3, 1.0));
+        assert_eq!(model.ages(64)[3], AGE_LIMIT);
+    }
+
+    #[test]
+    fn a_quarter_is_taken_over_of_what_has_changed_and_nothing_else() {
+        let (mut own, base) = (Model::default(), Model::default());
+        let mut learned = base.clone();
+        learned.gates[7] = base.gates[7] + 0.4;
+        learned.escapes[9].value = base.escapes[9].value ^ 64;
+        own.merge(&base, &learned);
+        assert!((own.gates[7] - base.gates[7] - 0.1).abs() < 1e-6);
+        assert_eq!(own.escapes[9].value.abs_diff(base.escapes[9].value), 16);
+        (own.gates[7], own.escapes[9]) = (base.gates[7], base.escapes[9]);
+        assert!(own == base);
     }
 
     #[test]

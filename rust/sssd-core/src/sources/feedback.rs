@@ -5,8 +5,8 @@
 use std::sync::OnceLock;
 
 use crate::Token;
-use crate::entry::{self, WORDS};
 use crate::index::Hash;
+use crate::sources::seqlock::{self, WORDS};
 use crate::sync::{AtomicU64, Ordering};
 
 /// Numbers of last tokens by which entries are found, shortest first.
@@ -148,7 +148,7 @@ impl SoftTable {
     pub fn entries(&self) -> Vec<(u64, [u64; WORDS])> {
         let entries = self.slots.get().map_or(&[][..], |slots| slots).chunks_exact(WORDS);
         let held = entries.zip(0..).filter_map(|(entry, place)| {
-            let words = entry::read(entry).filter(|words| words[0] >> 32 != 0)?;
+            let words = seqlock::read(entry).filter(|words| words[0] >> 32 != 0)?;
             Some((place, words))
         });
         held.collect()
@@ -234,17 +234,17 @@ fn tag(order: usize, key: u64) -> u32 {
 
 fn write(bucket: &[AtomicU64], tag: u32, words: &[u64; WORDS]) {
     let entries = || bucket.chunks_exact(WORDS);
-    let held = entries().find(|entry| entry::tag(entry) == tag);
+    let held = entries().find(|entry| seqlock::tag(entry) == tag);
     let oldest = || entries().min_by_key(|entry| entry[TIME].load(Ordering::Relaxed));
     if let Some(entry) = held.or_else(oldest) {
-        entry::write(entry, tag, words);
+        seqlock::write(entry, tag, words);
     }
 }
 
 fn read(bucket: &[AtomicU64], tag: u32) -> Option<Soft> {
-    let entry = bucket.chunks_exact(WORDS).find(|entry| entry::tag(entry) == tag)?;
-    let words = entry::read(entry).filter(|words| (words[0] >> 32) as u32 == tag)?;
-    let mut soft = Soft { writes: entry::writes(&words), ..Soft::default() };
+    let entry = bucket.chunks_exact(WORDS).find(|entry| seqlock::tag(entry) == tag)?;
+    let words = seqlock::read(entry).filter(|words| (words[0] >> 32) as u32 == tag)?;
+    let mut soft = Soft { writes: seqlock::writes(&words), ..Soft::default() };
     for place in 0..TOP_K {
         soft.ids[place] = (words[1 + place / 2] >> (32 * (place % 2))) as u32;
         soft.probs[place] = f32::from((words[5 + place / 4] >> (16 * (place % 4))) as u16) / SCALE;

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use crate::Token;
-use crate::corpus::{Corpus, Match};
 use crate::index::Hash;
+use crate::sources::corpus::{Corpus, Match};
 
 /// Context lengths that are linked.
 const ORDERS: [usize; 3] = [2, 4, 8];

@@ -1,0 +1,113 @@
+//! What one draft is made from, and what it may come to.
+
+use crate::Token;
+use crate::index::Index;
+use crate::predictor::correct::Calibration;
+use crate::predictor::weights::Model;
+use crate::sources::aligned::Aligned;
+use crate::sources::corpus::Corpus;
+use crate::sources::feedback::{Recent, SoftTable};
+use crate::sources::live::LiveStore;
+use crate::sources::{LIVE, STORE};
+
+/// What one draft is made from.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    pub index: &'a Index,
+    /// Tokens at the start of the index that are a predicted output.
+    pub predicted: usize,
+    pub aligned: &'a Aligned,
+    pub store: Option<&'a dyn Corpus>,
+    pub live: &'a LiveStore,
+    pub soft: &'a SoftTable,
+    pub recent: &'a Recent,
+    pub model: &'a Model,
+    pub calibration: &'a Calibration,
+    /// Nothing is drafted after these.
+    pub end_tokens: &'a [Token],
+    /// Tokens of output so far.
+    pub age: usize,
+    pub limits: Limits,
+}
+
+impl Inputs<'_> {
+    /// The corpus of a source, if it has one.
+    pub fn corpus(&self, source: usize) -> Option<&dyn Corpus> {
+        match source {
+            STORE => self.store,
+            LIVE => Some(self.live),
+            _ => None,
+        }
+    }
+}
+
+/// What one draft may come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The node budget.
+    pub max_nodes: usize,
+    /// No node is deeper.
+    pub max_depth: usize,
+    /// Less probable nodes are not drafted.
+    pub min_prob: f32,
+}
+
+impl Limits {
+    /// A node budget alone.
+    pub fn nodes(max_nodes: usize) -> Self {
+        Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// What a request without datastore drafts from.
+    pub struct Parts {
+        pub index: Index,
+        pub aligned: Aligned,
+        live: LiveStore,
+        soft: SoftTable,
+        recent: Recent,
+        model: Model,
+        pub calibration: Calibration,
+    }
+
+    impl Parts {
+        pub fn new(tokens: &[Token]) -> Self {
+            let mut index = Index::default();
+            tokens.iter().for_each(|&token| index.push(token));
+            let mut calibration = Calibration::default();
+            let model = Model::default();
+            calibration.start(model.ages(0));
+            let (aligned, recent) = (Aligned::default(), Recent::default());
+            Self {
+                index,
+                aligned,
+                live: LiveStore::new(0),
+                soft: SoftTable::new(0),
+                recent,
+                model,
+                calibration,
+            }
+        }
+
+        pub fn inputs(&self) -> Inputs<'_> {
+            Inputs {
+                index: &self.index,
+                predicted: 0,
+                aligned: &self.aligned,
+                store: None,
+                live: &self.live,
+                soft: &self.soft,
+                recent: &self.recent,
+                model: &self.model,
+                calibration: &self.calibration,
+                end_tokens: &[],
+                age: 0,
+                limits: Limits::nodes(16),
+            }
+        }
+    }
+}

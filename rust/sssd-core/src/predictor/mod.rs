@@ -1,0 +1,212 @@
+//! Grows a draft tree inside samples of earlier occurrences, most probable node first, and learns from its outcome.
+//! `docs/predictor.md` says what it does and what each part is worth.
+
+pub mod arena;
+mod blend;
+pub mod correct;
+mod frontier;
+mod gather;
+pub mod inputs;
+mod learn;
+mod mix;
+mod refine;
+mod support;
+mod vote;
+pub mod weights;
+
+use crate::Token;
+use crate::index::NONE;
+use crate::sources::live::LiveStore;
+use crate::sources::{FEEDBACK, LIVE, NO_CLASS, SUCCESSORS};
+use crate::stats::Stats;
+use crate::tree::DraftTree;
+use arena::{Arena, Candidate, Expansion, Scratch, Tally};
+use correct::Calibration;
+use inputs::{Inputs, Limits};
+use mix::Children;
+use weights::Model;
+
+/// Contexts to have room for at a node, so that few drafts need more.
+const CONTEXTS: usize = 24;
+
+/// The drafts of a sequence: memory that is used again from draft to draft, and the last one's reasons until its outcome
+/// is known.
+#[derive(Clone, Default)]
+pub struct Predictor {
+    arena: Arena,
+    tree: DraftTree,
+    /// Nodes that the live store speaks for, and a position in the document.
+    credits: Vec<(u32, u64)>,
+    /// The newest node, until it is expanded: there may be no room for its children.
+    newest: Option<u32>,
+    /// What the tree and its learning are to come to: those of a draft of so many nodes.
+    budget: usize,
+    /// Tokens of output before the draft.
+    age: usize,
+    /// The candidate that the target's output has followed so far.
+    followed: Option<u32>,
+}
+
+impl Predictor {
+    /// Drafts a tree of at most `nodes` nodes, the best of those that `inputs` allow.
+    pub fn draft(&mut self, nodes: usize, inputs: &Inputs, scratch: &mut Scratch) {
+        self.start(inputs, scratch);
+        while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
+            if let Some(node) = self.newest.take() {
+                self.expand(node, inputs, scratch);
+            }
+            let Some(best) = scratch.frontier.pop() else { return };
+            self.add_node(best, scratch);
+        }
+    }
+
+    /// Begins with the root: the last token, which is no node of the tree.
+    fn start(&mut self, inputs: &Inputs, scratch: &mut Scratch) {
+        let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
+        self.arena.clear();
+        self.arena.contexts.reserve(CONTEXTS * max_nodes);
+        self.tree.clear();
+        self.credits.clear();
+        scratch.start();
+        scratch.frontier.reset(max_nodes, min_prob);
+        (self.newest, self.followed) = (None, None);
+        (self.budget, self.age) = (max_nodes, inputs.age);
+        if let Some(&last) = inputs.index.tokens().last()
+            && max_nodes > 0
+            && max_depth > 0
+            && !inputs.end_tokens.contains(&last)
+        {
+            self.arena.candidates.push(Candidate::new(last, NONE, 0));
+            (self.newest, self.followed) = (Some(0), Some(0));
+        }
+    }
+
+    /// Predicts what follows `node` and puts the predicted tokens on the frontier.
+    fn expand(&mut self, node: u32, inputs: &Inputs, scratch: &mut Scratch) {
+        let Arena { candidates, expansions, contexts, said } = &mut self.arena;
+        let Candidate { token, depth, path, .. } = candidates[node as usize];
+        if usize::from(depth) >= inputs.limits.max_depth || inputs.end_tokens.contains(&token) {
+            return;
+        }
+        let (start, model) = (candidates.len(), inputs.model);
+        let mut expansion = Expansion::default();
+        scratch.table.clear();
+        gather::samples(node, candidates, inputs, scratch);
+        let mut tally = Tally::default();
+        vote::vote(node, candidates, inputs, scratch, &mut tally);
+        blend::blend(&scratch.votes, &tally, model, candidates, contexts, &mut expansion);
+        if !inputs.soft.is_empty() {
+            let found = gather::feedback(node, candidates, inputs);
+            blend::blend_feedback(&found, &inputs.recent.tokens, model, said, contexts, &mut expansion);
+        }
+        let Scratch { successors, origins, table, frontier, .. } = scratch;
+        successors.clear();
+        if let Some(store) = inputs.store {
+            store.successors(token, successors);
+            expansion.gates[SUCCESSORS] = mix::list_gate(SUCCESSORS, successors);
+        }
+        mix::weigh(model, &mut expansion);
+        let mut children = Children { node, candidates, origins, table };
+        let said = said[expansion.said.0 as usize..expansion.said.1 as usize].iter().copied();
+        mix::offer(FEEDBACK, expansion.weights[FEEDBACK], said, &mut children);
+        let successors = successors.iter().map(|&(token, share)| (token, share, 0));
+        mix::offer(SUCCESSORS, expansion.weights[SUCCESSORS], successors, &mut children);
+        refine::refine(&mut candidates[start..], path, &expansion, inputs);
+        let mut seen = 0;
+        for (child, candidate) in (start as u32..).zip(&candidates[start..]) {
+            frontier.push(child, candidate.path);
+            let newest = gather::newest_lower(candidate, token, inputs.index);
+            origins[child as usize].lower = newest;
+            // reads what is there, so that the processor fetches it before it is needed
+            seen ^= if newest == NONE { 0 } else { inputs.index.token(newest) };
+        }
+        std::hint::black_box(seen);
+        expansion.children = (start as u32, candidates.len() as u32);
+        candidates[node as usize].expansion = expansions.len() as u32;
+        expansions.push(expansion);
+    }
+
+    /// Makes a candidate the next node of the tree.
+    fn add_node(&mut self, best: u32, scratch: &Scratch) {
+        let node = self.tree.len();
+        self.arena.candidates[best as usize].node = node as i16;
+        let candidate = &self.arena.candidates[best as usize];
+        let parent = &self.arena.candidates[candidate.parent as usize];
+        let source = mix::carrier(candidate, &self.arena.expansions[parent.expansion as usize].weights);
+        if candidate.classes[LIVE] != NO_CLASS
+            && let Some(position) = scratch.live_position(best)
+        {
+            self.credits.push((node as u32, position));
+        }
+        self.tree.push(candidate.token, i32::from(parent.node), candidate.path, source);
+        self.newest = Some(best);
+    }
+
+    /// Goes back to what a draft of at most `nodes` nodes is, and what is learned from it.
+    pub fn cut(&mut self, nodes: usize) {
+        self.budget = self.budget.min(nodes);
+        self.tree.truncate(nodes);
+        if nodes == 0 {
+            self.followed = None;
+        }
+    }
+
+    /// The tree, until the next draft.
+    pub fn tree(&self) -> &DraftTree {
+        &self.tree
+    }
+
+    /// Forgets the last draft.
+    pub fn forget(&mut self) {
+        self.followed = None;
+    }
+
+    /// Frees everything but the tree.
+    pub fn shrink(&mut self) {
+        let mut tree = std::mem::take(&mut self.tree);
+        tree.shrink();
+        *self = Self { tree, ..Self::default() };
+    }
+
+    /// Whether the outcome of the last draft is not known yet.
+    pub fn awaits_outcome(&self) -> bool {
+        self.followed.is_some()
+    }
+
+    /// Learns from the tokens that the target has produced after the last draft.
+    pub fn learn(
+        &mut self,
+        model: &mut Model,
+        calibration: &mut Calibration,
+        tokens: &[Token],
+        stats: &mut Stats,
+        live: &LiveStore,
+    ) {
+        if !tokens.is_empty() && self.followed == Some(0) {
+            stats.count_draft(&self.tree);
+        }
+        for &token in tokens {
+            let Some(at) = self.followed.take() else { return };
+            let expanded = &self.arena.candidates[at as usize];
+            // a draft of this budget does not expand its last node; a larger one that was cut did, and must not learn more
+            if i32::from(expanded.node) >= self.budget as i32 - 1 {
+                return;
+            }
+            let Some(expansion) = self.arena.expansions.get(expanded.expansion as usize) else { return };
+            self.followed = learn::learn(token, expansion, &self.arena, self.age, model, calibration);
+            if let Some(truth) = self.followed
+                && let Ok(node) = usize::try_from(self.arena.candidates[truth as usize].node)
+                && node < self.tree.len()
+            {
+                stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
+                let credits = self.credits.iter().filter(|credit| credit.0 == node as u32);
+                credits.for_each(|credit| live.credit(credit.1));
+            }
+        }
+    }
+
+    pub fn memory_bytes(&self) -> usize {
+        let credits = self.credits.capacity() * size_of::<(u32, u64)>();
+        self.arena.memory_bytes() + credits + self.tree.memory_bytes()
+    }
+}

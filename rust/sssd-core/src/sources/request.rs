@@ -1,0 +1,62 @@
+//! Earlier occurrences of the end of the context in the request itself.
+
+use crate::index::{Index, NONE, ORDERS};
+use crate::sources::MAX_LENGTH;
+
+/// Occurrences looked at, and of these of each length when there are longer ones. (8 of each shorter length instead
+/// of 16: -0.1 % at 64 nodes. 64 instead of 16: no gain, and a fifth more time.)
+const SAMPLES: usize = 64;
+const SHORTER_SAMPLES: usize = 16;
+/// Positions passed for each sample that is wanted.
+const STEPS: usize = 4;
+
+/// Calls `act` with the position of each and the number of tokens that agree, longest contexts first, newest first.
+pub fn occurrences(index: &Index, mut act: impl FnMut(u32, usize)) {
+    let tokens = index.tokens();
+    let last = tokens.len() - 1;
+    let mut context = [0; MAX_LENGTH];
+    let known = tokens.len().min(MAX_LENGTH);
+    context.iter_mut().zip(tokens.iter().rev()).for_each(|(to, &from)| *to = from);
+    let (mut found, mut steps) = (0, STEPS * SAMPLES);
+    let mut longer = MAX_LENGTH + 1;
+    for order in (0..ORDERS.len()).rev() {
+        let most = if found > 0 { SAMPLES.min(found + SHORTER_SAMPLES) } else { SAMPLES };
+        let mut position = index.previous(order, last as u32);
+        while position != NONE && found < most && steps > 0 {
+            steps -= 1;
+            let length = index.match_length(position, &context[..known]);
+            if (1..longer).contains(&length) {
+                found += 1;
+                act(position, length);
+            }
+            position = index.previous(order, position);
+        }
+        longer = ORDERS[order];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(tokens: &[u32]) -> Vec<(u32, usize)> {
+        let (mut index, mut found) = (Index::default(), Vec::new());
+        tokens.iter().for_each(|&token| index.push(token));
+        occurrences(&index, |position, length| found.push((position, length)));
+        found
+    }
+
+    #[test]
+    fn the_longest_come_first_and_the_newest_of_each_length() {
+        assert_eq!(found(&[1, 2, 9, 2, 8, 1, 2, 7, 1, 2]), [(6, 2), (1, 2), (3, 1)]);
+        assert_eq!(found(&[1, 2, 3]), []);
+    }
+
+    #[test]
+    fn there_are_fewer_of_shorter_lengths_beside_longer_ones() {
+        let alone = [[0, 9], [1, 9]].concat().repeat(50);
+        assert_eq!(found(&[&alone[..], &[2, 9]].concat()).len(), SAMPLES);
+        let beside = found(&[&[2, 9][..], &alone, &[2, 9]].concat());
+        assert_eq!((beside.len(), beside[0]), (1 + SHORTER_SAMPLES, (1, 2)));
+    }
+}

@@ -1,12 +1,15 @@
 """What drafters and sequences take, and what they refuse."""
 
 import array
+import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import paths
 
-from sssd import Drafter
+from sssd import SOURCES, Drafter
 from sssd.errors import ClosedError, InvalidArgumentError, InvalidTokenError, SssdError
 
 IDS = [1, 2, 3, 1, 2]
@@ -41,12 +44,6 @@ def test_tensors_are_taken():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([-1], "token id -1 at index 0"),
-        ([0, 100], "token id 100 at index 1 is outside the vocabulary of 100 tokens"),
-        ([2**31], "outside the vocabulary"),
-        ([2**200], "outside the vocabulary"),
-        (np.array([5, -3]), "token id -3 at index 1"),
-        (np.array([2**63], np.uint64), "outside the vocabulary"),
         ([1.0], "integers"),
         (np.array([1.0]), "integers"),
         (np.array([True]), "integers"),
@@ -80,7 +77,89 @@ def test_the_largest_id_is_taken():
     assert Drafter().begin([2**31 - 1]).token_ids.tolist() == [2**31 - 1]
     assert Drafter(vocab_size=2**31).begin([2**31 - 1]).token_ids.tolist() == [2**31 - 1]
     with pytest.raises(InvalidTokenError, match=r"outside 0\.\.=2147483647"):
-        Drafter().begin([2**31])
+        Drafter(end_token_ids=[2**31])
+
+
+FOREIGN = [-1, 100, 2**31, 2**63, 2**200, -(2**200)]
+
+
+@pytest.mark.parametrize("foreign", [*FOREIGN, np.array([-3]), np.array([2**63], np.uint64)])
+def test_ids_outside_the_vocabulary_are_held(foreign):
+    """As placeholders, by every way in which tokens come."""
+    foreign = list(foreign) if isinstance(foreign, np.ndarray) else [foreign]
+    drafter = Drafter(vocab_size=100)
+    sequence = drafter.begin([*IDS, *foreign, *IDS[:2]])
+    assert sequence.token_ids.tolist() == [*IDS, -1, *IDS[:2]]
+    sequence.extend([*foreign, 7])
+    sequence.prefill(foreign)
+    assert sequence.token_ids.tolist() == [*IDS, -1, *IDS[:2], -1, 7, -1]
+    drafter.step([sequence], [*foreign, 8], [0, 2], max_nodes=4)
+    drafter.begin([1], prediction=foreign).close()
+    fork = sequence.fork()
+    fork.truncate(len(IDS) + 1)
+    assert fork.token_ids.tolist() == [*IDS, -1]
+
+
+def test_one_foreign_id_stops_no_other_request():
+    drafter = Drafter(vocab_size=100)
+    good, odd = drafter.begin([5, 6, 7, 5, 6]), drafter.begin([5, 6, 7, 5, 6])
+    batch = drafter.step([good, odd], [7, 999], [0, 1, 2], max_nodes=8)
+    assert batch[0].token_ids.tolist()[:2] == [5, 6]
+    assert len(batch[1]) == 0
+
+
+def test_placeholders_match_nothing_and_are_never_drafted():
+    drafter = Drafter(vocab_size=50, live_bytes=1 << 20)
+    # what followed one is not drafted after another, nor found through one
+    for prompt in ([5, -1, 6, -1], [1, 2, -1, 3, 4, 1, 2, -1], [7, 99, 8, 7, 10**12], [-1, -1, -1]):
+        sequence = drafter.begin(prompt)
+        assert len(sequence.draft(16)) == 0
+        assert len(sequence.fork().draft(16)) == 0
+    # matches begin anew behind them, and end before them
+    sequence = drafter.begin([1, 2, 3, 4, -1, 9, 1, 2])
+    assert paths(sequence.draft(16)) == [(3,), (3, 4)]
+    sequence.extend([3, 4, -1])
+    assert len(sequence.draft(16)) == 0
+    # nor by what other requests hold
+    sequence.finish()
+    assert paths(drafter.begin([2]).draft(1)) == [(3,)]
+    assert all((-1,) not in path for path in paths(drafter.begin([3, 4]).draft(16)))
+    # nor by the target's own probabilities, which are known by the tokens before
+    sequence = drafter.begin([5, -1])
+    sequence.extend([6], [[6, 7]], [[0.9, 0.1]])
+    assert len(drafter.begin([9, -1]).draft(16)) == 0
+
+
+TOKENS = st.lists(st.integers(-1, 6), max_size=60)
+
+
+@given(TOKENS, st.lists(st.tuples(TOKENS, st.integers(0, 12)), max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_no_history_with_placeholders_drafts_one(prompt, steps):
+    """And taking tokens back and forks leave what a new request would hold."""
+    drafter = Drafter(vocab_size=7, live_bytes=1 << 16)
+    history, sequence = list(prompt), drafter.begin(prompt)
+    for step, cut in steps:
+        sequence.extend(step)
+        history += step
+        keep = max(0, len(history) - cut)
+        del history[keep:]
+        sequence.truncate(keep)
+        assert sequence.token_ids.tolist() == history
+        tree = sequence.draft(16)
+        assert all(0 <= token < 7 for token in tree.token_ids.tolist())
+        # the way behind the root is known: the first node followed the last token somewhere
+        if history and history[-1] >= 0:
+            pairs = set(itertools.pairwise(history))
+            first = [
+                int(token)
+                for token, parent, source in zip(tree.token_ids, tree.parents, tree.sources, strict=True)
+                if parent < 0 and SOURCES[source] == "request"
+            ]
+            assert all((history[-1], token) in pairs for token in first)
+    drafter.begin(history).finish()
+    later = drafter.begin([token for token in history if token >= 0])
+    assert all(0 <= token < 7 for token in later.draft(32).token_ids.tolist())
 
 
 @pytest.mark.parametrize("size", [0, -1, 2**31 + 1])

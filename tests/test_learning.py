@@ -217,7 +217,7 @@ class TestPrediction:
 
     def test_ids_are_checked(self):
         with pytest.raises(InvalidTokenError):
-            Drafter(vocab_size=10).begin([1], prediction=[10])
+            Drafter(vocab_size=10).begin([1], prediction=[1.5])
 
     def test_the_prediction_is_not_shared(self):
         drafter = Drafter()

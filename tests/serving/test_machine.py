@@ -374,11 +374,11 @@ class Serving(RuleBasedStateMachine):
         """What is refused changes nothing, as the invariants tell."""
         sequence, _ = self.pick(at)
         wrong = [
-            (InvalidTokenError, lambda: sequence.extend([FIRST[""], VOCABULARY])),
+            (InvalidTokenError, lambda: sequence.extend([FIRST[""], "a"])),
             (InvalidArgumentError, lambda: sequence.truncate(len(sequence) + 1)),
             (InvalidArgumentError, lambda: sequence.extend([1], [[1]], [[1.5]])),
             (InvalidArgumentError, lambda: self.drafter.step([sequence] * 2, [1, 1], [0, 1, 2])),
-            (InvalidTokenError, lambda: self.drafter.step([sequence], [VOCABULARY], [0, 1])),
+            (InvalidTokenError, lambda: self.drafter.step([sequence], [1.5], [0, 1])),
             (InvalidArgumentError, lambda: self.drafter.step([sequence], [1], [0, 2])),
         ]
         error, call = wrong[how]

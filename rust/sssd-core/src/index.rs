@@ -10,8 +10,8 @@
 
 use std::sync::Arc;
 
-use crate::Token;
 use crate::memory::{Charge, MemoryFull};
+use crate::{MAX_TOKEN, Token};
 
 /// The context lengths that have a chain of their own.
 pub const ORDERS: [usize; 6] = [1, 2, 3, 4, 6, 10];
@@ -88,7 +88,8 @@ impl Index {
     /// Indexes one more token. The caller keeps the length below `NONE`.
     pub fn push(&mut self, token: Token) {
         let position = self.tokens.len() as u32;
-        self.tokens.push(token);
+        // placeholders are told apart by their places, so that no search finds one by another
+        self.tokens.push(if token > MAX_TOKEN { position | !MAX_TOKEN } else { token });
         let mut links = [NONE; ORDERS.len()];
         let (hashes, known) = hashes(&self.tokens);
         for order in 0..known {

@@ -34,3 +34,7 @@ pub type Token = u32;
 
 /// The largest token id accepted anywhere.
 pub const MAX_TOKEN: Token = i32::MAX as Token;
+
+/// What a caller appends for an id that its vocabulary does not have, such as a picture's place in a prompt. It is
+/// held, matches nothing, itself included, and is never drafted.
+pub const PLACEHOLDER: Token = Token::MAX;

@@ -12,7 +12,7 @@ use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::feedback::{Recent, SOFT_ORDERS, TopK};
 use crate::stats::Stats;
-use crate::{DraftTree, Token};
+use crate::{DraftTree, MAX_TOKEN, Token};
 
 /// Drafts after which their counts are handed on.
 const COUNTED: u64 = 64;
@@ -200,13 +200,18 @@ impl Sequence {
         self.append(tokens, |sequence, row, token| sequence.push(row, token, soft))?;
         if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
+            let placeholder = tokens.iter().position(|&token| token > MAX_TOKEN);
             self.predictor.learn(
                 Arc::make_mut(&mut self.model),
                 &mut self.calibration,
-                tokens,
+                &tokens[..placeholder.unwrap_or(tokens.len())],
                 &mut self.stats,
                 live,
             );
+            if placeholder.is_some() {
+                // what comes after it does not tell how the draft fared
+                self.predictor.forget();
+            }
             if self.stats.drafts >= COUNTED {
                 self.count();
             }
@@ -332,7 +337,9 @@ impl Sequence {
         let tokens = &self.index.tokens()[self.predicted..];
         if self.committed < tokens.len() {
             // enough of the old to find the new by
-            self.shared.knowledge.live.commit(&tokens[self.committed.saturating_sub(8)..]);
+            let new = &tokens[self.committed.saturating_sub(8)..];
+            // no document crosses a placeholder
+            new.split(|&token| token > MAX_TOKEN).for_each(|part| self.shared.knowledge.live.commit(part));
             self.committed = tokens.len();
         }
     }

@@ -12,7 +12,7 @@ use crate::budget::read_costs;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
 use crate::ending::stay;
 use crate::errors::error;
-use crate::tokens::{integers, integers_into, tokens_into, top};
+use crate::tokens::{history_into, integers, integers_into, top};
 use crate::tree::PyDraftTree;
 
 type Array<T> = Py<PyArray1<T>>;
@@ -418,7 +418,7 @@ impl PyDrafter {
     fn read_tokens(&self, produced: &Produced<'_, '_>, work: &mut Work) -> PyResult<()> {
         let py = produced.token_ids.py();
         work.extend = true;
-        tokens_into(produced.token_ids, self.vocab_size, &mut work.tokens)?;
+        history_into(produced.token_ids, self.vocab_size, &mut work.tokens)?;
         let (n, m) = (work.requests.len(), work.tokens.len());
         let offsets = &mut work.offsets;
         let mut sound = true;

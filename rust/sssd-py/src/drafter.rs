@@ -16,7 +16,7 @@ use crate::budget::{invalid, read_costs};
 use crate::datastore::PyDatastore;
 use crate::ending::alone;
 use crate::errors::error;
-use crate::tokens::{int32, tokens, top};
+use crate::tokens::{history, int32, shown, tokens, top};
 use crate::tree::PyDraftTree;
 
 /// Longer extensions release the GIL; for a few tokens that would cost more than the work.
@@ -129,7 +129,9 @@ impl PyDrafter {
     /// Starts a sequence (a request).
     ///
     /// Args:
-    ///     prompt_ids: its tokens so far, any one-dimensional sequence or array of integers; may be empty.
+    ///     prompt_ids: its tokens so far, any one-dimensional sequence or array of integers; may be empty. Ids outside
+    ///         the vocabulary, such as -1 at a picture's place, are held as placeholders, here and in what is appended:
+    ///         ``token_ids`` shows -1, they match nothing and are never drafted.
     ///     prediction: tokens that the output is expected to resemble, such as the file that is to be edited. Drafts
     ///         follow it from the start of the output and find it again after differences; it need not be right.
     ///     namespace: whose live store, target's probabilities and weights to use and to add to: a tenant, a model, an
@@ -139,7 +141,7 @@ impl PyDrafter {
     ///         drafts are empty; other calls wait. With ``threads=1`` the first of these does the work.
     ///
     /// Raises:
-    ///     InvalidTokenError: an id is not an integer or outside the vocabulary.
+    ///     InvalidTokenError: an id is not an integer.
     ///     InvalidArgumentError: ``max_length`` is negative.
     ///     MemoryLimitError: the sequence or its namespace does not fit into the limits.
     #[pyo3(signature = (prompt_ids, prediction=None, *, namespace="", max_length=None, background=false))]
@@ -152,8 +154,8 @@ impl PyDrafter {
         background: bool,
     ) -> PyResult<PySequence> {
         let py = prompt_ids.py();
-        let prompt = tokens(prompt_ids, self.vocab_size)?;
-        let prediction = prediction.map_or(Ok(Vec::new()), |ids| tokens(ids, self.vocab_size))?;
+        let prompt = history(prompt_ids, self.vocab_size)?;
+        let prediction = prediction.map_or(Ok(Vec::new()), |ids| history(ids, self.vocab_size))?;
         let max_length = max_length.map(|length| not_negative(py, "max_length", length)).transpose()?;
         let engine = &self.engine;
         let request = if background {
@@ -339,7 +341,7 @@ impl PySequence {
     ///     topk_probs: their probabilities, floats [n, k].
     ///
     /// Raises:
-    ///     InvalidTokenError: an id is not an integer or outside the vocabulary; nothing is appended.
+    ///     InvalidTokenError: an id is not an integer; nothing is appended.
     ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
     ///         1; nothing is appended.
     ///     MemoryLimitError: the sequence would not fit into the limits; nothing is appended.
@@ -351,7 +353,7 @@ impl PySequence {
         topk_ids: Option<&Bound<'_, PyAny>>,
         topk_probs: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let tokens = tokens(token_ids, self.vocab_size)?;
+        let tokens = history(token_ids, self.vocab_size)?;
         let top = top(topk_ids, topk_probs, tokens.len(), self.vocab_size)?;
         let soft = top.as_ref().map(|top| top.view());
         let py = token_ids.py();
@@ -369,7 +371,7 @@ impl PySequence {
     /// Raises:
     ///     As ``extend``.
     fn prefill(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tokens = tokens(token_ids, self.vocab_size)?;
+        let tokens = history(token_ids, self.vocab_size)?;
         let detach = tokens.len() > DETACH_TOKENS;
         let py = token_ids.py();
         let done = self.with(py, detach, |sequence| sequence.prefill(&tokens))?;
@@ -451,7 +453,7 @@ impl PySequence {
     ///     topk_probs: their probabilities, floats [n+1, k].
     ///
     /// Raises:
-    ///     InvalidTokenError: an id is not an integer or outside the vocabulary; nothing is learned.
+    ///     InvalidTokenError: an id of `topk_ids` is not an integer or outside the vocabulary; nothing is learned.
     ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
     ///         1; nothing is learned.
     ///     ClosedError: the sequence is closed.
@@ -542,7 +544,7 @@ impl PySequence {
     #[getter]
     fn token_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i32>>> {
         let ids: Vec<i32> =
-            self.with(py, true, |sequence| sequence.tokens().iter().map(|&token| token as i32).collect())?;
+            self.with(py, true, |sequence| sequence.tokens().iter().map(|&token| shown(token)).collect())?;
         Ok(PyArray1::from_vec(py, ids))
     }
 

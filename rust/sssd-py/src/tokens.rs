@@ -3,7 +3,7 @@
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
-use sssd_core::{MAX_TOKEN, Token, TopK};
+use sssd_core::{MAX_TOKEN, PLACEHOLDER, Token, TopK};
 
 use crate::ending::stay;
 use crate::errors::error;
@@ -15,19 +15,45 @@ pub fn tokens(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<T
     Ok(out)
 }
 
-/// The same, appended to `out`.
-pub fn tokens_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
+fn tokens_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
     let limit = vocab_size.map_or(MAX_TOKEN, |size| size - 1);
-    match read(ids, &mut |id| push(out, id, limit)) {
-        Ok(()) => Ok(()),
-        Err(Refused::Raised(raised)) => Err(raised),
-        Err(Refused::Id(id)) => Err(error(ids.py(), "InvalidTokenError", bad_id(id, out.len(), vocab_size))),
-        Err(Refused::Kind(kind)) => Err(error(
-            ids.py(),
-            "InvalidTokenError",
-            format!("token ids must be a one-dimensional sequence of integers, got {kind}"),
-        )),
-    }
+    let result = read(ids, &mut |id| push(out, id, limit));
+    result.map_err(|refused| match refused {
+        Refused::Raised(raised) => raised,
+        Refused::Id(id) => error(ids.py(), "InvalidTokenError", bad_id(id, out.len(), vocab_size)),
+        Refused::Kind(kind) => bad_kind(ids, &kind),
+    })
+}
+
+/// The tokens of a request: ids outside the vocabulary become placeholders.
+pub fn history(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<Token>> {
+    let mut out = Vec::new();
+    history_into(ids, vocab_size, &mut out)?;
+    Ok(out)
+}
+
+/// The same, appended to `out`.
+pub fn history_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
+    let limit = i128::from(vocab_size.map_or(MAX_TOKEN, |size| size - 1));
+    let result = read(ids, &mut |id| {
+        out.push(if (0..=limit).contains(&id) { id as Token } else { PLACEHOLDER });
+        Ok(())
+    });
+    result.map_err(|refused| match refused {
+        Refused::Raised(raised) => raised,
+        Refused::Kind(kind) => bad_kind(ids, &kind),
+        Refused::Id(id) => bad_kind(ids, &id.to_string()),
+    })
+}
+
+fn bad_kind(ids: &Bound<'_, PyAny>, kind: &str) -> PyErr {
+    let message = format!("token ids must be a one-dimensional sequence of integers, got {kind}");
+    error(ids.py(), "InvalidTokenError", message)
+}
+
+/// An id as Python sees it: -1 for a placeholder.
+pub fn shown(token: Token) -> i32 {
+    if token > MAX_TOKEN { -1 } else { token as i32 }
 }
 
 /// Integers that may be negative, such as parents; the same inputs as [`tokens`].

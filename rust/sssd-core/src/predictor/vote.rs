@@ -4,7 +4,7 @@ use crate::index::Index;
 use crate::predictor::arena::{Candidate, Sample, Scratch, Tally, Vote, child};
 use crate::predictor::inputs::Inputs;
 use crate::sources::{Evidence, Length, MAX_LENGTH, NO_CLASS, SOURCES, aligned, class};
-use crate::{Corpus, Token};
+use crate::{Corpus, MAX_TOKEN, Token};
 
 /// Tokens read from a corpus at a time.
 const NEXT_READ: usize = 16;
@@ -56,10 +56,12 @@ fn token(
             return None;
         }
     }
-    match SOURCES[usize::from(sample.source)].evidence {
-        Evidence::Corpus { .. } => Some(read[sample.cursor as usize]),
-        _ => Some(index.token(sample.cursor)),
-    }
+    let token = match SOURCES[usize::from(sample.source)].evidence {
+        Evidence::Corpus { .. } => read[sample.cursor as usize],
+        _ => index.token(sample.cursor),
+    };
+    // a placeholder is no prediction
+    (token <= MAX_TOKEN).then_some(token)
 }
 
 /// Counts a vote, and the candidate among those of the longest class that it has been seen after.

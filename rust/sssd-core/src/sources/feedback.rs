@@ -4,10 +4,10 @@
 
 use std::sync::OnceLock;
 
-use crate::Token;
 use crate::index::Hash;
 use crate::sources::seqlock::{self, WORDS};
 use crate::sync::{AtomicU64, Ordering};
+use crate::{MAX_TOKEN, Token};
 
 /// Numbers of last tokens by which entries are found, shortest first.
 pub const SOFT_ORDERS: [usize; 4] = [1, 2, 3, 5];
@@ -217,7 +217,8 @@ impl SoftTable {
 fn for_each_order(context: impl Iterator<Item = Token>, mut act: impl FnMut(usize, u64)) {
     let mut hash = Hash::default();
     let (mut known, mut order) = (0, 0);
-    for token in context.take(SOFT_ORDERS[SOFT_ORDERS.len() - 1]) {
+    let usual = |token: &Token| *token <= MAX_TOKEN;
+    for token in context.take(SOFT_ORDERS[SOFT_ORDERS.len() - 1]).take_while(usual) {
         hash.add(token);
         known += 1;
         if SOFT_ORDERS[order] == known {

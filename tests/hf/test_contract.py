@@ -1,5 +1,6 @@
 """``custom_generate=sssd.hf.generate`` never fails, and never differs, where ``model.generate`` works."""
 
+import functools
 import threading
 import warnings
 from functools import partial
@@ -469,6 +470,19 @@ class Own(torch.nn.Module):
         return torch.nn.functional.linear((x / scale * 15).round() * scale / 15, self.qweight)
 
 
+def foreign_subclass(model):
+    """A class of one's own, as remote code brings it: a pass tells whether it can be verified."""
+
+    class Mine(type(model)):
+        @functools.wraps(type(model).forward)
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model.__class__ = Mine
+
+
 def quantized(model, together):
     for layer in model.model.layers:
         layer.mlp.up_proj = Own(layer.mlp.up_proj, together)
@@ -482,6 +496,7 @@ def quantized(model, together):
         (steered_at_the_last_token, "model.layers.0.mlp has forward hooks"),
         (patched, "lm_head has a forward of its own"),
         (lambda model: model.train(), "training mode"),
+        (foreign_subclass, None),
         (partial(quantized, together=True), "what else is in a pass"),
         (partial(quantized, together=False), None),
     ],
@@ -491,6 +506,54 @@ def test_code_around_a_model_counts(change, reason):
     change(model)
     found = check(model, PROMPT, GREEDY)
     assert found is None if reason is None else reason in found
+
+
+def last_token(function):
+    """Does something else with the last token of a pass, under the name of what it replaces."""
+
+    @functools.wraps(function)
+    def other(*args, **kwargs):
+        output = function(*args, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        first = getattr(first, "logits", first)
+        first[:, -1] *= 1.5
+        return output
+
+    return other
+
+
+@pytest.mark.parametrize("place", ["class", "model", "attention", "rotary", "torch"])
+def test_replaced_code_counts(place, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    targets = {
+        "class": (modeling_llama.LlamaMLP, "forward"),
+        "model": (modeling_llama.LlamaForCausalLM, "forward"),
+        "rotary": (modeling_llama, "apply_rotary_pos_emb"),
+        "torch": (torch.nn.functional, "scaled_dot_product_attention"),
+    }
+    model = tiny_model("llama", "sdpa")
+    assert check(model, PROMPT, GREEDY) is None
+    if place == "attention":
+        known = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        monkeypatch.setitem(known._global_mapping, "sdpa", last_token(known["sdpa"]))
+    else:
+        owner, name = targets[place]
+        monkeypatch.setattr(owner, name, last_token(getattr(owner, name)))
+    assert "is replaced" in check(model, PROMPT, GREEDY)
+    monkeypatch.undo()
+    assert check(model, PROMPT, GREEDY) is None
+
+
+@pytest.mark.parametrize("ids", [PROMPT, BATCH])
+def test_a_drafter_of_a_smaller_vocabulary_serves(model, ids):
+    options = {**GREEDY, "attention_mask": (ids != 0).long()}
+    expected = model.generate(ids, **options)
+    drafter = sssd.Drafter(vocab_size=20)
+    assert (expected >= 20).any()
+    for nodes in (16, None):
+        for _ in range(2):
+            assert torch.equal(hf.generate(model, ids, drafter, max_nodes=nodes, **options), expected)
 
 
 def test_hooks_for_all_modules_count(model):

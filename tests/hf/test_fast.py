@@ -439,7 +439,7 @@ def test_a_model_whose_forward_computes_something_else_is_noticed(monkeypatch, l
     original = type(model.model.layers[0].mlp).forward
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: 2 * original(self, x))
     assert fast.fast_pass(model) is None
-    assert "the class LlamaMLP is changed" in log.records[-1].getMessage()
+    assert "LlamaMLP.forward is replaced" in log.records[-1].getMessage()
 
 
 def other(model):
@@ -566,8 +566,14 @@ def test_whatever_changes_between_calls_is_noticed(change, packed, monkeypatch):
 @pytest.mark.parametrize("place", ["class", "function", "attention"])
 @pytest.mark.parametrize("late", [True, False])
 def test_patched_code_is_noticed(place, late, monkeypatch):
-    """A class, a function of its module or the attention, replaced before or after the first call."""
+    """A class, a function of its module or the attention, replaced before or after the first call.
+
+    By the comparison with the model's own forward too, were the replacement not seen.
+    """
     from transformers.models.llama import modeling_llama
+
+    for module in ("contract", "fast"):
+        monkeypatch.setattr(f"sssd.hf.{module}.replaced", lambda kinds, attention: None)
 
     def patch():
         if place == "class":

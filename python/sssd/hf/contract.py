@@ -30,6 +30,7 @@ from transformers.generation import utils as generation
 
 from sssd.errors import UnsupportedModelError
 from sssd.hf.probe import mixes_tokens
+from sssd.hf.stock import is_stock, replaced
 
 TESTED = "5.18 to 5.24"
 """The versions of transformers that the tests were run with."""
@@ -268,6 +269,8 @@ def _why_not_code(model: Any) -> str | None:
         harmless = f"{type(model).__module__}.{getattr(own, '__qualname__', None)}" in _HARMLESS
         if name in vars(model) or (own is not common and not harmless):
             return f"{name} is overridden"
+        if common is not None and not is_stock(own):
+            return f"{name} is replaced"
     if model.training:
         return "it is in training mode"
     if torch.is_autocast_enabled(model.device.type):
@@ -283,6 +286,10 @@ def _why_not_code(model: Any) -> str | None:
             continue  # a class's own, a compiled one, one that moves states between devices
         if not (quantized and path):
             return f"{path or 'the model'} has a forward of its own"
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    code = replaced(map(type, model.modules()), attention)
+    if code is not None:
+        return f"{code} is replaced"
     if mixes_tokens(model, cache_argument(model)):
         return "its logits depend on what else is in a pass"
     return None

@@ -105,7 +105,7 @@ class Decoder:
         self.logits_to_keep = {"logits_to_keep": 1} if inputs.get("logits_to_keep") is not None else {}
         # room for the whole text and a tree, unless the length is a mere bound
         room = total + min((self.max_length or total) - ids.shape[1], _EXPECTED_TOKENS) + _TREE_ROOM
-        padding = None if mask is None else mask.bool()
+        padding = None if mask is None else mask.bool().to(self.model.device)
         self.passes = stack.enter_context(Passes(self.model, self.batch, padding, room, fast_path))
         self.cache = self.passes.cache
         if self.user_cache is not None:
@@ -190,14 +190,15 @@ class Decoder:
 
     def _prefill(self) -> Any:
         total = self.fresh.shape[1]
-        past = self.cache.lengths[0]
+        past, device = self.cache.lengths[0], self.model.device
         logits = None
         for start in range(0, total, self.config.prefill_chunk_size or total):
             end = min(start + (self.config.prefill_chunk_size or total), total)
             logits = self.model(
-                input_ids=self.fresh[:, start:end],
-                attention_mask=None if self.mask is None else self.mask[:, : past + end],
-                position_ids=self.positions[:, start:end],
+                # inputs may be on the host, the model on a device
+                input_ids=self.fresh[:, start:end].to(device),
+                attention_mask=None if self.mask is None else self.mask[:, : past + end].to(device),
+                position_ids=self.positions[:, start:end].to(device),
                 use_cache=True,
                 return_dict=True,
                 **{cache_argument(self.model): self.cache},

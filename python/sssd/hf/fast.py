@@ -17,7 +17,6 @@ call. Whatever is not known, or fails, is decoded by the model's own ``forward``
 import copy
 import logging
 import os
-import sys
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +32,12 @@ from transformers import modeling_utils
 from transformers.activations import ACT2FN
 
 from sssd.hf.contract import cache_argument, has_hooks
+from sssd.hf.stock import functions, replaced
 from sssd.hf.verify import AttentionMasks, TreeCache
 
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 """What their modules are called, after the name of the family."""
-_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv")
-"""What else of a family's code its attention is made of."""
 _ROPE_KINDS = {"default", "linear", "yarn", "llama3"}
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
 _PACKED_ROWS = 16
@@ -397,11 +395,10 @@ def _structure(model: Any) -> Any:
         raise NotKnown("its weights are no plain tensors")
     if len({(w.dtype, w.device) for w in weights}) != 1 or not weights[0].is_floating_point():
         raise NotKnown("its weights differ in type or device")
-    family = sys.modules[type(model).__module__]
-    functions = [getattr(family, function, None) for function in _FUNCTIONS]
-    functions.append(modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"])
-    if any(not _is_of(function, "transformers") for function in functions):
-        raise NotKnown("functions of its attention are replaced")
+    code = replaced(map(type, model.modules()), config._attn_implementation)
+    if code is not None:
+        raise NotKnown(f"{code} is replaced")
+    attend = modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
     parts = {f"{name.removesuffix('ForCausalLM')}{part}" for part in _PARTS}
     activation = ACT2FN[config.hidden_act]
     modules = []
@@ -412,8 +409,6 @@ def _structure(model: Any) -> Any:
             raise NotKnown(f"{path or name} is a {kind.__name__}")
         if has_hooks(module) or "forward" in vars(module):
             raise NotKnown(f"{path or name} has hooks or a forward of its own")
-        if not (_is_own(kind.forward, kind) and _is_of(kind.__call__, "torch", "transformers")):
-            raise NotKnown(f"the class {kind.__name__} is changed")
         if set(module._buffers) - {"inv_freq", "original_inv_freq"}:
             raise NotKnown(f"{path or name} has buffers that are not known")
         settings = [(key, value) for key, value in vars(module).items() if isinstance(value, _SETTINGS)]
@@ -421,7 +416,7 @@ def _structure(model: Any) -> Any:
             modules.append((path, module, kind.forward, settings))
     if model.model.rotary_emb.rope_type not in _ROPE_KINDS:
         raise NotKnown(f"its rotary embedding is {model.model.rotary_emb.rope_type}")
-    return functions, modules
+    return weights[0].dtype, weights[0].device, attend, functions(type(model)), modules
 
 
 _SETTINGS = (bool, int, float, str, type(None))
@@ -430,17 +425,6 @@ _SETTINGS = (bool, int, float, str, type(None))
 def _family(name: str) -> str:
     family = name.removesuffix("ForCausalLM").lower()
     return f"{family}.modeling_{family}"
-
-
-def _is_of(function: Any, *packages: str) -> bool:
-    return str(getattr(function, "__module__", None)).split(".")[0] in packages
-
-
-def _is_own(function: Any, kind: type) -> bool:
-    """Whether ``forward`` was defined in the class or in one that it is derived from, not put there later."""
-    names = [(base.__module__, f"{base.__qualname__}.forward") for base in kind.__mro__]
-    names.append((nn.Module.__module__, "_forward_unimplemented"))
-    return (function.__module__, function.__qualname__) in names
 
 
 def _twin(model: Any) -> Any:

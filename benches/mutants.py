@@ -271,6 +271,8 @@ def main(folder: Path, out: Path) -> None:
             found = killers(folder)
         finally:
             path.write_text(whole)
+            # failures that proptest remembers would be laid to the next mutants
+            run(folder, "git", "clean", "-qfd", "rust")
         killed = ", ".join(f"`{name}`" for name in found) or "**nothing**"
         rows.append(f"| {mutant.what} | `{mutant.file.removeprefix(CORE + '/')}` | {killed} |")
         print(rows[-1], flush=True)

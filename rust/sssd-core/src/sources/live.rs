@@ -364,10 +364,11 @@ mod tests {
                     prop_assert_eq!(&text[..], &context[context.len() - text.len()..]);
                 }
             }
-            // the newest document is there
+            // the newest document is there, as far as one document may fill the store
             if let Some(document) = documents.last().filter(|document| document.len() > 3) {
+                let kept = &document[document.len().saturating_sub(600 / 4)..];
                 let mut found = Vec::new();
-                store.matches(&document[..3], 32, 64, &mut found);
+                store.matches(&kept[..3], 32, 64, &mut found);
                 prop_assert!(!found.is_empty());
             }
         }

@@ -28,7 +28,7 @@ from trees import ScriptedDrafter  # noqa: E402
 import sssd  # noqa: E402
 from sssd import hf  # noqa: E402
 from sssd.errors import InvalidArgumentError, UnsupportedModelError  # noqa: E402
-from sssd.hf import contract, fast  # noqa: E402
+from sssd.hf import contract, fast, probe  # noqa: E402
 
 VOCAB = 64
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -565,6 +565,26 @@ def test_hooks_for_all_modules_count(model):
     finally:
         handle.remove()
     assert check(model, PROMPT, GREEDY) is None
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_newer_transformers_are_tried_out(monkeypatch, newer):
+    """Their models may be written otherwise than those that were tested."""
+    tried, agrees = [], probe._agrees
+    monkeypatch.setattr(probe, "_agrees", lambda *arguments: (tried.append(1), agrees(*arguments))[1])
+    if newer:
+        monkeypatch.setattr(probe, "NEWEST_TESTED", "5.17")
+    model = tiny_model("qwen3", "sdpa")
+    assert check(model, PROMPT, GREEDY) is None
+    assert len(tried) == newer
+
+
+def test_what_cannot_be_examined_is_decoded_plainly(monkeypatch):
+    def fails(*arguments):
+        raise KeyError("layer_types")
+
+    monkeypatch.setattr(contract, "frequency_limit", fails)
+    assert "cannot be examined (KeyError" in check(tiny_model("qwen3", "sdpa"), PROMPT, GREEDY)
 
 
 def test_dynamic_quantization_mixes_tokens():

@@ -29,11 +29,8 @@ from transformers.generation import logits_process as processors
 from transformers.generation import utils as generation
 
 from sssd.errors import UnsupportedModelError
-from sssd.hf.probe import mixes_tokens
+from sssd.hf.probe import NEWEST_TESTED, mixes_tokens
 from sssd.hf.stock import is_stock, replaced
-
-TESTED = "5.18 to 5.24"
-"""The versions of transformers that the tests were run with."""
 
 _ROWWISE = {
     processors.MinLengthLogitsProcessor,
@@ -210,7 +207,13 @@ def warn_once(kind: type, message: str) -> None:
 
 def why_not(call: Call) -> str | None:
     """Why a call cannot be decoded with draft trees; None if it can."""
-    return _why_not_mode(call) or why_not_model(call.model) or _why_not_inputs(call) or _why_not_rows(call)
+    try:
+        return (
+            _why_not_mode(call) or why_not_model(call.model) or _why_not_inputs(call) or _why_not_rows(call)
+        )
+    except Exception as error:
+        # whatever this model is like, transformers may know how to decode it
+        return f"it cannot be examined ({type(error).__name__}: {error})"
 
 
 def _why_not_mode(call: Call) -> str | None:
@@ -251,7 +254,7 @@ def why_not_model(model: Any) -> str | None:
     if missing or not getattr(model, "_supports_attention_backend", False):
         return (
             "it takes no 4D attention mask with explicit positions "
-            f"(transformers {transformers.__version__}; tested with {TESTED})"
+            f"(transformers {transformers.__version__}; tested with 5.18 to {NEWEST_TESTED})"
         )
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown or (

@@ -40,6 +40,8 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 """What their modules are called, after the name of the family."""
 _ROPE_KINDS = {"default", "linear", "yarn", "llama3"}
 """Rotary embeddings whose frequencies do not depend on the length of the text."""
+_SETTINGS = (bool, int, float, str, type(None))
+"""Types of what modules are set by."""
 _PACKED_ROWS = 16
 """Rows that the reordering of weights is told to expect; good from 1 to 64."""
 
@@ -417,9 +419,6 @@ def _structure(model: Any) -> Any:
     if model.model.rotary_emb.rope_type not in _ROPE_KINDS:
         raise NotKnown(f"its rotary embedding is {model.model.rotary_emb.rope_type}")
     return weights[0].dtype, weights[0].device, attend, functions(type(model)), modules
-
-
-_SETTINGS = (bool, int, float, str, type(None))
 
 
 def _family(name: str) -> str:

@@ -29,6 +29,24 @@ mod _core {
     #[pymodule_export]
     use tree::PyDraftTree;
 
+    /// Python aligns objects to two words, and PyO3 puts these inside: what needs more has to be boxed.
+    const fn fits<T>() {
+        assert!(align_of::<T>() <= 2 * size_of::<usize>());
+    }
+
+    const _: () = {
+        fits::<PyDraftBatch>();
+        fits::<PyPassCosts>();
+        fits::<PyBuildSummary>();
+        fits::<PyDatastore>();
+        fits::<PyDatastoreBuilder>();
+        fits::<PyDatastoreInfo>();
+        fits::<PyFileInfo>();
+        fits::<PyDrafter>();
+        fits::<PySequence>();
+        fits::<PyDraftTree>();
+    };
+
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("SOURCES", PyTuple::new(module.py(), sssd_core::SOURCES)?)?;

@@ -11,6 +11,7 @@ pub mod gate;
 mod metrics;
 mod request;
 mod share;
+mod sizing;
 mod state;
 mod sync;
 
@@ -18,4 +19,5 @@ pub use batch::{Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
 pub use request::{Request, RequestError};
+pub use sizing::{Allocation, CostError, Layout, PassCosts, Sizing};
 pub use state::{FILE as STATE_FILE, NamespaceState, State, StateError};

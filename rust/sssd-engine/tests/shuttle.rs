@@ -17,6 +17,8 @@ mod metrics;
 mod request;
 #[path = "../src/share.rs"]
 mod share;
+#[path = "../src/sizing.rs"]
+mod sizing;
 #[path = "../src/state.rs"]
 mod state;
 

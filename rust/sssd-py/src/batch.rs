@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
-use sssd_core::{CostError, DraftTree, Limits, MAX_NODES};
+use sssd_core::{DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Request, Work};
 
-use crate::budget::read_costs;
+use crate::budget::read_sizing;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
 use crate::ending::stay;
 use crate::errors::error;
@@ -469,21 +469,13 @@ fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResul
     })?;
     let sum: usize = work.plans.iter().map(|plan| plan.limits.max_nodes).sum();
     let least: usize = work.plans.iter().map(|plan| plan.min_nodes.min(plan.limits.max_nodes)).sum();
-    if let Some(cost) = asked.cost {
-        let most = work.plans.iter().map(|plan| plan.limits.max_nodes).max().unwrap_or(0);
-        let cost = read_costs(cost, n, || mean_length(&work.requests), most)?;
-        let rate = asked.rate.unwrap_or(n as f64 / cost.0.plain_seconds());
-        if asked.total_nodes.is_some() {
-            return Err(refuse("give total_nodes or cost, not both".into()));
-        }
-        if !(rate.is_finite() && rate >= 0.0) {
-            return Err(refuse(CostError::Rate(rate).to_string()));
-        }
-        work.cost = Some((cost.0.clone(), rate));
-        return Ok(sum);
-    }
-    if asked.rate.is_some() {
-        return Err(refuse("rate needs cost".into()));
+    let most = work.plans.iter().map(|plan| plan.limits.max_nodes).max().unwrap_or(0);
+    work.sizing = read_sizing(py, asked.cost, asked.rate, n, || mean_length(&work.requests), most)?;
+    if work.sizing.is_some() {
+        return match asked.total_nodes {
+            Some(_) => Err(refuse("give total_nodes or cost, not both".into())),
+            None => Ok(sum),
+        };
     }
     work.total_nodes = asked.total_nodes.map(|total| not_negative(py, "total_nodes", total)).transpose()?;
     match work.total_nodes {

@@ -23,7 +23,7 @@ def begin(drafter, count):
 
 
 def same(one, two):
-    for name in ("token_ids", "parents", "depths", "probs"):
+    for name in ("token_ids", "parents", "depths", "probs", "sources"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
@@ -90,19 +90,25 @@ def test_topk_is_taken():
 
 
 def test_buffers_are_the_callers():
+    dtypes = {"probs": np.float32, "sources": np.int8}
     buffers = {
-        name: np.zeros(100, np.float32 if name == "probs" else np.int32)
-        for name in ("token_ids", "parents", "depths", "probs", "offsets")
+        name: np.full(100, 77, dtypes.get(name, np.int32))
+        for name in ("token_ids", "parents", "depths", "probs", "sources", "offsets")
     }
     out = DraftBatch(4, 64, **buffers)
     drafter = private()
     drafter.draft_batch(begin(drafter, 4), 16, out=out)
-    assert out.token_ids.base is buffers["token_ids"]
-    assert buffers["probs"][0] == out.probs[0] > 0
+    for name, buffer in buffers.items():
+        assert getattr(out, name).base is buffer
+    assert 0 < buffers["probs"][0] == out.probs[0] <= 1
+    assert {sssd.SOURCES[source] for source in out.sources} == {"lower", "request"}
     assert "4 sequences" in repr(out)
     with pytest.raises(IndexError):
         out[4]
     same(out[-1], out[3])
+    buffers["parents"][3] = 3
+    with pytest.raises(InvalidArgumentError, match="written to"):
+        out[0]
 
 
 @pytest.mark.parametrize(

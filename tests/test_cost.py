@@ -159,6 +159,11 @@ class TestCurves:
         assert len(long.draft(32, cost=curve)) == 0
         assert len(long.draft(32, cost=curve, rate=0.0)) == len(long.draft(32)) > 0
 
+    def test_a_prompt_that_is_indexed_in_the_background_is_not_waited_for(self):
+        sequence = Drafter(threads=1).begin(PROMPTS[0], background=True)
+        assert len(sequence.draft(32, cost=self.curve())) == 0
+        assert not sequence.ready
+
     def test_padded_curves_give_the_widths_that_are_ready(self):
         curve = CostCurve([1, 8], [1, 64], [0, 1], np.ones((2, 2, 2)), ready=(1, 4))
         drafter = Drafter(live_bytes=0, soft_bytes=0)

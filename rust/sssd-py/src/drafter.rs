@@ -499,8 +499,12 @@ impl PySequence {
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob };
-        // of a closed sequence drafting tells
-        let length = || self.__len__(py).unwrap_or(0) as f64;
+        // of a closed sequence drafting tells, and of one whose prompt is being indexed there is nothing to size
+        let length = || {
+            let length = || self.request.with_ready(|sequence| sequence.tokens().len());
+            let length = call(py, self.request.is_busy(), length).ok().and_then(Result::ok);
+            length.flatten().unwrap_or(0) as f64
+        };
         let sizing = read_sizing(py, cost, rate, 1, length, max_nodes)?;
         let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
         tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))

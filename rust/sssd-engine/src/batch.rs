@@ -8,12 +8,12 @@ use std::ops::Range;
 
 use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK};
 
-use crate::crew::Crew;
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
 use crate::sizing::{Allocation, Sizing};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
+use crate::thread_pool::ThreadPool;
 
 /// Fewer items than this for each thread are not worth waking one up.
 const ITEMS_PER_THREAD: usize = 4;
@@ -339,11 +339,11 @@ impl Step {
     }
 
     /// Does what was asked for.
-    pub(crate) fn run(self: &Arc<Self>, crew: &Crew) {
+    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool) {
         let mut work = self.lock();
         work.prepare();
         if work.draft && work.sizing.is_some() {
-            work = self.stage(work, crew);
+            work = self.stage(work, pool);
             work.price();
             return work.cut();
         }
@@ -351,7 +351,7 @@ impl Step {
             return work.serve(0);
         }
         let total = work.total_nodes.filter(|_| work.draft);
-        work = self.stage(work, crew);
+        work = self.stage(work, pool);
         let Some(total) = total else { return };
         loop {
             work.share(total);
@@ -359,7 +359,7 @@ impl Step {
                 return work.cut();
             }
             work.stage = Stage::More;
-            work = self.stage(work, crew);
+            work = self.stage(work, pool);
         }
     }
 
@@ -367,12 +367,12 @@ impl Step {
     fn stage<'a>(
         self: &'a Arc<Self>,
         mut work: RwLockWriteGuard<'a, Work>,
-        crew: &Crew,
+        pool: &ThreadPool,
     ) -> RwLockWriteGuard<'a, Work> {
         let items = work.todo.len();
-        work.threads = crew.threads();
+        work.threads = pool.threads();
         let helpers = (items / ITEMS_PER_THREAD).saturating_sub(1);
-        self.share.run(work, || crew.help(self, helpers))
+        self.share.run(work, || pool.help(self, helpers))
     }
 }
 

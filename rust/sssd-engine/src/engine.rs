@@ -10,12 +10,12 @@ use sssd_core::{
 };
 
 use crate::batch::Step;
-use crate::crew::Crew;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
 use crate::sizing::Sizing;
 use crate::state::NamespaceState;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::thread_pool::ThreadPool;
 
 /// Steps kept for reuse: as many as run at the same time.
 const IDLE_STEPS: usize = 16;
@@ -63,7 +63,7 @@ pub struct Engine {
     options: Options,
     pool: Arc<MemoryPool>,
     namespaces: Mutex<BTreeMap<String, Tenant>>,
-    crew: Crew,
+    threads: ThreadPool,
     idle: Mutex<Vec<Arc<Step>>>,
     metrics: Metrics,
 }
@@ -109,7 +109,7 @@ impl Engine {
         let engine = Self {
             pool: Arc::new(MemoryPool::new(options.max_bytes)),
             namespaces: Mutex::default(),
-            crew: Crew::new(options.threads.max(1)),
+            threads: ThreadPool::new(options.threads.max(1)),
             idle: Mutex::default(),
             metrics: Metrics::default(),
             options,
@@ -256,7 +256,7 @@ impl Engine {
         charge.resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
-        self.crew.fill(&request);
+        self.threads.fill(&request);
         Ok(request)
     }
 
@@ -340,7 +340,7 @@ impl Engine {
     /// Does a step that has been filled.
     pub fn run(&self, step: &Arc<Step>) {
         let start = Instant::now();
-        step.run(&self.crew);
+        step.run(&self.threads);
         Metrics::time(&self.metrics.step_ns, start.elapsed());
         let work = step.lock();
         self.metrics.batch.add(work.requests.len() as u64);

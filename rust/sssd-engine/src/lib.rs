@@ -5,7 +5,6 @@
 #![forbid(unsafe_code)]
 
 mod batch;
-mod crew;
 mod engine;
 pub mod gate;
 mod metrics;
@@ -14,6 +13,7 @@ mod share;
 mod sizing;
 mod state;
 mod sync;
+mod thread_pool;
 
 pub use batch::{Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};

@@ -8,10 +8,10 @@ use pyo3::types::{PyDict, PySlice};
 use sssd_core::{DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Request, Work};
 
-use crate::budget::read_sizing;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
-use crate::ending::stay;
 use crate::errors::error;
+use crate::shutdown::defer_shutdown;
+use crate::sizing::read_sizing;
 use crate::tokens::{history_into, integers, integers_into, top};
 use crate::tree::PyDraftTree;
 
@@ -173,7 +173,7 @@ fn buffer<T: Element>(
     given: Option<&Bound<'_, PyAny>>,
     size: usize,
 ) -> PyResult<Array<T>> {
-    let _stay = stay(py);
+    let _deferred = defer_shutdown(py);
     let Some(given) = given else { return Ok(PyArray1::zeros(py, size, false).unbind()) };
     let refuse = |got: String| {
         let dtype = T::get_dtype(py);

@@ -12,10 +12,10 @@ use pyo3::types::{PyBytes, PyDict};
 use sssd_core::{Corpus, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, Namespace, SOURCES, Sequence};
 use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
-use crate::budget::read_sizing;
 use crate::datastore::PyDatastore;
-use crate::ending::alone;
 use crate::errors::error;
+use crate::shutdown;
+use crate::sizing::read_sizing;
 use crate::tokens::{history, int32, shown, tokens, top};
 use crate::tree::PyDraftTree;
 
@@ -693,7 +693,7 @@ fn after_fork() {
 #[pyfunction]
 fn after_fork_in_child() {
     gate::open_in_child();
-    alone();
+    shutdown::reset_in_child();
 }
 
 /// Runs `work`, without the GIL if `detach`. A panic becomes `InternalError` and poisons what `work` had locked.

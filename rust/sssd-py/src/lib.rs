@@ -1,11 +1,11 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
 mod batch;
-mod budget;
 mod datastore;
 mod drafter;
-mod ending;
 mod errors;
+mod shutdown;
+mod sizing;
 mod state;
 mod tokens;
 mod tree;
@@ -21,11 +21,11 @@ mod _core {
     #[pymodule_export]
     use batch::PyDraftBatch;
     #[pymodule_export]
-    use budget::PyPassCosts;
-    #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
     use drafter::{PyDrafter, PySequence};
+    #[pymodule_export]
+    use sizing::PyPassCosts;
     #[pymodule_export]
     use tree::PyDraftTree;
 

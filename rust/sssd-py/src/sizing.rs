@@ -7,8 +7,8 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 use sssd_engine::{Allocation, CostError, Layout, PassCosts, Sizing};
 
-use crate::ending::stay;
 use crate::errors::error;
+use crate::shutdown::defer_shutdown;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;
 
@@ -106,7 +106,7 @@ fn read_curve<'py>(
     max_nodes: usize,
 ) -> PyResult<Bound<'py, PyPassCosts>> {
     let py = cost.py();
-    let _stay = stay(py);
+    let _deferred = defer_shutdown(py);
     static CURVE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     if !cost.is_instance(CURVE.import(py, "sssd.hardware.curve", "CostCurve")?)? {
         let message = format!("cost must be PassCosts or a CostCurve, got {}", cost.get_type());

@@ -106,6 +106,31 @@ def test_a_draft_that_was_cut_teaches_what_a_smaller_one_does(nodes):
         one.cut_draft(1)
 
 
+def test_a_draft_that_is_verified_whole_teaches_all_of_it():
+    drafter = Drafter(live_bytes=0, soft_bytes=0)
+    one, two = drafter.begin(PROMPTS[0] * 3), drafter.begin(PROMPTS[0] * 3)
+    trees = [sequence.draft(32, min_prob=0.9) for sequence in (one, two)]
+    assert trees[0].parents.tolist() == list(range(-1, len(trees[0]) - 1))
+    assert 0 < len(trees[0]) < 32
+    one.cut_draft(len(trees[0]))
+    for sequence in (one, two):
+        sequence.extend([*trees[0].token_ids, 77])
+    assert one.state_dict() == two.state_dict()
+
+
+def test_a_draft_is_counted_once_in_however_many_pieces_its_outcome_comes():
+    drafter = Drafter(live_bytes=0, soft_bytes=0)
+    sequence = drafter.begin(PROMPTS[0] * 3)
+    nodes = len(sequence.draft(8))
+    for tokens in ([1], [], [2, 3], [77], [1]):
+        sequence.extend(tokens)
+    sequence.finish()
+    stats, metrics = drafter.stats, drafter.metrics
+    assert stats["drafts"] == sum(metrics["nodes"]["counts"]) == 1
+    assert sum(source["drafted"] for source in stats["sources"].values()) == metrics["nodes"]["sum"] == nodes
+    assert sum(source["accepted"] for source in stats["sources"].values()) == metrics["accepted"]["sum"] == 3
+
+
 def test_a_budget_gives_cost_and_rate():
     curve = CostCurve([1, 8], [1, 64], [0, 1000], np.ones((2, 2, 2)) + np.arange(2)[:, None], packed=True)
     cost, rate = Budget(curve).costs(4, 10)

@@ -1,6 +1,6 @@
-"""Breaks the predictor one line at a time and asks the tests whether they notice.
+"""Breaks the predictor, or the sizing of drafts, one line at a time and asks the tests whether they notice.
 
-Usage: mutants.py FOLDER OUT.md
+Usage: mutants.py predictor|sizing FOLDER OUT.md
 
 FOLDER is a copy of this repository that may be broken (`git worktree add --detach FOLDER`); builds are made
 there, hardly optimised. A mutant that does not apply is an error: the list follows the code.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CORE = "rust/sssd-core/src"
-TESTS = ("tests/test_reference.py", "tests/test_properties.py", "tests/test_learning.py")
+ENGINE = "rust/sssd-engine"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mutant:
     instead: str
 
 
-MUTANTS = [
+PREDICTOR = [
     Mutant(
         "samples keep their length as they descend",
         f"{CORE}/predictor/vote.rs",
@@ -226,6 +226,130 @@ MUTANTS = [
     ),
 ]
 
+SIZING = [
+    Mutant(
+        "a single draft is cut for its caller only",
+        f"{ENGINE}/src/engine.rs",
+        "sequence.end_draft(nodes).clone()",
+        "sequence.end_draft(limits.max_nodes).first(nodes)",
+    ),
+    Mutant(
+        "trees of a batch are cut for their caller only",
+        f"{ENGINE}/src/batch.rs",
+        "sequence.end_draft(slot.nodes)",
+        "sequence.end_draft(usize::MAX)",
+    ),
+    Mutant(
+        "a draft that is cut keeps its budget",
+        f"{CORE}/predictor/mod.rs",
+        "self.budget = nodes;",
+        "",
+    ),
+    Mutant(
+        "a draft that is given out whole is cut all the same",
+        f"{CORE}/predictor/mod.rs",
+        "if nodes >= self.tree.len() {",
+        "if nodes > self.tree.len() {",
+    ),
+    Mutant(
+        "a draft of which nothing is left is awaited",
+        f"{CORE}/predictor/mod.rs",
+        "if nodes == 0 {",
+        "if nodes == usize::MAX {",
+    ),
+    Mutant(
+        "nodes that were cut off are accepted",
+        f"{CORE}/predictor/mod.rs",
+        "&& node < self.tree.len()\n            {\n                accepted += 1;",
+        "{\n                accepted += 1;\n                if node >= self.tree.len() { continue; }",
+    ),
+    Mutant(
+        "a draft is counted at every extension after it",
+        f"{CORE}/predictor/mod.rs",
+        "(self.followed? == 0).then(|| self.tree.len())",
+        "self.followed.map(|_| self.tree.len())",
+    ),
+    Mutant(
+        "all tokens beyond the first are accepted",
+        f"{ENGINE}/src/engine.rs",
+        "self.metrics.outcomes(outcome);",
+        "let accepted = tokens.len().max(1) - 1;\n"
+        "self.metrics.outcomes(outcome.map(|told| sssd_core::Outcome { accepted, ..told }));",
+    ),
+    Mutant(
+        "the least that a request may have is not given",
+        f"{ENGINE}/src/batch.rs",
+        "slot.nodes = count.max(plan.min_nodes.min(slot.tree.len()));",
+        "slot.nodes = count.min(count + plan.min_nodes);",
+    ),
+    Mutant(
+        "a second is worth what one request makes of it",
+        f"{ENGINE}/src/sizing.rs",
+        "requests as f64 / costs.seconds[0]",
+        "requests.min(1) as f64 / costs.seconds[0]",
+    ),
+    Mutant(
+        "padding stays empty",
+        f"{ENGINE}/src/sizing.rs",
+        "tree.len().min(best.1)",
+        "tree.len().min(best.1.saturating_sub(1))",
+    ),
+    Mutant(
+        "the price of a pass is that of the size before",
+        f"{ENGINE}/src/sizing.rs",
+        "self.seconds[index] - self.seconds[0]",
+        "self.seconds[index.saturating_sub(1)] - self.seconds[0]",
+    ),
+    Mutant(
+        "trees of the step before are priced too",
+        f"{ENGINE}/src/sizing.rs",
+        "        self.trees.clear();",
+        "",
+    ),
+    Mutant(
+        "a step prices in new memory",
+        f"{ENGINE}/src/batch.rs",
+        "allocation.clear();",
+        "*allocation = Allocation::default();",
+    ),
+    Mutant(
+        "trees of a batch have no sources",
+        "rust/sssd-py/src/batch.rs",
+        "*to = from as i8;",
+        "*to = from as i8 | -1;",
+    ),
+    Mutant(
+        "a node of a written-to buffer may be its own parent",
+        f"{CORE}/tree.rs",
+        "if parent < ROOT || parent >= node as i32 {",
+        "if parent < ROOT || parent > node as i32 {",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    mutants: list[Mutant]
+    rust: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+PARTS = {
+    "predictor": Part(
+        PREDICTOR,
+        ("--lib", "-p", "sssd-core"),
+        ("tests/test_reference.py", "tests/test_properties.py", "tests/test_learning.py"),
+    ),
+    "sizing": Part(
+        SIZING,
+        (
+            *("--no-fail-fast", "-p", "sssd-core", "-p", "sssd-engine", "--lib"),
+            *("--test", "batches", "--test", "allocation"),
+        ),
+        ("tests/test_cost.py", "tests/serving/test_batch.py"),
+    ),
+}
+
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -243,11 +367,11 @@ def build(folder: Path) -> None:
         raise SystemExit(f"a mutant does not compile:\n{built.stderr[-2000:]}")
 
 
-def killers(folder: Path) -> list[str]:
-    """The unit tests that fail, and the first test in Python that does."""
-    rust = run(folder, "cargo", "test", "--locked", "--lib", "-p", "sssd-core")
+def killers(folder: Path, part: Part) -> list[str]:
+    """The tests in Rust that fail, and the first one in Python that does."""
+    rust = run(folder, "cargo", "test", "--locked", *part.rust)
     found = set(re.findall(r"^test (\S+) \.\.\. FAILED$", rust.stdout, re.MULTILINE))
-    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS)
+    command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *part.tests)
     tests = run(folder, *command, PYTHONPATH=str(folder / "python"))
     failed = re.findall(r"^FAILED \S+?::([^\s\[]+)", tests.stdout, re.MULTILINE)
     if (rust.returncode and not found) or (tests.returncode and not failed):
@@ -255,12 +379,13 @@ def killers(folder: Path) -> list[str]:
     return sorted(found | set(failed))
 
 
-def main(folder: Path, out: Path) -> None:
+def main(name: str, folder: Path, out: Path) -> None:
+    part = PARTS[name]
     build(folder)
-    if broken := killers(folder):
+    if broken := killers(folder, part):
         raise SystemExit(f"tests fail without any mutant: {broken}")
     rows = []
-    for mutant in MUTANTS:
+    for mutant in part.mutants:
         path = folder / mutant.file
         whole = path.read_text()
         if whole.count(mutant.line) != 1:
@@ -268,21 +393,23 @@ def main(folder: Path, out: Path) -> None:
         try:
             path.write_text(whole.replace(mutant.line, mutant.instead))
             build(folder)
-            found = killers(folder)
+            found = killers(folder, part)
         finally:
             path.write_text(whole)
             # failures that proptest remembers would be laid to the next mutants
             run(folder, "git", "clean", "-qfd", "rust")
         killed = ", ".join(f"`{name}`" for name in found) or "**nothing**"
-        rows.append(f"| {mutant.what} | `{mutant.file.removeprefix(CORE + '/')}` | {killed} |")
+        rows.append(
+            f"| {mutant.what} | `{mutant.file.removeprefix(CORE + '/').removeprefix('rust/')}` | {killed} |"
+        )
         print(rows[-1], flush=True)
     commit = run(folder, "git", "rev-parse", "--short", "HEAD").stdout.strip()
     killed = sum("**nothing**" not in row for row in rows)
     head = [
-        "# Mutants of the predictor",
+        f"# Mutants of the {name}",
         "",
-        f"`python benches/mutants.py` at {commit}: {killed} of {len(rows)} one-line mutants are noticed by",
-        f"the unit tests of sssd-core or {', '.join(f'`{test}`' for test in TESTS)}.",
+        f"`python benches/mutants.py {name}` at {commit}: {killed} of {len(rows)} one-line mutants are",
+        f"noticed by `cargo test {' '.join(part.rust)}` or {', '.join(f'`{test}`' for test in part.tests)}.",
         "",
         "| mutant | file | noticed by |",
         "| --- | --- | --- |",
@@ -291,4 +418,4 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]).resolve(), Path(sys.argv[3]))

@@ -37,9 +37,14 @@ def test_one_sequence_and_a_batch_of_one_agree():
     drafter = Drafter(live_bytes=0, soft_bytes=0)
     for per_node in (0.05, 0.5):
         one, two = drafter.begin(PROMPTS[0]), drafter.begin(PROMPTS[0])
-        alone = one.draft(32, cost=costs(per_node))
-        (tree,) = [drafter.draft_batch([two], 32, cost=costs(per_node))[0]]
-        assert np.array_equal(alone.token_ids, tree.token_ids)
+        for token in [1, 2, 4, 1, 2, 3, 4]:
+            alone = one.draft(32, cost=costs(per_node))
+            tree = drafter.draft_batch([two], 32, cost=costs(per_node))[0]
+            assert np.array_equal(alone.token_ids, tree.token_ids)
+            assert alone.probs.tolist() == tree.probs.tolist()
+            one.extend([token])
+            two.extend([token])
+        assert one.state_dict() == two.state_dict()
 
 
 def test_min_nodes_come_first_and_later_steps_go_on():
@@ -49,6 +54,81 @@ def test_min_nodes_come_first_and_later_steps_go_on():
     assert len(batch[0]) == 2
     batch = drafter.step(sequences, [1, 5, 9, 1], [0, 1, 2, 3, 4], 32, cost=costs(0.01))
     assert len(batch[0]) > 2
+
+
+@pytest.mark.parametrize("way", ["draft", "step", "cut"])
+def test_what_is_counted_is_what_was_verified(way):
+    """One node of each draft is verified, where up to 32 are drafted and many would be accepted."""
+    drafter = Drafter(live_bytes=0, soft_bytes=0)
+    text = ([1, 2, 3, 4] * 6 + [9, 8]) * 20
+    sequence = drafter.begin(text[:60])
+    one = PassCosts([0, 1], [1.0, 1.01])
+    drafts = verified = accepted = 0
+    produced = []
+    while len(sequence) + len(produced) < len(text) - 2:
+        if way == "step":
+            tree = drafter.step([sequence], produced, [0, len(produced)], 32, cost=one, rate=1.0)[0]
+        else:
+            sequence.extend(produced)
+            tree = sequence.draft(32, **({"cost": one, "rate": 1.0} if way == "draft" else {}))
+        if way == "cut":
+            assert len(tree) > 1
+            sequence.cut_draft(1)
+            tree = tree.first(1)
+        assert len(tree) == 1
+        at = len(sequence)
+        path, produced = tree.accept(text[at : at + 2])
+        drafts, verified, accepted = drafts + 1, verified + len(tree), accepted + len(path)
+    sequence.extend(produced)
+    sequence.finish()
+    stats, metrics = drafter.stats, drafter.metrics
+    sources = stats["sources"].values()
+    assert stats["drafts"] == sum(metrics["nodes"]["counts"]) == drafts
+    assert sum(source["drafted"] for source in sources) == metrics["nodes"]["sum"] == verified
+    assert sum(source["accepted"] for source in sources) == metrics["accepted"]["sum"] == accepted > 100
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 5, 1000])
+def test_a_draft_that_was_cut_teaches_what_a_smaller_one_does(nodes):
+    drafter = Drafter(live_bytes=0, soft_bytes=0)
+    one, two = drafter.begin(PROMPTS[0] * 3), drafter.begin(PROMPTS[0] * 3)
+    for token in [1, 2, 3, 4, 1, 5, 6, 1, 2]:
+        assert len(one.draft(32)) > 5
+        one.cut_draft(nodes)
+        two.draft(min(nodes, 32))
+        for sequence in (one, two):
+            sequence.extend([token, token + 1])
+    assert one.state_dict() == two.state_dict()
+    with pytest.raises(InvalidArgumentError, match="nodes must not be negative"):
+        one.cut_draft(-1)
+    one.close()
+    with pytest.raises(ClosedError):
+        one.cut_draft(1)
+
+
+def test_a_draft_that_is_verified_whole_teaches_all_of_it():
+    drafter = Drafter(live_bytes=0, soft_bytes=0)
+    one, two = drafter.begin(PROMPTS[0] * 3), drafter.begin(PROMPTS[0] * 3)
+    trees = [sequence.draft(32, min_prob=0.9) for sequence in (one, two)]
+    assert trees[0].parents.tolist() == list(range(-1, len(trees[0]) - 1))
+    assert 0 < len(trees[0]) < 32
+    one.cut_draft(len(trees[0]))
+    for sequence in (one, two):
+        sequence.extend([*trees[0].token_ids, 77])
+    assert one.state_dict() == two.state_dict()
+
+
+def test_a_draft_is_counted_once_in_however_many_pieces_its_outcome_comes():
+    drafter = Drafter(live_bytes=0, soft_bytes=0)
+    sequence = drafter.begin(PROMPTS[0] * 3)
+    nodes = len(sequence.draft(8))
+    for tokens in ([1], [], [2, 3], [77], [1]):
+        sequence.extend(tokens)
+    sequence.finish()
+    stats, metrics = drafter.stats, drafter.metrics
+    assert stats["drafts"] == sum(metrics["nodes"]["counts"]) == 1
+    assert sum(source["drafted"] for source in stats["sources"].values()) == metrics["nodes"]["sum"] == nodes
+    assert sum(source["accepted"] for source in stats["sources"].values()) == metrics["accepted"]["sum"] == 3
 
 
 def test_a_budget_gives_cost_and_rate():
@@ -103,6 +183,11 @@ class TestCurves:
         assert len(short.draft(32, cost=curve)) > 0
         assert len(long.draft(32, cost=curve)) == 0
         assert len(long.draft(32, cost=curve, rate=0.0)) == len(long.draft(32)) > 0
+
+    def test_a_prompt_that_is_indexed_in_the_background_is_not_waited_for(self):
+        sequence = Drafter(threads=1).begin(PROMPTS[0], background=True)
+        assert len(sequence.draft(32, cost=self.curve())) == 0
+        assert not sequence.ready
 
     def test_padded_curves_give_the_widths_that_are_ready(self):
         curve = CostCurve([1, 8], [1, 64], [0, 1], np.ones((2, 2, 2)), ready=(1, 4))

@@ -17,8 +17,8 @@ _COUNTERS = {
     "tokens": "Tokens appended.",
 }
 _HISTOGRAMS = {
-    "nodes": "Nodes of each draft.",
-    "accepted": "Accepted tokens of each draft.",
+    "nodes": "Nodes of each draft whose outcome is known.",
+    "accepted": "Accepted nodes of each draft.",
     "draft_seconds": "Time of each single draft.",
     "batch_seconds": "Time of each batch call.",
     "batch_sequences": "Sequences of each batch call.",

@@ -23,7 +23,7 @@ def begin(drafter, count):
 
 
 def same(one, two):
-    for name in ("token_ids", "parents", "depths", "probs"):
+    for name in ("token_ids", "parents", "depths", "probs", "sources"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
@@ -90,19 +90,25 @@ def test_topk_is_taken():
 
 
 def test_buffers_are_the_callers():
+    dtypes = {"probs": np.float32, "sources": np.int8}
     buffers = {
-        name: np.zeros(100, np.float32 if name == "probs" else np.int32)
-        for name in ("token_ids", "parents", "depths", "probs", "offsets")
+        name: np.full(100, 77, dtypes.get(name, np.int32))
+        for name in ("token_ids", "parents", "depths", "probs", "sources", "offsets")
     }
     out = DraftBatch(4, 64, **buffers)
     drafter = private()
     drafter.draft_batch(begin(drafter, 4), 16, out=out)
-    assert out.token_ids.base is buffers["token_ids"]
-    assert buffers["probs"][0] == out.probs[0] > 0
+    for name, buffer in buffers.items():
+        assert getattr(out, name).base is buffer
+    assert 0 < buffers["probs"][0] == out.probs[0] <= 1
+    assert {sssd.SOURCES[source] for source in out.sources} == {"lower", "request"}
     assert "4 sequences" in repr(out)
     with pytest.raises(IndexError):
         out[4]
     same(out[-1], out[3])
+    buffers["parents"][3] = 3
+    with pytest.raises(InvalidArgumentError, match="written to"):
+        out[0]
 
 
 @pytest.mark.parametrize(
@@ -239,14 +245,20 @@ def test_what_is_done_is_counted():
     drafter = private(threads=1)
     sequences = begin(drafter, 4)
     for _ in range(3):
-        drafter.step(sequences, [1, 2] * 4, [0, 2, 4, 6, 8], 8)
+        batch = drafter.step(sequences, [1, 2] * 4, [0, 2, 4, 6, 8], 8)
+    sequences[0].extend([99])
     sequences[0].draft(4)
     sequences[0].finish()
     metrics = drafter.metrics
-    assert (metrics["begun"], metrics["finished"], metrics["tokens"]) == (4, 1, 24)
+    assert (metrics["begun"], metrics["finished"], metrics["tokens"]) == (4, 1, 25)
     assert metrics["batch_sequences"]["sum"] == 12
-    assert sum(metrics["nodes"]["counts"]) == 13
-    assert metrics["accepted"]["sum"] == 8
+    # drafts whose outcome is known: those of two steps, and of one sequence a third
+    assert sum(metrics["nodes"]["counts"]) == sum(metrics["accepted"]["counts"]) == 9
+    for sequence in sequences:
+        sequence.close()
+    sources = drafter.stats["sources"].values()
+    assert metrics["nodes"]["sum"] == sum(source["drafted"] for source in sources) >= 9 * len(batch[0]) / 2
+    assert metrics["accepted"]["sum"] == sum(source["accepted"] for source in sources) > 0
     assert 0 < metrics["batch_seconds"]["sum"] < 60
 
 

@@ -72,6 +72,7 @@ class Budget:
 
         limits = budget.limits(rows, context)  # nodes to draft for each request, down to budget.min_prob
         counts = budget.allocate(trees, context, rows)  # nodes of each tree to verify, its first ones
+        sequence.cut_draft(count)  # for each sequence
         budget.observe(...)  # what came of it
 
     Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is

@@ -4,7 +4,6 @@
 //! tokens -> index -> predictor -> draft tree -> (verified by the caller) -> tokens.
 #![forbid(unsafe_code)]
 
-mod budget;
 mod index;
 mod memory;
 mod namespace;
@@ -15,7 +14,6 @@ mod stats;
 mod sync;
 mod tree;
 
-pub use budget::{CostError, Layout, PassCosts};
 pub use index::Lookahead;
 pub use memory::{Charge, MemoryFull, MemoryPool};
 pub use namespace::{Knowledge, Namespace};
@@ -26,7 +24,7 @@ pub use sources::NAMES as SOURCES;
 pub use sources::corpus::{Corpus, Match};
 pub use sources::feedback::{TOP_K, TopK};
 pub use sources::seqlock::WORDS as SOFT_WORDS;
-pub use stats::{SourceStats, Stats};
+pub use stats::{Outcome, SourceStats, Stats};
 pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError, UNKNOWN};
 
 /// A token id of the target model's vocabulary. Ids stay below 2^31, so that they fit Python's int32 arrays.

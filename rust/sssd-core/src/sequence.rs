@@ -11,7 +11,7 @@ use crate::predictor::inputs::{Inputs, Limits};
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::feedback::{Recent, SOFT_ORDERS, TopK};
-use crate::stats::Stats;
+use crate::stats::{Outcome, Stats};
 use crate::{DraftTree, MAX_TOKEN, Token};
 
 /// Drafts after which their counts are handed on.
@@ -195,13 +195,15 @@ impl Sequence {
     }
 
     /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `soft`
-    /// is the distribution that token `i` came from. After an error nothing has been appended.
-    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) -> Result<(), MemoryFull> {
+    /// is the distribution that token `i` came from. After an error nothing has been appended. Returns what the
+    /// tokens have told of the draft, if its outcome was awaited.
+    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) -> Result<Option<Outcome>, MemoryFull> {
         self.append(tokens, |sequence, row, token| sequence.push(row, token, soft))?;
+        let mut outcome = None;
         if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
             let placeholder = tokens.iter().position(|&token| token > MAX_TOKEN);
-            self.predictor.learn(
+            outcome = self.predictor.learn(
                 Arc::make_mut(&mut self.model),
                 &mut self.calibration,
                 &tokens[..placeholder.unwrap_or(tokens.len())],
@@ -216,7 +218,7 @@ impl Sequence {
                 self.count();
             }
         }
-        Ok(())
+        Ok(outcome)
     }
 
     /// Begins to read what appending `tokens` and drafting after them will read.
@@ -292,14 +294,15 @@ impl Sequence {
         self.predictor.tree()
     }
 
-    /// Whether the outcome of the last draft is not known yet.
-    pub fn awaits_outcome(&self) -> bool {
-        self.predictor.awaits_outcome()
+    /// Leaves the first `nodes` nodes of the last draft, if it has more: tree, learning and counts are those of a
+    /// draft of so many.
+    pub fn cut_draft(&mut self, nodes: usize) {
+        self.predictor.cut(nodes);
     }
 
-    /// Ends the draft with at most `nodes` nodes: tree and learning are those of a draft of so many.
+    /// Ends the draft with at most `nodes` nodes.
     pub fn end_draft(&mut self, nodes: usize) -> &DraftTree {
-        self.predictor.cut(nodes);
+        self.cut_draft(nodes);
         // what does not fit into memory is given back at once, and the draft is not learned from
         if self.settle().is_err() {
             self.predictor.shrink();
@@ -489,7 +492,7 @@ mod tests {
         #[test]
         fn a_cut_draft_is_a_smaller_one(
             tokens in prop::collection::vec(0u32..6, 1..200), most in 0usize..80, cut in 0usize..40, store: bool, feedback: bool,
-            live: bool, predicted in 0usize..20,
+            live: bool, later: bool, predicted in 0usize..20,
         ) {
             let pool = Arc::new(MemoryPool::new(usize::MAX));
             let (prompt, output) = tokens.split_at(tokens.len() / 2);
@@ -504,15 +507,24 @@ mod tests {
                 one.start_draft(Limits::nodes(most), most);
                 let grown = one.predictor.tree().len();
                 let cut = cut.min(most);
+                if later {
+                    one.end_draft(most);
+                    one.cut_draft(cut);
+                } else {
+                    one.end_draft(cut);
+                }
                 // all there is: nothing was left unexpanded for want of budget
-                let cut = if grown < most && cut >= grown { 80 } else { cut };
-                prop_assert_eq!(one.end_draft(cut), two.draft(Limits::nodes(cut)));
+                let size = if grown < most && cut >= grown { 80 } else { cut };
+                prop_assert_eq!(one.tree(), two.draft(Limits::nodes(size)));
                 let ids: Vec<_> = output.iter().flat_map(|&token| (0..8).map(move |n| (token + n * n) % 6)).collect();
                 let probs: Vec<_> = output.iter().flat_map(|_| [0.5, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01]).collect();
                 let soft = feedback.then_some(TopK { k: 8, ids: &ids, probs: &probs });
-                one.extend(output, soft).unwrap();
-                two.extend(output, soft).unwrap();
+                let outcome = one.extend(output, soft).unwrap();
+                prop_assert_eq!(outcome, two.extend(output, soft).unwrap());
                 prop_assert!(one.model() == two.model());
+                if let Some(Outcome { drafted, accepted }) = outcome {
+                    prop_assert!(drafted.is_some_and(|nodes| accepted <= nodes && nodes <= cut));
+                }
             }
         }
     }

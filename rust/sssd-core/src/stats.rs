@@ -22,6 +22,15 @@ pub struct SourceStats {
     pub predicted: f64,
 }
 
+/// What an extension has told of the last draft.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Nodes of the draft; none if an earlier extension has told of it too.
+    pub drafted: Option<usize>,
+    /// Nodes that the tokens went along.
+    pub accepted: usize,
+}
+
 impl Stats {
     /// Counts a draft whose outcome becomes known.
     pub(crate) fn count_draft(&mut self, tree: &DraftTree) {

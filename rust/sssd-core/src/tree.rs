@@ -92,6 +92,19 @@ impl DraftTree {
         Ok(tree)
     }
 
+    /// A copy of a tree that a drafter made, from its tokens, parents, probabilities and sources. Nothing is checked
+    /// but that parents precede their children.
+    pub fn from_nodes(nodes: impl Iterator<Item = (Token, i32, f32, u8)>) -> Result<Self, TreeError> {
+        let mut tree = Self::default();
+        for (node, (token, parent, prob, source)) in nodes.enumerate() {
+            if parent < ROOT || parent >= node as i32 {
+                return Err(TreeError::Parent(node, parent.into()));
+            }
+            tree.push(token, parent, prob, source);
+        }
+        Ok(tree)
+    }
+
     /// Appends a node.
     pub(crate) fn push(&mut self, token: Token, parent: i32, prob: f32, source: u8) {
         let depth = if parent == ROOT { 0 } else { self.depths[parent as usize] };

@@ -6,13 +6,14 @@
 
 use std::ops::Range;
 
-use sssd_core::{DraftTree, Limits, Lookahead, PassCosts, Sequence, Token, TopK};
+use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK};
 
-use crate::crew::Crew;
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
+use crate::sizing::{Allocation, Sizing};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
+use crate::thread_pool::ThreadPool;
 
 /// Fewer items than this for each thread are not worth waking one up.
 const ITEMS_PER_THREAD: usize = 4;
@@ -42,8 +43,8 @@ pub struct Work {
     pub plans: Vec<Plan>,
     /// Nodes of all trees together.
     pub total_nodes: Option<usize>,
-    /// What passes cost, and what a second is worth in tokens: then trees are as large as pays.
-    pub cost: Option<(PassCosts, f64)>,
+    /// What passes cost: then trees are as large as pays.
+    pub sizing: Option<Sizing>,
     /// Where results come to stand, one for each request or more.
     slots: Vec<Mutex<Slot>>,
     stage: Stage,
@@ -51,6 +52,7 @@ pub struct Work {
     todo: Vec<u32>,
     threads: usize,
     keys: Vec<u64>,
+    allocation: Allocation,
 }
 
 /// What one request may have of a batch.
@@ -79,7 +81,7 @@ struct Slot {
     target: usize,
     /// Nodes that it was given.
     nodes: usize,
-    accepted: Option<usize>,
+    outcome: Option<Outcome>,
     failure: Option<RequestError>,
 }
 
@@ -109,7 +111,7 @@ impl Work {
         self.top_ids.clear();
         self.top_probs.clear();
         self.plans.clear();
-        (self.total_nodes, self.cost) = (None, None);
+        (self.total_nodes, self.sizing) = (None, None);
         (self.extend, self.draft, self.k) = (false, false, 0);
     }
 
@@ -132,9 +134,9 @@ impl Work {
         self.slots().enumerate().for_each(|(index, slot)| act(index, &lock(slot).tree));
     }
 
-    /// Accepted tokens of each request that was appended to after a draft.
-    pub(crate) fn accepted(&self) -> impl Iterator<Item = usize> {
-        self.slots().filter_map(|slot| lock(slot).accepted)
+    /// What has become known of earlier drafts.
+    pub(crate) fn outcomes(&self) -> impl Iterator<Item = Outcome> {
+        self.slots().filter_map(|slot| lock(slot).outcome)
     }
 
     fn slots(&self) -> impl Iterator<Item = &Mutex<Slot>> {
@@ -148,7 +150,7 @@ impl Work {
         for slot in &mut self.slots[..self.requests.len()] {
             let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
             slot.tree.clear();
-            (slot.failure, slot.accepted, slot.nodes) = (None, None, 0);
+            (slot.failure, slot.outcome, slot.nodes) = (None, None, 0);
         }
         self.stage = Stage::First;
         self.todo.clear();
@@ -220,18 +222,13 @@ impl Work {
                 ids: &self.top_ids[rows.clone()],
                 probs: &self.top_probs[rows],
             });
-            request.with(|sequence| {
-                if sequence.awaits_outcome() && !tokens.is_empty() {
-                    slot.accepted = Some(tokens.len() - 1);
-                }
-                sequence.extend(tokens, soft)
-            })??;
+            slot.outcome = request.with(|sequence| sequence.extend(tokens, soft))??;
         }
         if self.draft {
             let limits = self.plans[item].limits;
             request.with_ready(|sequence| {
                 slot.draft = sequence.start_draft(limits, slot.target);
-                let shared = self.total_nodes.is_some() || self.cost.is_some();
+                let shared = self.total_nodes.is_some() || self.sizing.is_some();
                 let tree = if shared { sequence.tree() } else { sequence.end_draft(limits.max_nodes) };
                 slot.tree.copy_from(tree);
             })?;
@@ -277,14 +274,15 @@ impl Work {
     }
 
     /// Gives each request as many nodes as pay, of all requests together the most probable first.
-    fn price(&mut self, cost: &PassCosts, rate: f64) {
-        let trees = self.slots.iter_mut().take(self.requests.len());
-        let slots: Vec<&mut Slot> =
-            trees.map(|slot| slot.get_mut().unwrap_or_else(PoisonError::into_inner)).collect();
-        let probs: Vec<&[f32]> = slots.iter().map(|slot| &slot.tree.probs[..]).collect();
-        // a rate that is none was refused before; nothing pays then
-        let counts = cost.allocate(&probs, rate).unwrap_or_else(|_| vec![0; slots.len()]);
-        for ((slot, count), plan) in slots.into_iter().zip(counts).zip(&self.plans) {
+    fn price(&mut self) {
+        let Self { slots, plans, sizing: Some(sizing), allocation, .. } = self else { return };
+        allocation.clear();
+        for (slot, _) in slots.iter_mut().zip(&*plans) {
+            allocation.push(&slot.get_mut().unwrap_or_else(PoisonError::into_inner).tree.probs);
+        }
+        let counts = sizing.allocate(allocation);
+        for ((slot, plan), &count) in slots.iter_mut().zip(&*plans).zip(counts) {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
             slot.nodes = count.max(plan.min_nodes.min(slot.tree.len()));
         }
     }
@@ -293,16 +291,13 @@ impl Work {
     fn cut(&mut self) {
         for (item, request) in self.requests.iter().enumerate() {
             let slot = self.slots[item].get_mut().unwrap_or_else(PoisonError::into_inner);
-            let max_nodes = self.plans[item].limits.max_nodes;
-            // a tree that could not grow any further is that of the whole budget
-            let whole = slot.nodes == slot.tree.len() && slot.nodes < slot.target;
-            let budget = if whole { max_nodes } else { slot.nodes };
+            slot.tree.truncate(slot.nodes);
             let cut = request.with_ready(|sequence| {
                 if sequence.drafts() == slot.draft {
-                    sequence.end_draft(budget);
+                    // there may not have been memory for so many
+                    slot.tree.truncate(sequence.end_draft(slot.nodes).len());
                 }
             });
-            slot.tree.truncate(slot.nodes);
             if let Err(failure) = cut
                 && slot.failure.is_none()
             {
@@ -344,20 +339,19 @@ impl Step {
     }
 
     /// Does what was asked for.
-    pub(crate) fn run(self: &Arc<Self>, crew: &Crew) {
+    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool) {
         let mut work = self.lock();
         work.prepare();
-        if let (true, Some((cost, rate))) = (work.draft, work.cost.take()) {
-            work.cost = Some((cost.clone(), rate));
-            let mut work = self.stage(work, crew);
-            work.price(&cost, rate);
+        if work.draft && work.sizing.is_some() {
+            work = self.stage(work, pool);
+            work.price();
             return work.cut();
         }
         if work.requests.len() == 1 {
             return work.serve(0);
         }
         let total = work.total_nodes.filter(|_| work.draft);
-        work = self.stage(work, crew);
+        work = self.stage(work, pool);
         let Some(total) = total else { return };
         loop {
             work.share(total);
@@ -365,7 +359,7 @@ impl Step {
                 return work.cut();
             }
             work.stage = Stage::More;
-            work = self.stage(work, crew);
+            work = self.stage(work, pool);
         }
     }
 
@@ -373,12 +367,12 @@ impl Step {
     fn stage<'a>(
         self: &'a Arc<Self>,
         mut work: RwLockWriteGuard<'a, Work>,
-        crew: &Crew,
+        pool: &ThreadPool,
     ) -> RwLockWriteGuard<'a, Work> {
         let items = work.todo.len();
-        work.threads = crew.threads();
+        work.threads = pool.threads();
         let helpers = (items / ITEMS_PER_THREAD).saturating_sub(1);
-        self.share.run(work, || crew.help(self, helpers))
+        self.share.run(work, || pool.help(self, helpers))
     }
 }
 

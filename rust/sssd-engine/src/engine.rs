@@ -5,15 +5,17 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use sssd_core::{
-    Charge, Corpus, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Sequence, Token, TopK,
+    Charge, Corpus, DraftTree, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Sequence, Token,
+    TopK,
 };
 
 use crate::batch::Step;
-use crate::crew::Crew;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
+use crate::sizing::Sizing;
 use crate::state::NamespaceState;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::thread_pool::ThreadPool;
 
 /// Steps kept for reuse: as many as run at the same time.
 const IDLE_STEPS: usize = 16;
@@ -61,7 +63,7 @@ pub struct Engine {
     options: Options,
     pool: Arc<MemoryPool>,
     namespaces: Mutex<BTreeMap<String, Tenant>>,
-    crew: Crew,
+    threads: ThreadPool,
     idle: Mutex<Vec<Arc<Step>>>,
     metrics: Metrics,
 }
@@ -107,7 +109,7 @@ impl Engine {
         let engine = Self {
             pool: Arc::new(MemoryPool::new(options.max_bytes)),
             namespaces: Mutex::default(),
-            crew: Crew::new(options.threads.max(1)),
+            threads: ThreadPool::new(options.threads.max(1)),
             idle: Mutex::default(),
             metrics: Metrics::default(),
             options,
@@ -254,7 +256,7 @@ impl Engine {
         charge.resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
-        self.crew.fill(&request);
+        self.threads.fill(&request);
         Ok(request)
     }
 
@@ -299,25 +301,27 @@ impl Engine {
         tokens: &[Token],
         soft: Option<TopK>,
     ) -> Result<(), RequestError> {
-        let drafted = request.with(|sequence| {
-            let drafted = sequence.awaits_outcome();
-            sequence.extend(tokens, soft).map(|()| drafted)
-        });
-        let drafted = self.noted(drafted)??;
+        let outcome = self.noted(request.with(|sequence| sequence.extend(tokens, soft)))??;
         Metrics::count(&self.metrics.tokens, tokens.len() as u64);
-        if drafted && !tokens.is_empty() {
-            self.metrics.accepted.add(tokens.len() as u64 - 1);
-        }
+        self.metrics.outcomes(outcome);
         Ok(())
     }
 
-    /// Drafts for one request.
-    pub fn draft(&self, request: &Request, limits: Limits) -> Result<sssd_core::DraftTree, RequestError> {
+    /// Drafts for one request, as a batch of one does.
+    pub fn draft(
+        &self,
+        request: &Request,
+        limits: Limits,
+        sizing: Option<&Sizing>,
+    ) -> Result<DraftTree, RequestError> {
         let start = Instant::now();
-        let tree =
-            self.noted(request.with_ready(|sequence| sequence.draft(limits).clone()))?.unwrap_or_default();
+        let drafted = request.with_ready(|sequence| {
+            sequence.start_draft(limits, limits.max_nodes);
+            let nodes = sizing.map_or(limits.max_nodes, |sizing| sizing.nodes(&sequence.tree().probs));
+            sequence.end_draft(nodes).clone()
+        });
+        let tree = self.noted(drafted)?.unwrap_or_default();
         Metrics::time(&self.metrics.draft_ns, start.elapsed());
-        self.metrics.nodes.add(tree.len() as u64);
         Ok(tree)
     }
 
@@ -336,16 +340,13 @@ impl Engine {
     /// Does a step that has been filled.
     pub fn run(&self, step: &Arc<Step>) {
         let start = Instant::now();
-        step.run(&self.crew);
+        step.run(&self.threads);
         Metrics::time(&self.metrics.step_ns, start.elapsed());
         let work = step.lock();
         self.metrics.batch.add(work.requests.len() as u64);
         if work.extend {
             Metrics::count(&self.metrics.tokens, work.tokens.len() as u64);
-            work.accepted().for_each(|accepted| self.metrics.accepted.add(accepted as u64));
-        }
-        if work.draft {
-            work.trees(|_, tree| self.metrics.nodes.add(tree.len() as u64));
+            self.metrics.outcomes(work.outcomes());
         }
         let failed = work.failures().filter(|failure| matches!(failure.error, RequestError::Failed(_)));
         Metrics::count(&self.metrics.failed, failed.count() as u64);

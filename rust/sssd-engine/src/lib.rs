@@ -5,17 +5,19 @@
 #![forbid(unsafe_code)]
 
 mod batch;
-mod crew;
 mod engine;
 pub mod gate;
 mod metrics;
 mod request;
 mod share;
+mod sizing;
 mod state;
 mod sync;
+mod thread_pool;
 
 pub use batch::{Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
 pub use request::{Request, RequestError};
+pub use sizing::{Allocation, CostError, Layout, PassCosts, Sizing};
 pub use state::{FILE as STATE_FILE, NamespaceState, State, StateError};

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sssd_core::Outcome;
+
 use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Counts by powers of two: bucket `i` holds values below `2^i` that no earlier bucket holds.
@@ -49,9 +51,9 @@ pub struct Metrics {
     pub failed: AtomicU64,
     /// Tokens appended.
     pub tokens: AtomicU64,
-    /// Nodes of each draft.
+    /// Nodes of each draft whose outcome is known.
     pub nodes: Histogram,
-    /// Tokens beyond the first of each extension that followed a draft: those that were accepted.
+    /// Nodes that each extension after a draft went along.
     pub accepted: Histogram,
     /// Nanoseconds of each single draft.
     pub draft_ns: Histogram,
@@ -65,6 +67,14 @@ impl Metrics {
     /// Adds to a counter.
     pub fn count(counter: &AtomicU64, more: u64) {
         counter.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Counts what has become known of drafts.
+    pub(crate) fn outcomes(&self, outcomes: impl IntoIterator<Item = Outcome>) {
+        for Outcome { drafted, accepted } in outcomes {
+            drafted.iter().for_each(|&nodes| self.nodes.add(nodes as u64));
+            self.accepted.add(accepted as u64);
+        }
     }
 
     /// Adds a time.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sssd_core::{Limits, Token};
-use sssd_engine::{Engine, Options, Plan};
+use sssd_engine::{Engine, Layout as Pass, Options, PassCosts, Plan, Sizing};
 
 struct Counting;
 
@@ -30,7 +30,15 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn steps_allocate_nothing_after_a_while() {
-    for (threads, total) in [(1, None), (2, None), (2, Some(160))] {
+    let sizing = |pass| {
+        let seconds = (0..260).map(|size| 1.0 + 0.001 * f64::from(size)).collect();
+        let costs = PassCosts::new((0..260).collect(), seconds, pass).unwrap();
+        Sizing::new(Arc::new(costs), Some(100.0), 16).unwrap()
+    };
+    let plain = [(1, None, None), (2, None, None), (2, Some(160), None)];
+    let sized = [(1, Pass::Padded), (1, Pass::Packed), (2, Pass::Packed)];
+    let sized = sized.map(|(threads, pass)| (threads, None, Some(sizing(pass))));
+    for (threads, total, sizing) in plain.into_iter().chain(sized) {
         let engine = Engine::new(Options { threads, ..Options::default() }).unwrap();
         let prompt: Vec<Token> = (0..1000).map(|i| i % 40).collect();
         let requests: Vec<_> =
@@ -39,6 +47,7 @@ fn steps_allocate_nothing_after_a_while() {
             let step = engine.idle_step();
             let mut work = step.lock();
             (work.extend, work.draft, work.total_nodes) = (extend, true, total);
+            work.sizing.clone_from(&sizing);
             work.requests.extend(requests.iter().map(Arc::clone));
             work.offsets.extend(0..=requests.len());
             work.tokens.extend(requests.iter().map(|_| 7));
@@ -57,7 +66,7 @@ fn steps_allocate_nothing_after_a_while() {
             (0..100).for_each(|_| step(false));
             ALLOCATIONS.load(Ordering::Relaxed) == before
         });
-        assert!(quiet, "{threads} threads, {total:?} nodes");
+        assert!(quiet, "{threads} threads, {total:?} nodes, {}", sizing.is_some());
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         (0..100).for_each(|_| step(true));
         let grown = ALLOCATIONS.load(Ordering::Relaxed) - before;

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use sssd_core::{Corpus, DraftTree, Limits, Match, Token};
-use sssd_engine::{Engine, Options, Plan, Request, RequestError, Step};
+use sssd_engine::{
+    Allocation, Engine, Layout, Options, PassCosts, Plan, Request, RequestError, Sizing, Step,
+};
 
 const END: Token = 9;
 
@@ -61,6 +63,7 @@ struct Ask<'a> {
     tokens: &'a [Vec<Token>],
     plans: Vec<Plan>,
     total: Option<usize>,
+    sizing: Option<Sizing>,
 }
 
 fn run(engine: &Engine, ask: &Ask) -> (Vec<DraftTree>, Vec<(usize, RequestError)>) {
@@ -76,6 +79,7 @@ fn run(engine: &Engine, ask: &Ask) -> (Vec<DraftTree>, Vec<(usize, RequestError)
     }
     work.plans.extend(&ask.plans);
     work.total_nodes = ask.total;
+    work.sizing.clone_from(&ask.sizing);
     drop(work);
     engine.run(&step);
     let work = step.lock();
@@ -85,6 +89,22 @@ fn run(engine: &Engine, ask: &Ask) -> (Vec<DraftTree>, Vec<(usize, RequestError)
     drop(work);
     engine.put_back(step);
     (trees, failures)
+}
+
+/// What an engine has counted: nodes drafted and accepted, as metrics and as statistics have it. Ends its requests.
+fn counted(engine: &Engine, requests: &[Arc<Request>]) -> [(u64, u64); 2] {
+    requests.iter().for_each(|request| request.close());
+    let stats = engine.namespace("").unwrap().stats();
+    let sum = |each: fn(&sssd_core::SourceStats) -> u64| stats.sources.iter().map(each).sum();
+    let metrics = engine.metrics();
+    [
+        (metrics.nodes.read().1, metrics.accepted.read().1),
+        (sum(|source| source.drafted), sum(|source| source.accepted)),
+    ]
+}
+
+fn weights(requests: &[Arc<Request>]) -> Vec<Vec<u8>> {
+    requests.iter().map(|request| request.with(|sequence| sequence.model().to_bytes()).unwrap()).collect()
 }
 
 /// The sizes that trees get from a heap of their nodes.
@@ -116,14 +136,15 @@ proptest! {
         let twins: Vec<_> = prompts.iter().map(|prompt| begin(&alone, prompt)).collect();
         for tokens in &outputs {
             let plans = vec![Plan { min_nodes: 0, limits: limits(budget) }; requests.len()];
-            let ask = Ask { requests: &requests, tokens: &tokens[..requests.len()], plans, total: None };
+            let ask = Ask { requests: &requests, tokens: &tokens[..requests.len()], plans, total: None, sizing: None };
             let (trees, failures) = run(&together, &ask);
             prop_assert!(failures.is_empty());
             for ((twin, tokens), tree) in twins.iter().zip(tokens).zip(&trees) {
                 alone.extend(twin, tokens, None).unwrap();
-                prop_assert_eq!(&alone.draft(twin, limits(budget)).unwrap(), tree);
+                prop_assert_eq!(&alone.draft(twin, limits(budget), None).unwrap(), tree);
             }
         }
+        prop_assert_eq!(weights(&requests), weights(&twins));
     }
 
     #[test]
@@ -144,13 +165,13 @@ proptest! {
             .collect();
         for tokens in &outputs {
             let tokens = &tokens[..requests.len()];
-            let ask = Ask { requests: &requests, tokens, plans: plans.clone(), total: Some(total) };
+            let ask = Ask { requests: &requests, tokens, plans: plans.clone(), total: Some(total), sizing: None };
             let (trees, failures) = run(&together, &ask);
             prop_assert!(failures.is_empty());
             let mut whole = Vec::new();
             for ((twin, tokens), plan) in twins.iter().zip(tokens).zip(&plans) {
                 alone.extend(twin, tokens, None).unwrap();
-                whole.push(alone.draft(twin, plan.limits).unwrap());
+                whole.push(alone.draft(twin, plan.limits, None).unwrap());
             }
             let sizes = shares(&whole, &plans, total);
             prop_assert!(trees.iter().map(DraftTree::len).sum::<usize>() <= total);
@@ -158,11 +179,67 @@ proptest! {
                 prop_assert_eq!(tree.len(), sizes[at]);
                 // and what is learned is what is learned from a draft of that size
                 if sizes[at] < whole[at].len() {
-                    whole[at] = alone.draft(&twins[at], limits(sizes[at])).unwrap();
+                    whole[at] = alone.draft(&twins[at], limits(sizes[at]), None).unwrap();
                 }
                 prop_assert_eq!(tree, &whole[at]);
             }
         }
+        prop_assert_eq!(weights(&requests), weights(&twins));
+    }
+
+    /// Trees that are sized by what passes cost are those of so many nodes, teach what those teach, and count as
+    /// those; and a single call is a batch of one.
+    #[test]
+    fn trees_are_as_large_as_pays(
+        threads in 1usize..3,
+        store: bool,
+        padded: bool,
+        prompts in prop::collection::vec(prop::collection::vec(0u32..9, 1..120), 1..6),
+        outputs in prop::collection::vec(prop::collection::vec(prop::collection::vec(0u32..9, 0..6), 6), 1..5),
+        min_nodes in 0usize..3,
+        max_nodes in 0usize..40,
+        per_node in prop::sample::select(vec![0.0, 0.05, 0.2, 0.6, 3.0]),
+    ) {
+        let layout = if padded { Layout::Padded } else { Layout::Packed };
+        let costs = PassCosts::new((0..60).collect(), (0..60).map(|n| 1.0 + per_node * f64::from(n)).collect(), layout);
+        let count = prompts.len();
+        let sizing = Sizing::new(Arc::new(costs.unwrap()), Some(1.0), count).unwrap();
+        let (together, alone, cut) = (engine_with(store, threads), engine_with(store, 1), engine_with(store, 1));
+        let [requests, twins, cuts] = [&together, &alone, &cut]
+            .map(|engine| prompts.iter().map(|prompt| begin(engine, prompt)).collect::<Vec<_>>());
+        let mut verified = 0;
+        for tokens in &outputs {
+            let tokens = &tokens[..count];
+            let plans = vec![Plan { min_nodes, limits: limits(max_nodes) }; count];
+            let ask = Ask { requests: &requests, tokens, plans, total: None, sizing: Some(sizing.clone()) };
+            let (trees, failures) = run(&together, &ask);
+            prop_assert!(failures.is_empty());
+            let (mut whole, mut allocation) = (Vec::new(), Allocation::default());
+            for (twin, tokens) in cuts.iter().zip(tokens) {
+                cut.extend(twin, tokens, None).unwrap();
+                whole.push(cut.draft(twin, limits(max_nodes), None).unwrap());
+                allocation.push(&whole[whole.len() - 1].probs);
+            }
+            let sizes = sizing.allocate(&mut allocation);
+            for (at, tree) in trees.iter().enumerate() {
+                let size = sizes[at].max(min_nodes.min(whole[at].len()));
+                prop_assert_eq!(tree, &whole[at].first(size));
+                // whoever verifies less than was drafted says so
+                cuts[at].with(|sequence| sequence.cut_draft(size)).unwrap();
+                alone.extend(&twins[at], &tokens[at], None).unwrap();
+                let limits = limits(if size < whole[at].len() { size } else { max_nodes });
+                let sizing = (count == 1 && min_nodes == 0).then_some(&sizing);
+                let limits = sizing.map_or(limits, |_| self::limits(max_nodes));
+                prop_assert_eq!(tree, &alone.draft(&twins[at], limits, sizing).unwrap());
+                verified += tree.len() as u64;
+            }
+        }
+        prop_assert_eq!(weights(&requests), weights(&twins));
+        prop_assert_eq!(weights(&requests), weights(&cuts));
+        let [metrics, stats] = counted(&together, &requests);
+        prop_assert_eq!(metrics, stats);
+        prop_assert!(metrics.1 <= metrics.0 && metrics.0 <= verified);
+        prop_assert_eq!([counted(&alone, &twins), counted(&cut, &cuts)], [[metrics; 2]; 2]);
     }
 }
 
@@ -192,7 +269,7 @@ fn a_panic_ends_one_request_and_no_other() {
         tokens[5] = vec![8];
         tokens[30] = vec![8];
         let plans = vec![Plan { min_nodes: 0, limits: limits(4) }; 32];
-        let ask = Ask { requests: &requests, tokens: &tokens, plans, total: None };
+        let ask = Ask { requests: &requests, tokens: &tokens, plans, total: None, sizing: None };
         let (trees, failures) = run(&engine, &ask);
         assert_eq!(failures.iter().map(|failure| failure.0).collect::<Vec<_>>(), [5, 30]);
         assert!(matches!(&failures[0].1, RequestError::Failed(why) if why.contains("mine")));
@@ -221,12 +298,12 @@ fn prompts_are_indexed_in_the_background() {
             }
             assert!(request.with_ready(|_| ()).unwrap().is_some());
         } else {
-            assert!(engine.draft(&request, limits(8)).unwrap().is_empty());
+            assert!(engine.draft(&request, limits(8), None).unwrap().is_empty());
         }
         engine.extend(&request, &[prompt[0]], None).unwrap();
         let twin = engine.begin("", &prompt, &[], None, || false).unwrap().unwrap();
         engine.extend(&twin, &[prompt[0]], None).unwrap();
-        assert_eq!(engine.draft(&request, limits(64)), engine.draft(&twin, limits(64)));
+        assert_eq!(engine.draft(&request, limits(64), None), engine.draft(&twin, limits(64), None));
         drop((request, twin));
         // the helper lets go of the request a moment after it is ready
         let start = Instant::now();
@@ -246,7 +323,8 @@ fn namespaces_keep_to_themselves_and_end() {
         engine.begin(namespace, prompt, &[], None, || false).unwrap().unwrap()
     };
     engine.finish(&begin("a", &[1, 2, 3, 4, 5])).unwrap();
-    let drafted = |namespace: &str| engine.draft(&begin(namespace, &[1, 2, 3]), limits(8)).unwrap().len();
+    let drafted =
+        |namespace: &str| engine.draft(&begin(namespace, &[1, 2, 3]), limits(8), None).unwrap().len();
     assert!(drafted("a") > 0);
     assert_eq!((drafted("b"), drafted("")), (0, 0));
     let running = begin("a", &[1]);
@@ -276,7 +354,8 @@ fn late_helpers_do_nothing_twice() {
                     let plans = vec![Plan { min_nodes: 0, limits: limits(2) }; count];
                     let tokens = vec![vec![round as Token % 9]; count];
                     let total = (round % 2 == 0).then_some(20);
-                    let ask = Ask { requests: &requests[..count], tokens: &tokens, plans, total };
+                    let ask =
+                        Ask { requests: &requests[..count], tokens: &tokens, plans, total, sizing: None };
                     assert!(run(engine, &ask).1.is_empty());
                     lengths[..count].iter_mut().for_each(|length| *length += 1);
                     let held =

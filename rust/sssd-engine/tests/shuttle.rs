@@ -5,8 +5,6 @@
 
 #[path = "../src/batch.rs"]
 mod batch;
-#[path = "../src/crew.rs"]
-mod crew;
 #[path = "../src/engine.rs"]
 mod engine;
 #[path = "../src/gate.rs"]
@@ -17,8 +15,12 @@ mod metrics;
 mod request;
 #[path = "../src/share.rs"]
 mod share;
+#[path = "../src/sizing.rs"]
+mod sizing;
 #[path = "../src/state.rs"]
 mod state;
+#[path = "../src/thread_pool.rs"]
+mod thread_pool;
 
 mod sync {
     pub use shuttle::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard, atomic, mpsc};

@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
-use sssd_core::{CostError, DraftTree, Limits, MAX_NODES};
+use sssd_core::{DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Request, Work};
 
-use crate::budget::read_costs;
 use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
-use crate::ending::stay;
 use crate::errors::error;
+use crate::shutdown::defer_shutdown;
+use crate::sizing::read_sizing;
 use crate::tokens::{history_into, integers, integers_into, top};
 use crate::tree::PyDraftTree;
 
@@ -28,7 +28,7 @@ type Array<T> = Py<PyArray1<T>>;
 ///     max_nodes: room for so many nodes in all.
 ///     token_ids, parents, depths: buffers to use, int32 [at least max_nodes], such as pinned memory; by default new
 ///         ones.
-///     probs: the same, float32.
+///     probs, sources: the same, float32 and int8.
 ///     offsets: the same, int32 [at least max_sequences + 1].
 ///
 /// Raises:
@@ -39,6 +39,7 @@ pub struct PyDraftBatch {
     parents: Array<i32>,
     depths: Array<i32>,
     probs: Array<f32>,
+    sources: Array<i8>,
     offsets: Array<i32>,
     max_sequences: usize,
     max_nodes: usize,
@@ -50,7 +51,7 @@ pub struct PyDraftBatch {
 impl PyDraftBatch {
     #[new]
     #[pyo3(signature = (max_sequences, max_nodes, *, token_ids=None, parents=None, depths=None, probs=None,
-                        offsets=None))]
+                        sources=None, offsets=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -60,6 +61,7 @@ impl PyDraftBatch {
         parents: Option<&Bound<'_, PyAny>>,
         depths: Option<&Bound<'_, PyAny>>,
         probs: Option<&Bound<'_, PyAny>>,
+        sources: Option<&Bound<'_, PyAny>>,
         offsets: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let size = |name: &str, size: i128| match not_negative(py, name, size)? {
@@ -74,6 +76,7 @@ impl PyDraftBatch {
             parents: buffer(py, "parents", parents, nodes)?,
             depths: buffer(py, "depths", depths, nodes)?,
             probs: buffer(py, "probs", probs, nodes)?,
+            sources: buffer(py, "sources", sources, nodes)?,
             offsets: buffer(py, "offsets", offsets, sequences + 1)?,
             max_sequences: sequences,
             max_nodes: nodes,
@@ -106,6 +109,12 @@ impl PyDraftBatch {
         view(py, &self.probs, self.nodes())
     }
 
+    /// The source that contributed most to each node, int8 [nodes], as an index of ``sssd.SOURCES``.
+    #[getter]
+    fn sources<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        view(py, &self.sources, self.nodes())
+    }
+
     /// Where each tree starts, int32 [sequences + 1].
     #[getter]
     fn offsets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -127,20 +136,14 @@ impl PyDraftBatch {
         let offsets = self.offsets.bind(py).try_readonly()?;
         let offsets = offsets.as_slice()?;
         let (start, end) = (offsets[tree].max(0) as usize, offsets[tree + 1].max(0) as usize);
-        fn part<T: Element + Copy>(
-            py: Python<'_>,
-            array: &Array<T>,
-            start: usize,
-            end: usize,
-        ) -> PyResult<Vec<T>> {
-            let array = array.bind(py).try_readonly()?;
-            array.as_slice()?.get(start..end).map(<[T]>::to_vec).ok_or_else(|| changed(py))
-        }
-        let token_ids = part(py, &self.token_ids, start, end)?;
-        let parents = part(py, &self.parents, start, end)?.into_iter().map(i64::from).collect::<Vec<_>>();
-        let probs = part(py, &self.probs, start, end)?;
-        let token_ids = token_ids.into_iter().map(|token| token as u32).collect();
-        DraftTree::from_parts(token_ids, &parents, probs).map(PyDraftTree).map_err(|_| changed(py))
+        let (token_ids, parents) =
+            (self.token_ids.bind(py).try_readonly()?, self.parents.bind(py).try_readonly()?);
+        let (probs, sources) = (self.probs.bind(py).try_readonly()?, self.sources.bind(py).try_readonly()?);
+        let nodes = part(py, token_ids.as_slice()?, start, end)?
+            .zip(part(py, parents.as_slice()?, start, end)?)
+            .zip(part(py, probs.as_slice()?, start, end)?.zip(part(py, sources.as_slice()?, start, end)?))
+            .map(|((token, parent), (prob, source))| (token as u32, parent, prob, source as u8));
+        DraftTree::from_nodes(nodes).map(PyDraftTree).map_err(|_| changed(py))
     }
 
     fn __repr__(&self) -> String {
@@ -150,6 +153,15 @@ impl PyDraftBatch {
 
 /// A batch or a tree of it has at most so many nodes, so that offsets fit 32 bits.
 const MOST: usize = 1 << 24;
+
+fn part<T: Copy>(
+    py: Python<'_>,
+    values: &[T],
+    start: usize,
+    end: usize,
+) -> PyResult<impl Iterator<Item = T>> {
+    values.get(start..end).map(|part| part.iter().copied()).ok_or_else(|| changed(py))
+}
 
 fn changed(py: Python<'_>) -> PyErr {
     error(py, "InvalidArgumentError", "the buffers do not hold the trees any more: they were written to")
@@ -161,7 +173,7 @@ fn buffer<T: Element>(
     given: Option<&Bound<'_, PyAny>>,
     size: usize,
 ) -> PyResult<Array<T>> {
-    let _stay = stay(py);
+    let _deferred = defer_shutdown(py);
     let Some(given) = given else { return Ok(PyArray1::zeros(py, size, false).unbind()) };
     let refuse = |got: String| {
         let dtype = T::get_dtype(py);
@@ -197,10 +209,11 @@ impl PyDraftBatch {
         let mut parents = self.parents.bind(py).try_readwrite().map_err(busy)?;
         let mut depths = self.depths.bind(py).try_readwrite().map_err(busy)?;
         let mut probs = self.probs.bind(py).try_readwrite().map_err(busy)?;
+        let mut sources = self.sources.bind(py).try_readwrite().map_err(busy)?;
         let mut offsets = self.offsets.bind(py).try_readwrite().map_err(busy)?;
         let (token_ids, parents) = (token_ids.as_slice_mut()?, parents.as_slice_mut()?);
-        let (depths, probs, offsets) =
-            (depths.as_slice_mut()?, probs.as_slice_mut()?, offsets.as_slice_mut()?);
+        let (depths, probs) = (depths.as_slice_mut()?, probs.as_slice_mut()?);
+        let (sources, offsets) = (sources.as_slice_mut()?, offsets.as_slice_mut()?);
         let mut end = 0;
         offsets[0] = 0;
         work.trees(|index, tree| {
@@ -211,6 +224,9 @@ impl PyDraftBatch {
             parents[nodes.clone()].copy_from_slice(&tree.parents);
             depths[nodes.clone()].copy_from_slice(&tree.depths);
             probs[nodes.clone()].copy_from_slice(&tree.probs);
+            for (to, &from) in sources[nodes.clone()].iter_mut().zip(&tree.sources) {
+                *to = from as i8;
+            }
             end = nodes.end;
             offsets[index + 1] = end as i32;
         });
@@ -469,21 +485,13 @@ fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResul
     })?;
     let sum: usize = work.plans.iter().map(|plan| plan.limits.max_nodes).sum();
     let least: usize = work.plans.iter().map(|plan| plan.min_nodes.min(plan.limits.max_nodes)).sum();
-    if let Some(cost) = asked.cost {
-        let most = work.plans.iter().map(|plan| plan.limits.max_nodes).max().unwrap_or(0);
-        let cost = read_costs(cost, n, || mean_length(&work.requests), most)?;
-        let rate = asked.rate.unwrap_or(n as f64 / cost.0.plain_seconds());
-        if asked.total_nodes.is_some() {
-            return Err(refuse("give total_nodes or cost, not both".into()));
-        }
-        if !(rate.is_finite() && rate >= 0.0) {
-            return Err(refuse(CostError::Rate(rate).to_string()));
-        }
-        work.cost = Some((cost.0.clone(), rate));
-        return Ok(sum);
-    }
-    if asked.rate.is_some() {
-        return Err(refuse("rate needs cost".into()));
+    let most = work.plans.iter().map(|plan| plan.limits.max_nodes).max().unwrap_or(0);
+    work.sizing = read_sizing(py, asked.cost, asked.rate, n, || mean_length(&work.requests), most)?;
+    if work.sizing.is_some() {
+        return match asked.total_nodes {
+            Some(_) => Err(refuse("give total_nodes or cost, not both".into())),
+            None => Ok(sum),
+        };
     }
     work.total_nodes = asked.total_nodes.map(|total| not_negative(py, "total_nodes", total)).transpose()?;
     match work.total_nodes {
@@ -525,7 +533,8 @@ fn output<'py>(
     nodes: usize,
 ) -> PyResult<Bound<'py, PyDraftBatch>> {
     let Some(given) = given else {
-        let made = PyDraftBatch::new(py, sequences as i128, nodes as i128, None, None, None, None, None)?;
+        let made =
+            PyDraftBatch::new(py, sequences as i128, nodes as i128, None, None, None, None, None, None)?;
         return Bound::new(py, made);
     };
     let (max_sequences, max_nodes) = (given.get().max_sequences, given.get().max_nodes);

@@ -338,7 +338,8 @@ impl PyFileInfo {
 ///     OSError: the folder cannot be written.
 #[pyclass(frozen, name = "DatastoreBuilder", module = "sssd")]
 pub struct PyDatastoreBuilder {
-    builder: Mutex<Option<Builder>>,
+    /// Boxed: its hash state wants to be aligned to 64 bytes.
+    builder: Mutex<Option<Box<Builder>>>,
     vocab_size: u32,
 }
 
@@ -351,7 +352,7 @@ impl PyDatastoreBuilder {
     ) -> PyResult<T> {
         let result = enter(py, true, || {
             let mut guard = self.builder.lock().unwrap_or_else(PoisonError::into_inner);
-            guard.as_mut().map(work)
+            guard.as_deref_mut().map(work)
         })?;
         result.ok_or_else(|| finished(py))?.map_err(|failure| raised(py, failure))
     }
@@ -373,7 +374,7 @@ impl PyDatastoreBuilder {
             fingerprint.map_or(Ok(Fingerprint::default()), |bytes| checked_fingerprint(py, bytes))?;
         let options = BuildOptions { vocab_size, fingerprint, deduplicate, max_memory };
         let builder = Builder::create(&path, options).map_err(|failure| raised(py, failure))?;
-        Ok(Self { builder: Mutex::new(Some(builder)), vocab_size })
+        Ok(Self { builder: Mutex::new(Some(Box::new(builder))), vocab_size })
     }
 
     /// Adds one document, which may be empty.

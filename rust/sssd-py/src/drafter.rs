@@ -12,10 +12,10 @@ use pyo3::types::{PyBytes, PyDict};
 use sssd_core::{Corpus, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, Namespace, SOURCES, Sequence};
 use sssd_engine::{Engine, Options, Request, RequestError, gate};
 
-use crate::budget::{invalid, read_costs};
 use crate::datastore::PyDatastore;
-use crate::ending::alone;
 use crate::errors::error;
+use crate::shutdown;
+use crate::sizing::read_sizing;
 use crate::tokens::{history, int32, shown, tokens, top};
 use crate::tree::PyDraftTree;
 
@@ -499,18 +499,30 @@ impl PySequence {
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob };
-        if cost.is_none() && rate.is_some() {
-            return Err(error(py, "InvalidArgumentError", "rate needs cost"));
-        }
-        // of a closed sequence drafting tells
-        let length = || self.__len__(py).unwrap_or(0) as f64;
-        let cost = cost.map(|cost| read_costs(cost, 1, length, max_nodes)).transpose()?;
-        let tree = call(py, true, || self.engine.draft(&self.request, limits))?;
-        let tree = tree.map_err(|failure| request_error(py, &failure))?;
-        let Some(cost) = cost else { return Ok(PyDraftTree(tree)) };
-        let rate = rate.unwrap_or(1.0 / cost.0.plain_seconds());
-        let counts = cost.0.allocate(&[&tree.probs], rate).map_err(|reason| invalid(py, &reason))?;
-        Ok(PyDraftTree(tree.first(counts[0])))
+        // of a closed sequence drafting tells, and of one whose prompt is being indexed there is nothing to size
+        let length = || {
+            let length = || self.request.with_ready(|sequence| sequence.tokens().len());
+            let length = call(py, self.request.is_busy(), length).ok().and_then(Result::ok);
+            length.flatten().unwrap_or(0) as f64
+        };
+        let sizing = read_sizing(py, cost, rate, 1, length, max_nodes)?;
+        let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
+        tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Cuts the last draft to its first ``nodes`` nodes; does nothing if it has no more. For callers who verify less
+    /// than they have drafted, to be called before ``extend``: the sequence then learns what a draft of that size
+    /// teaches, and ``Drafter.stats`` and ``Drafter.metrics`` count those nodes only.
+    ///
+    /// Args:
+    ///     nodes: the number of nodes that are verified, as in ``DraftTree.first``.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``nodes`` is negative.
+    ///     ClosedError: the sequence is closed.
+    fn cut_draft(&self, py: Python<'_>, nodes: i128) -> PyResult<()> {
+        let nodes = not_negative(py, "nodes", nodes)?;
+        self.with(py, false, |sequence| sequence.cut_draft(nodes))
     }
 
     /// Hands the tokens so far to the live store, for other sequences of the drafter. ``finish`` does it by itself.
@@ -681,7 +693,7 @@ fn after_fork() {
 #[pyfunction]
 fn after_fork_in_child() {
     gate::open_in_child();
-    alone();
+    shutdown::reset_in_child();
 }
 
 /// Runs `work`, without the GIL if `detach`. A panic becomes `InternalError` and poisons what `work` had locked.

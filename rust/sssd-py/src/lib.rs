@@ -1,11 +1,11 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
 mod batch;
-mod budget;
 mod datastore;
 mod drafter;
-mod ending;
 mod errors;
+mod shutdown;
+mod sizing;
 mod state;
 mod tokens;
 mod tree;
@@ -21,13 +21,31 @@ mod _core {
     #[pymodule_export]
     use batch::PyDraftBatch;
     #[pymodule_export]
-    use budget::PyPassCosts;
-    #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
     use drafter::{PyDrafter, PySequence};
     #[pymodule_export]
+    use sizing::PyPassCosts;
+    #[pymodule_export]
     use tree::PyDraftTree;
+
+    /// Python aligns objects to two words, and PyO3 puts these inside: what needs more has to be boxed.
+    const fn fits<T>() {
+        assert!(align_of::<T>() <= 2 * size_of::<usize>());
+    }
+
+    const _: () = {
+        fits::<PyDraftBatch>();
+        fits::<PyPassCosts>();
+        fits::<PyBuildSummary>();
+        fits::<PyDatastore>();
+        fits::<PyDatastoreBuilder>();
+        fits::<PyDatastoreInfo>();
+        fits::<PyFileInfo>();
+        fits::<PyDrafter>();
+        fits::<PySequence>();
+        fits::<PyDraftTree>();
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

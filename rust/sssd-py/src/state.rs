@@ -38,8 +38,8 @@ impl PyDrafter {
     /// Counters and histograms since the drafter was made, as plain numbers.
     ///
     /// Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. Histograms, each ``{"bounds":
-    /// [...], "counts": [...], "sum": number}``: ``nodes`` of each draft; ``accepted`` tokens of each draft;
-    /// ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
+    /// [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is known, and how many were
+    /// ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
     /// ``counts[i]`` values are at most ``bounds[i]`` and above the bound before; the last bound is infinite.
     ///
     /// A name for an exporter: ``sssd.metrics``.

@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
 use sssd_core::{MAX_TOKEN, PLACEHOLDER, Token, TopK};
 
-use crate::ending::stay;
 use crate::errors::error;
+use crate::shutdown::defer_shutdown;
 
 /// Token ids from any one-dimensional sequence or array of integers, each checked to be in the vocabulary.
 pub fn tokens(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<Token>> {
@@ -116,7 +116,7 @@ pub fn top(
         }
     };
     let py = ids.py();
-    let _stay = stay(py);
+    let _deferred = defer_shutdown(py);
     let refuse = |message: String| error(py, "InvalidArgumentError", message);
     let (k, ids) = matrix(ids, "topk_ids", rows, "iu")?;
     let (k_probs, probs) = matrix(probs, "topk_probs", rows, "f")?;
@@ -200,7 +200,7 @@ fn bad_id(id: i128, index: usize, vocab_size: Option<u32>) -> String {
 }
 
 fn read(ids: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
-    let _stay = stay(ids.py());
+    let _deferred = defer_shutdown(ids.py());
     if let Ok(array) = ids.cast::<PyUntypedArray>() {
         return read_array(array, sink);
     }

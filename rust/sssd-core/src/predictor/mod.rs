@@ -18,7 +18,7 @@ use crate::Token;
 use crate::index::NONE;
 use crate::sources::live::LiveStore;
 use crate::sources::{FEEDBACK, LIVE, NO_CLASS, SUCCESSORS};
-use crate::stats::Stats;
+use crate::stats::{Outcome, Stats};
 use crate::tree::DraftTree;
 use arena::{Arena, Candidate, Expansion, Scratch, Tally};
 use correct::Calibration;
@@ -142,9 +142,12 @@ impl Predictor {
         self.newest = Some(best);
     }
 
-    /// Goes back to what a draft of at most `nodes` nodes is, and what is learned from it.
+    /// If there are more than `nodes` nodes, goes back to what a draft of so many is, and what is learned from it.
     pub fn cut(&mut self, nodes: usize) {
-        self.budget = self.budget.min(nodes);
+        if nodes >= self.tree.len() {
+            return;
+        }
+        self.budget = nodes;
         self.tree.truncate(nodes);
         if nodes == 0 {
             self.followed = None;
@@ -173,7 +176,7 @@ impl Predictor {
         self.followed.is_some()
     }
 
-    /// Learns from the tokens that the target has produced after the last draft.
+    /// Learns from the tokens that the target has produced after the last draft. Tells nothing without tokens.
     pub fn learn(
         &mut self,
         model: &mut Model,
@@ -181,28 +184,39 @@ impl Predictor {
         tokens: &[Token],
         stats: &mut Stats,
         live: &LiveStore,
-    ) {
-        if !tokens.is_empty() && self.followed == Some(0) {
+    ) -> Option<Outcome> {
+        if tokens.is_empty() {
+            return None;
+        }
+        let drafted = (self.followed? == 0).then(|| self.tree.len());
+        if drafted.is_some() {
             stats.count_draft(&self.tree);
         }
+        let mut accepted = 0;
         for &token in tokens {
-            let Some(at) = self.followed.take() else { return };
-            let expanded = &self.arena.candidates[at as usize];
-            // a draft of this budget does not expand its last node; a larger one that was cut did, and must not learn more
-            if i32::from(expanded.node) >= self.budget as i32 - 1 {
-                return;
-            }
-            let Some(expansion) = self.arena.expansions.get(expanded.expansion as usize) else { return };
-            self.followed = learn::learn(token, expansion, &self.arena, self.age, model, calibration);
-            if let Some(truth) = self.followed
-                && let Ok(node) = usize::try_from(self.arena.candidates[truth as usize].node)
+            self.followed = self.follow(token, model, calibration);
+            let Some(truth) = self.followed else { break };
+            if let Ok(node) = usize::try_from(self.arena.candidates[truth as usize].node)
                 && node < self.tree.len()
             {
+                accepted += 1;
                 stats.sources[usize::from(self.tree.sources[node])].accepted += 1;
                 let credits = self.credits.iter().filter(|credit| credit.0 == node as u32);
                 credits.for_each(|credit| live.credit(credit.1));
             }
         }
+        Some(Outcome { drafted, accepted })
+    }
+
+    /// Learns from one token, and returns the candidate for it.
+    fn follow(&self, token: Token, model: &mut Model, calibration: &mut Calibration) -> Option<u32> {
+        let expanded = &self.arena.candidates[self.followed? as usize];
+        // a draft of this budget does not expand its last node; a larger one that was cut did, and must not learn more
+        if i32::from(expanded.node) >= self.budget as i32 - 1 {
+            return None;
+        }
+        let expansion = self.arena.expansions.get(expanded.expansion as usize)?;
+        learn::learn(token, expansion, &self.arena, self.age, model, calibration)
     }
 
     pub fn memory_bytes(&self) -> usize {

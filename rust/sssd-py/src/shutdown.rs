@@ -14,9 +14,9 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 /// The thread that ends the interpreter, once it does.
-static ENDING: OnceLock<ThreadId> = OnceLock::new();
+static ENDS_IN: OnceLock<ThreadId> = OnceLock::new();
 /// Threads that the end waits for.
-static STAYS: AtomicUsize = AtomicUsize::new(0);
+static DEFERRALS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     /// Of this thread: calls to Python may come back.
@@ -29,52 +29,52 @@ const NAP: Duration = Duration::from_micros(50);
 
 /// While it lives, the interpreter does not end.
 #[must_use]
-pub struct Stay(());
+pub struct Deferred(());
 
 /// For calls to numpy and Python. Does not return if the interpreter is ending already.
-pub fn stay(py: Python<'_>) -> Stay {
+pub fn defer_shutdown(py: Python<'_>) -> Deferred {
     static WATCHED: PyOnceLock<()> = PyOnceLock::new();
     // without the hook the interpreter ends as it does without this crate
     let _ = WATCHED.get_or_try_init(py, || {
-        let hook = wrap_pyfunction!(before_end, py)?;
+        let hook = wrap_pyfunction!(before_shutdown, py)?;
         py.import("atexit")?.call_method1("register", (hook,)).map(drop)
     });
     let nested = NESTED.get();
     NESTED.set(nested + 1);
     if nested == 0 {
-        STAYS.fetch_add(1, Ordering::SeqCst);
+        DEFERRALS.fetch_add(1, Ordering::SeqCst);
     }
-    let stay = Stay(());
-    if nested == 0 && ENDING.get().is_some_and(|&ending| ending != thread::current().id()) {
-        drop(stay);
+    let deferred = Deferred(());
+    if nested == 0 && ENDS_IN.get().is_some_and(|&ends| ends != thread::current().id()) {
+        drop(deferred);
         loop {
             py.detach(thread::park);
         }
     }
-    stay
+    deferred
 }
 
-impl Drop for Stay {
+impl Drop for Deferred {
     fn drop(&mut self) {
         NESTED.set(NESTED.get() - 1);
         if NESTED.get() == 0 {
-            STAYS.fetch_sub(1, Ordering::SeqCst);
+            DEFERRALS.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
 
 #[pyfunction]
-fn before_end(py: Python<'_>) {
-    let _ = ENDING.set(thread::current().id());
+fn before_shutdown(py: Python<'_>) {
+    let _ = ENDS_IN.set(thread::current().id());
     py.detach(|| {
         let start = Instant::now();
-        while STAYS.load(Ordering::SeqCst) > 0 && start.elapsed() < PATIENCE {
+        while DEFERRALS.load(Ordering::SeqCst) > 0 && start.elapsed() < PATIENCE {
             thread::sleep(NAP);
         }
     });
 }
 
 /// In a forked child nobody else is left.
-pub fn alone() {
-    STAYS.store(0, Ordering::SeqCst);
+pub fn reset_in_child() {
+    DEFERRALS.store(0, Ordering::SeqCst);
 }

@@ -1,12 +1,14 @@
 //! `sssd.hardware.PassCosts`.
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
-use sssd_core::{CostError, Layout, PassCosts};
+use sssd_engine::{Allocation, CostError, Layout, PassCosts, Sizing};
 
-use crate::ending::stay;
 use crate::errors::error;
+use crate::shutdown::defer_shutdown;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;
 
@@ -21,7 +23,7 @@ use crate::tree::PyDraftTree;
 /// Raises:
 ///     InvalidArgumentError: the numbers are no such sizes or times.
 #[pyclass(frozen, name = "PassCosts", module = "sssd.hardware")]
-pub struct PyPassCosts(pub PassCosts);
+pub struct PyPassCosts(Arc<PassCosts>);
 
 #[pymethods]
 impl PyPassCosts {
@@ -32,7 +34,8 @@ impl PyPassCosts {
             integers(sizes, "sizes")?.into_iter().map(usize::try_from).collect();
         let sizes = sizes.map_err(|_| error(py, "InvalidArgumentError", "sizes must not be negative"))?;
         let layout = if packed { Layout::Packed } else { Layout::Padded };
-        PassCosts::new(sizes, seconds, layout).map(Self).map_err(|reason| invalid(py, &reason))
+        let costs = PassCosts::new(sizes, seconds, layout).map_err(|reason| invalid(py, &reason))?;
+        Ok(Self(Arc::new(costs)))
     }
 
     /// The number of nodes to verify of each tree; its first nodes are the ones to take.
@@ -53,9 +56,12 @@ impl PyPassCosts {
         trees: Vec<Option<PyRef<'_, PyDraftTree>>>,
         rate: f64,
     ) -> PyResult<Vec<usize>> {
-        let probs: Vec<&[f32]> =
-            trees.iter().map(|tree| tree.as_ref().map_or(&[][..], |tree| &tree.0.probs)).collect();
-        self.0.allocate(&probs, rate).map_err(|reason| invalid(py, &reason))
+        let sizing = Sizing::new(Arc::clone(&self.0), Some(rate), trees.len());
+        let mut allocation = Allocation::default();
+        for tree in &trees {
+            allocation.push(tree.as_ref().map_or(&[], |tree| &tree.0.probs));
+        }
+        Ok(sizing.map_err(|reason| invalid(py, &reason))?.allocate(&mut allocation).to_vec())
     }
 
     fn __repr__(&self) -> String {
@@ -63,29 +69,49 @@ impl PyPassCosts {
     }
 }
 
-pub fn invalid(py: Python<'_>, reason: &CostError) -> PyErr {
+fn invalid(py: Python<'_>, reason: &CostError) -> PyErr {
     error(py, "InvalidArgumentError", reason.to_string())
 }
 
-/// The costs of a pass: those given, or what a given `CostCurve` says of this batch.
+/// How trees are to be sized: by given costs, or by what a given `CostCurve` says of this batch.
 ///
 /// `context` is the mean length of the requests, `max_nodes` the most nodes of one of them.
-pub fn read_costs<'py>(
-    cost: &Bound<'py, PyAny>,
+pub fn read_sizing(
+    py: Python<'_>,
+    cost: Option<&Bound<'_, PyAny>>,
+    rate: Option<f64>,
     batch: usize,
     context: impl FnOnce() -> f64,
     max_nodes: usize,
-) -> PyResult<PyRef<'py, PyPassCosts>> {
-    if let Ok(costs) = cost.cast::<PyPassCosts>() {
-        return Ok(costs.borrow());
-    }
+) -> PyResult<Option<Sizing>> {
+    let Some(cost) = cost else {
+        return match rate {
+            Some(_) => Err(error(py, "InvalidArgumentError", "rate needs cost")),
+            None => Ok(None),
+        };
+    };
+    let costs = match cost.cast::<PyPassCosts>() {
+        Ok(costs) => costs.clone(),
+        Err(_) => read_curve(cost, batch, context(), max_nodes)?,
+    };
+    let sizing = Sizing::new(Arc::clone(&costs.get().0), rate, batch);
+    sizing.map(Some).map_err(|reason| invalid(py, &reason))
+}
+
+/// What a `CostCurve` says of a batch.
+fn read_curve<'py>(
+    cost: &Bound<'py, PyAny>,
+    batch: usize,
+    context: f64,
+    max_nodes: usize,
+) -> PyResult<Bound<'py, PyPassCosts>> {
     let py = cost.py();
-    let _stay = stay(py);
+    let _deferred = defer_shutdown(py);
     static CURVE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     if !cost.is_instance(CURVE.import(py, "sssd.hardware.curve", "CostCurve")?)? {
         let message = format!("cost must be PassCosts or a CostCurve, got {}", cost.get_type());
         return Err(error(py, "InvalidArgumentError", message));
     }
-    let costs = cost.call_method1("costs", (batch.max(1), context(), max_nodes + 1))?;
-    Ok(costs.cast_into::<PyPassCosts>()?.borrow())
+    let costs = cost.call_method1("costs", (batch.max(1), context, max_nodes + 1))?;
+    Ok(costs.cast_into::<PyPassCosts>()?)
 }

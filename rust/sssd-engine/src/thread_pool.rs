@@ -21,40 +21,40 @@ pub enum Job {
 }
 
 /// Started when first needed, and again in a forked child.
-pub struct Crew {
+pub struct ThreadPool {
     threads: usize,
-    hired: Mutex<Hired>,
+    helpers: Mutex<Helpers>,
 }
 
 #[derive(Default)]
-struct Hired {
+struct Helpers {
     generation: u32,
-    helpers: Vec<SyncSender<Job>>,
+    senders: Vec<SyncSender<Job>>,
     next: usize,
 }
 
-impl Hired {
+impl Helpers {
     /// Lets go of threads of a parent process. Their channels are not to be touched, not even to be dropped: the fork
     /// may have found a lock of theirs closed.
     fn leave_to_parent(&mut self) {
         let generation = gate::generation();
         if self.generation != generation {
-            std::mem::forget(std::mem::take(&mut self.helpers));
+            std::mem::forget(std::mem::take(&mut self.senders));
             self.generation = generation;
         }
     }
 }
 
-impl Drop for Hired {
+impl Drop for Helpers {
     fn drop(&mut self) {
         self.leave_to_parent();
     }
 }
 
-impl Crew {
+impl ThreadPool {
     /// `threads` in all, the caller's included.
     pub fn new(threads: usize) -> Self {
-        Self { threads, hired: Mutex::default() }
+        Self { threads, helpers: Mutex::default() }
     }
 
     pub fn threads(&self) -> usize {
@@ -65,8 +65,8 @@ impl Crew {
     pub fn help(&self, step: &Arc<Step>, helpers: usize) {
         let helpers = helpers.min(self.threads - 1);
         if helpers > 0 {
-            self.with(|hired| {
-                for helper in &hired.helpers[..helpers.min(hired.helpers.len())] {
+            self.with(|pool| {
+                for helper in &pool.senders[..helpers.min(pool.senders.len())] {
                     // a full queue is a busy thread
                     let _ = helper.try_send(Job::Help(Arc::clone(step)));
                 }
@@ -77,26 +77,26 @@ impl Crew {
     /// Has the prompt of a request indexed in the background; false if nobody can.
     pub fn fill(&self, request: &Arc<Request>) -> bool {
         self.threads > 1
-            && self.with(|hired| {
-                hired.next += 1;
-                let helpers = hired.helpers.len().max(1);
-                let helper = hired.helpers.get(hired.next % helpers);
+            && self.with(|helpers| {
+                helpers.next += 1;
+                let senders = helpers.senders.len().max(1);
+                let helper = helpers.senders.get(helpers.next % senders);
                 helper.is_some_and(|helper| helper.try_send(Job::Fill(Arc::clone(request))).is_ok())
             })
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Hired) -> T) -> T {
-        let mut hired = self.hired.lock().unwrap_or_else(PoisonError::into_inner);
-        hired.leave_to_parent();
-        if hired.helpers.is_empty() {
-            hired.helpers = (1..self.threads).map_while(hire).collect();
+    fn with<T>(&self, work: impl FnOnce(&mut Helpers) -> T) -> T {
+        let mut helpers = self.helpers.lock().unwrap_or_else(PoisonError::into_inner);
+        helpers.leave_to_parent();
+        if helpers.senders.is_empty() {
+            helpers.senders = (1..self.threads).map_while(start).collect();
         }
-        work(&mut hired)
+        work(&mut helpers)
     }
 }
 
-/// A thread that ends when the crew does; nothing if the system has none to spare.
-fn hire(number: usize) -> Option<SyncSender<Job>> {
+/// A thread that ends when the pool does; nothing if the system has none to spare.
+fn start(number: usize) -> Option<SyncSender<Job>> {
     let (sender, receiver) = sync_channel(QUEUE);
     let thread = thread::Builder::new().name(format!("sssd-{number}"));
     thread.spawn(move || work(&receiver)).ok().map(|_| sender)

@@ -389,6 +389,20 @@ def test_the_rule_changes_no_token(fast_path):
         assert torch.equal(hf.generate(model, prompt, fast_path=fast_path, **GREEDY), expected)
 
 
+def test_what_is_counted_as_drafted_was_verified():
+    """Though the drafter proposed more than the rule let pass."""
+    model = tiny_model("llama", "sdpa")
+    prompt = torch.tensor([[5, 9, 33, 12] * 8])
+    cost = CostCurve(
+        [1, 2], [1, 2, 64], [0, 1], np.repeat([[[1, 1.2, 4]]], 2, 0).reshape(2, 3, 1).repeat(2, 2)
+    )
+    drafter = sssd.Drafter(vocab_size=64)
+    result = hf.generate(model, prompt, drafter, cost=cost, return_dict_in_generate=True, **GREEDY)
+    counts = drafter.stats["sources"].values()
+    drafted, accepted = (sum(source[name] for source in counts) for name in ("drafted", "accepted"))
+    assert 0 < accepted <= drafted <= result.drafted
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_do_not_depend_on_the_number_of_rows(dtype):
     """Reordered weights give a row the same sums in any company, but for the row that is alone in float32."""

@@ -183,6 +183,9 @@ class Decoder:
         options = {"min_prob": budget.min_prob} if self.feeds_back else {}
         trees = [self._draft(row, limit, **options) for row, limit in zip(self.active, limits, strict=True)]
         counts = budget.allocate(trees, context, states)
+        if self.feeds_back:
+            for row, count in zip(self.active, counts, strict=True):
+                row.sequence.cut_draft(count)
         return [
             tree.first(count) if tree is not None and count else None
             for tree, count in zip(trees, counts, strict=True)

@@ -1,8 +1,11 @@
 """What holds for the package and the repository as a whole."""
 
 import argparse
+import ast
 import hashlib
 import importlib
+import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -45,6 +48,31 @@ def test_package_is_typed_and_versioned():
     assert metadata.version("sssd") == sssd.__version__
     assert metadata.metadata("sssd")["License-Expression"] == "Apache-2.0"
     assert [r for r in metadata.requires("sssd") or [] if "extra" not in r] == ["numpy>=1.26"]
+
+
+def test_the_stub_has_the_docstrings_of_the_extension():
+    spec = importlib.util.spec_from_file_location("stubs", ROOT / ".ci/stubs.py")
+    stubs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stubs)
+    shown = {
+        name: ast.get_docstring(node)
+        for name, node in stubs.definitions(ast.parse(stubs.STUB.read_text())).items()
+    }
+    said = {name: stubs.documentation(_core, name) for name in shown}
+    assert shown == said, "run `make stubs`"
+    bare = {name for name, text in said.items() if not text and not name.rpartition(".")[2].startswith("__")}
+    assert not bare, "document these in rust/sssd-py, then run `make stubs`"
+    assert len(shown) > 100
+
+
+def test_the_stub_shows_real_defaults():
+    """stubtest compares them, where neither side says `...`."""
+    assert not re.search(r"= \.\.\.", (ROOT / "python/sssd/_core.pyi").read_text())
+    for kind in (value for value in vars(_core).values() if isinstance(value, type)):
+        for member in [kind, *vars(kind).values()]:
+            signature = getattr(member, "__text_signature__", None)
+            assert "=..." not in (signature or ""), member
+    assert inspect.signature(sssd.Drafter).parameters["live_bytes"].default == 64 << 20
 
 
 def test_tests_run_on_a_release_build():

@@ -62,8 +62,8 @@ pub struct PyDrafter {
 impl PyDrafter {
     #[new]
     #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap",
-                        live_bytes=64 << 20, soft_bytes=16 << 20, max_bytes=None, max_sequence_bytes=None,
-                        threads=None, namespace_ttl=None))]
+                        live_bytes=67_108_864, soft_bytes=16_777_216, max_bytes=None,
+                        max_sequence_bytes=None, threads=None, namespace_ttl=None))]
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         py: Python<'_>,

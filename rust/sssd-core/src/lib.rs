@@ -15,7 +15,7 @@ mod sync;
 mod tree;
 
 pub use index::Lookahead;
-pub use memory::{Charge, MemoryFull, MemoryPool};
+pub use memory::{MemoryFull, MemoryPool, Reservation};
 pub use namespace::{Knowledge, Namespace};
 pub use predictor::inputs::Limits;
 pub use predictor::weights::{Model, WeightsError};

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::memory::{Charge, MemoryFull};
+use crate::memory::{MemoryFull, Reservation};
 use crate::predictor::arena::Scratch;
 use crate::predictor::weights::Model;
 use crate::sources::feedback::SoftTable;
@@ -24,25 +24,25 @@ pub(crate) struct Shared {
     /// For those who draft at the same time.
     pub scratch: Mutex<Vec<Scratch>>,
     /// Pays for the knowledge.
-    _charge: Charge,
+    _reservation: Reservation,
 }
 
 impl Namespace {
-    /// A namespace that drafts nothing after an end token. `charge` pays for the knowledge.
+    /// A namespace that drafts nothing after an end token. `reservation` pays for the knowledge.
     pub fn new(
         end_tokens: Vec<Token>,
         store: Option<Arc<dyn Corpus>>,
         knowledge: Knowledge,
-        mut charge: Charge,
+        mut reservation: Reservation,
     ) -> Result<Self, MemoryFull> {
-        charge.resize(knowledge.most_bytes())?;
+        reservation.try_resize(knowledge.most_bytes())?;
         Ok(Self {
             shared: Arc::new(Shared {
                 end_tokens,
                 store,
                 knowledge,
                 scratch: Mutex::default(),
-                _charge: charge,
+                _reservation: reservation,
             }),
         })
     }

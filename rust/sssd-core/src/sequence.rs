@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::index::{Index, Lookahead, grown};
-use crate::memory::{Charge, MemoryFull};
+use crate::memory::{MemoryFull, Reservation};
 use crate::namespace::{Namespace, Shared, lock};
 use crate::predictor::Predictor;
 use crate::predictor::correct::Calibration;
@@ -40,7 +40,7 @@ pub struct Sequence {
     committed: usize,
     /// The sequence will not become longer than this.
     max_length: usize,
-    charge: Charge,
+    reservation: Reservation,
     drafts: u64,
 }
 
@@ -50,14 +50,14 @@ impl Sequence {
         namespace: &Namespace,
         prompt: &[Token],
         prediction: &[Token],
-        charge: Charge,
+        reservation: Reservation,
     ) -> Result<Self, MemoryFull> {
-        let mut sequence = Self::new(Arc::clone(&namespace.shared), prediction, charge)?;
+        let mut sequence = Self::new(Arc::clone(&namespace.shared), prediction, reservation)?;
         sequence.prefill(prompt)?;
         Ok(sequence)
     }
 
-    fn new(shared: Arc<Shared>, prediction: &[Token], charge: Charge) -> Result<Self, MemoryFull> {
+    fn new(shared: Arc<Shared>, prediction: &[Token], reservation: Reservation) -> Result<Self, MemoryFull> {
         let base = shared.knowledge.model();
         let mut sequence = Self {
             shared,
@@ -73,10 +73,10 @@ impl Sequence {
             stats: Stats::default(),
             committed: 0,
             max_length: usize::MAX,
-            charge,
+            reservation,
             drafts: 0,
         };
-        sequence.settle()?;
+        sequence.reserve()?;
         sequence.prefill(prediction)?;
         sequence.predicted = prediction.len();
         Ok(sequence)
@@ -84,7 +84,7 @@ impl Sequence {
 
     /// It has begun: from now on its memory comes first.
     pub fn admit(&mut self) {
-        self.charge.admit();
+        self.reservation.admit();
     }
 
     /// Limits the number of tokens: nothing is drafted that would go beyond.
@@ -117,16 +117,16 @@ impl Sequence {
         mut push: impl FnMut(&mut Self, usize, Token),
     ) -> Result<(), MemoryFull> {
         let before = self.tokens().len();
-        self.index.settle(&mut self.charge);
+        self.index.reclaim(&mut self.reservation);
         if tokens.is_empty() {
             // taking the base back may have changed what is held
-            return self.settle();
+            return self.reserve();
         }
         for (chunk, tokens) in tokens.chunks(CHUNK).enumerate() {
             let past = grown(self.past.capacity(), self.past.len(), tokens.len());
             let bytes =
                 self.index.bytes_with(tokens.len()) + past * size_of::<Aligned>() + self.other_bytes();
-            if let Err(full) = self.charge.resize(bytes) {
+            if let Err(full) = self.reservation.try_resize(bytes) {
                 self.forget(before);
                 return Err(full);
             }
@@ -143,9 +143,9 @@ impl Sequence {
     /// learned. The outcome of the last draft is not awaited any more.
     pub fn truncate(&mut self, len: usize) -> Result<(), MemoryFull> {
         let cut = self.tokens().len().saturating_sub(len);
-        self.index.settle(&mut self.charge);
+        self.index.reclaim(&mut self.reservation);
         let past = self.past.capacity() * size_of::<Aligned>();
-        self.charge.resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
+        self.reservation.try_resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
         self.predictor.forget();
         self.forget(len);
         Ok(())
@@ -160,19 +160,19 @@ impl Sequence {
         self.index.truncate(self.predicted + len);
         self.committed = self.committed.min(len);
         // less than what was charged for the way
-        let _ = self.settle();
+        let _ = self.reserve();
     }
 
     /// Another sequence with the same tokens and weights, which goes its own way. It shares this one's index; the
     /// time is proportional to what has changed since the last fork, and four bytes per token are copied. The
     /// outcome of the last draft is awaited by this sequence alone.
     pub fn fork(&mut self) -> Result<Self, MemoryFull> {
-        let mut charge = self.charge.sibling();
+        let mut reservation = self.reservation.new_empty();
         let past = self.past.len() * size_of::<Aligned>();
-        charge.resize(self.index.fork_bytes() + past + self.other_bytes())?;
+        reservation.try_resize(self.index.fork_bytes() + past + self.other_bytes())?;
         let mut fork = Self {
             shared: Arc::clone(&self.shared),
-            index: self.index.fork(&mut self.charge)?,
+            index: self.index.fork(&mut self.reservation)?,
             predicted: self.predicted,
             aligned: self.aligned.clone(),
             past: self.past.clone(),
@@ -185,12 +185,12 @@ impl Sequence {
             stats: Stats::default(),
             committed: self.committed,
             max_length: self.max_length,
-            charge,
+            reservation,
             drafts: 0,
         };
-        fork.settle()?;
+        fork.reserve()?;
         fork.admit();
-        self.settle()?;
+        self.reserve()?;
         Ok(fork)
     }
 
@@ -304,11 +304,11 @@ impl Sequence {
     pub fn end_draft(&mut self, nodes: usize) -> &DraftTree {
         self.cut_draft(nodes);
         // what does not fit into memory is given back at once, and the draft is not learned from
-        if self.settle().is_err() {
+        if self.reserve().is_err() {
             self.predictor.shrink();
-            if self.settle().is_err() {
+            if self.reserve().is_err() {
                 self.predictor = Predictor::default();
-                let _ = self.settle();
+                let _ = self.reserve();
             }
         }
         self.predictor.tree()
@@ -374,8 +374,8 @@ impl Sequence {
     }
 
     /// Charges what is held alone.
-    fn settle(&mut self) -> Result<(), MemoryFull> {
-        self.charge.resize(self.own_bytes())
+    fn reserve(&mut self) -> Result<(), MemoryFull> {
+        self.reservation.try_resize(self.own_bytes())
     }
 
     fn own_bytes(&self) -> usize {
@@ -385,15 +385,15 @@ impl Sequence {
 
     /// Bytes charged to the sequence alone.
     pub fn charged_bytes(&self) -> usize {
-        self.charge.bytes()
+        self.reservation.bytes()
     }
 
     /// Compares what is held with what it should be, in time proportional to the square of the length or more.
     pub fn check(&self) -> Result<(), String> {
         self.index.check()?;
         let bytes = self.own_bytes();
-        if self.charge.bytes() != bytes {
-            return Err(format!("{} bytes are charged for {bytes}", self.charge.bytes()));
+        if self.reservation.bytes() != bytes {
+            return Err(format!("{} bytes are charged for {bytes}", self.reservation.bytes()));
         }
         if self.committed > self.tokens().len() || self.past.len() > self.tokens().len() {
             return Err("more tokens are committed or followed than there are".into());
@@ -441,11 +441,11 @@ mod tests {
     fn namespace() -> Namespace {
         let pool = Arc::new(MemoryPool::new(usize::MAX));
         let knowledge = Knowledge::new(Model::default(), 0, 0);
-        Namespace::new(vec![7], None, knowledge, Charge::new(&pool, usize::MAX)).unwrap()
+        Namespace::new(vec![7], None, knowledge, Reservation::new(&pool, usize::MAX)).unwrap()
     }
 
     fn begin(namespace: &Namespace, pool: &Arc<MemoryPool>, prompt: &[Token]) -> Sequence {
-        Sequence::begin(namespace, prompt, &[], Charge::new(pool, usize::MAX)).unwrap()
+        Sequence::begin(namespace, prompt, &[], Reservation::new(pool, usize::MAX)).unwrap()
     }
 
     proptest! {
@@ -499,9 +499,9 @@ mod tests {
             let [mut one, mut two] = [(); 2].map(|()| {
                 let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
                 let knowledge = Knowledge::new(Model::default(), if live { 1 << 16 } else { 0 }, 1 << 16);
-                let namespace = Namespace::new(vec![7], store, knowledge, Charge::new(&pool, usize::MAX)).unwrap();
-                Sequence::begin(&namespace, &tokens, &[], Charge::new(&pool, usize::MAX)).unwrap().finish();
-                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Charge::new(&pool, usize::MAX)).unwrap()
+                let namespace = Namespace::new(vec![7], store, knowledge, Reservation::new(&pool, usize::MAX)).unwrap();
+                Sequence::begin(&namespace, &tokens, &[], Reservation::new(&pool, usize::MAX)).unwrap().finish();
+                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Reservation::new(&pool, usize::MAX)).unwrap()
             });
             for output in output.chunks(4) {
                 one.start_draft(Limits::nodes(most), most);
@@ -534,10 +534,10 @@ mod tests {
         let (namespace, tokens) =
             (namespace(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());
         let pool = Arc::new(MemoryPool::new(400_000));
-        let charge = || Charge::new(&pool, usize::MAX);
-        assert!(Sequence::begin(&namespace, &vec![3; 100_000], &[], charge()).is_err());
+        let reservation = || Reservation::new(&pool, usize::MAX);
+        assert!(Sequence::begin(&namespace, &vec![3; 100_000], &[], reservation()).is_err());
         assert_eq!(pool.used(), 0);
-        let mut sequence = Sequence::begin(&namespace, &tokens[..1000], &[], charge()).unwrap();
+        let mut sequence = Sequence::begin(&namespace, &tokens[..1000], &[], reservation()).unwrap();
         let mut forks = Vec::new();
         while let Ok(fork) = sequence.fork() {
             forks.push(fork);

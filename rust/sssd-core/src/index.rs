@@ -321,8 +321,8 @@ impl Index {
         if length < 4 && length <= at {
             return length;
         }
-        let ending = self.tokens[..=position as usize].iter().rev();
-        ending.zip(context).take_while(|(token, expected)| token == expected).count()
+        let newest = self.tokens[..=position as usize].iter().rev();
+        newest.zip(context).take_while(|(token, expected)| token == expected).count()
     }
 
     /// Compares everything with an index made anew.

@@ -10,7 +10,7 @@ use crate::predictor::correct::Calibration;
 use crate::predictor::inputs::{Inputs, Limits};
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
-use crate::sources::feedback::{Recent, SOFT_ORDERS, TopK};
+use crate::sources::feedback::{FEEDBACK_ORDERS, Recent, TopK};
 use crate::stats::{Outcome, Stats};
 use crate::{DraftTree, MAX_TOKEN, Token};
 
@@ -194,11 +194,11 @@ impl Sequence {
         Ok(fork)
     }
 
-    /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `soft`
+    /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `top`
     /// is the distribution that token `i` came from. After an error nothing has been appended. Returns what the
     /// tokens have told of the draft, if its outcome was awaited.
-    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) -> Result<Option<Outcome>, MemoryFull> {
-        self.append(tokens, |sequence, row, token| sequence.push(row, token, soft))?;
+    pub fn extend(&mut self, tokens: &[Token], top: Option<TopK>) -> Result<Option<Outcome>, MemoryFull> {
+        self.append(tokens, |sequence, row, token| sequence.push(row, token, top))?;
         let mut outcome = None;
         if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
@@ -231,18 +231,18 @@ impl Sequence {
         self.index.advance(lookahead)
     }
 
-    fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {
-        let table = &self.shared.knowledge.soft;
-        if let Some(soft) = soft {
-            let best = soft.best(row);
+    fn push(&mut self, row: usize, token: Token, top: Option<TopK>) {
+        let table = &self.shared.knowledge.feedback;
+        if let Some(top) = top {
+            let best = top.best(row);
             table.insert(self.newest_first(), &best);
             self.recent.update(best.tokens().iter().copied(), token);
         } else if !table.is_empty() {
             // what `feedback` has just told
-            let mut found = [None; SOFT_ORDERS.len()];
+            let mut found = [None; FEEDBACK_ORDERS.len()];
             table.find(self.newest_first(), &mut found);
-            if let Some(soft) = found[SOFT_ORDERS.len() - 1] {
-                self.recent.update(soft.tokens(), token);
+            if let Some(known) = found[FEEDBACK_ORDERS.len() - 1] {
+                self.recent.update(known.tokens(), token);
             }
         }
         self.past.push(self.aligned.clone());
@@ -252,15 +252,15 @@ impl Sequence {
 
     /// Remembers the target's distributions after the root (row 0) and after each node of a tree that continues
     /// the sequence, whether the node was accepted or not.
-    pub fn feedback(&mut self, tree: &DraftTree, soft: TopK) {
-        for row in 0..soft.rows() {
+    pub fn feedback(&mut self, tree: &DraftTree, top: TopK) {
+        for row in 0..top.rows() {
             let mut node = row as i32 - 1;
             let path = std::iter::from_fn(|| {
                 let at = usize::try_from(node).ok()?;
                 node = tree.parents[at];
                 Some(tree.token_ids[at])
             });
-            self.shared.knowledge.soft.insert(path.chain(self.newest_first()), &soft.best(row));
+            self.shared.knowledge.feedback.insert(path.chain(self.newest_first()), &top.best(row));
         }
     }
 
@@ -324,7 +324,7 @@ impl Sequence {
             aligned: &self.aligned,
             store: self.shared.store.as_deref(),
             live: &knowledge.live,
-            soft: &knowledge.soft,
+            feedback: &knowledge.feedback,
             recent: &self.recent,
             model: &self.model,
             calibration: &self.calibration,
@@ -513,14 +513,14 @@ mod tests {
                 } else {
                     one.end_draft(cut);
                 }
-                // all there is: nothing was left unexpanded for want of budget
+                // all there is: nothing was left unexpanded for want of nodes
                 let size = if grown < most && cut >= grown { 80 } else { cut };
                 prop_assert_eq!(one.tree(), two.draft(Limits::nodes(size)));
                 let ids: Vec<_> = output.iter().flat_map(|&token| (0..8).map(move |n| (token + n * n) % 6)).collect();
                 let probs: Vec<_> = output.iter().flat_map(|_| [0.5, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01]).collect();
-                let soft = feedback.then_some(TopK { k: 8, ids: &ids, probs: &probs });
-                let outcome = one.extend(output, soft).unwrap();
-                prop_assert_eq!(outcome, two.extend(output, soft).unwrap());
+                let top = feedback.then_some(TopK { k: 8, ids: &ids, probs: &probs });
+                let outcome = one.extend(output, top).unwrap();
+                prop_assert_eq!(outcome, two.extend(output, top).unwrap());
                 prop_assert!(one.model() == two.model());
                 if let Some(Outcome { drafted, accepted }) = outcome {
                     prop_assert!(drafted.is_some_and(|nodes| accepted <= nodes && nodes <= cut));

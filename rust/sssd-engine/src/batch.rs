@@ -217,12 +217,12 @@ impl Work {
     fn try_serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
         if let Some(tokens) = self.news(item) {
             let rows = self.offsets[item] * self.k..self.offsets[item + 1] * self.k;
-            let soft = (self.k > 0).then(|| TopK {
+            let top = (self.k > 0).then(|| TopK {
                 k: self.k,
                 ids: &self.top_ids[rows.clone()],
                 probs: &self.top_probs[rows],
             });
-            slot.outcome = request.with(|sequence| sequence.extend(tokens, soft))??;
+            slot.outcome = request.with(|sequence| sequence.extend(tokens, top))??;
         }
         if self.draft {
             let limits = self.plans[item].limits;

@@ -162,7 +162,7 @@ impl Engine {
             name,
             weights: namespace.model().to_bytes(),
             documents: namespace.documents(),
-            soft: namespace.soft_entries(),
+            feedback: namespace.feedback_entries(),
         };
         held.into_iter().map(state).collect()
     }
@@ -173,7 +173,7 @@ impl Engine {
         let Ok(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
         self.remove_namespace(&state.name);
         let namespace = self.namespace(&state.name)?;
-        namespace.restore(model, &state.documents, &state.soft, limit);
+        namespace.restore(model, &state.documents, &state.feedback, limit);
         Ok(true)
     }
 
@@ -295,13 +295,8 @@ impl Engine {
     }
 
     /// Appends tokens to one request.
-    pub fn extend(
-        &self,
-        request: &Request,
-        tokens: &[Token],
-        soft: Option<TopK>,
-    ) -> Result<(), RequestError> {
-        let outcome = self.noted(request.with(|sequence| sequence.extend(tokens, soft)))??;
+    pub fn extend(&self, request: &Request, tokens: &[Token], top: Option<TopK>) -> Result<(), RequestError> {
+        let outcome = self.noted(request.with(|sequence| sequence.extend(tokens, top)))??;
         Metrics::count(&self.metrics.tokens, tokens.len() as u64);
         self.metrics.outcomes(outcome);
         Ok(())

@@ -36,7 +36,7 @@ struct Helpers {
 impl Helpers {
     /// Lets go of threads of a parent process. Their channels are not to be touched, not even to be dropped: the fork
     /// may have found a lock of theirs closed.
-    fn leave_to_parent(&mut self) {
+    fn disown(&mut self) {
         let generation = gate::generation();
         if self.generation != generation {
             std::mem::forget(std::mem::take(&mut self.senders));
@@ -47,7 +47,7 @@ impl Helpers {
 
 impl Drop for Helpers {
     fn drop(&mut self) {
-        self.leave_to_parent();
+        self.disown();
     }
 }
 
@@ -87,7 +87,7 @@ impl ThreadPool {
 
     fn with<T>(&self, work: impl FnOnce(&mut Helpers) -> T) -> T {
         let mut helpers = self.helpers.lock().unwrap_or_else(PoisonError::into_inner);
-        helpers.leave_to_parent();
+        helpers.disown();
         if helpers.senders.is_empty() {
             helpers.senders = (1..self.threads).map_while(start).collect();
         }

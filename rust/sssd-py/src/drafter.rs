@@ -355,10 +355,10 @@ impl PySequence {
     ) -> PyResult<()> {
         let tokens = history(token_ids, self.vocab_size)?;
         let top = top(topk_ids, topk_probs, tokens.len(), self.vocab_size)?;
-        let soft = top.as_ref().map(|top| top.view());
+        let top = top.as_ref().map(|top| top.view());
         let py = token_ids.py();
         let detach = tokens.len() > DETACH_TOKENS || self.request.is_busy();
-        let done = call(py, detach, || self.engine.extend(&self.request, &tokens, soft))?;
+        let done = call(py, detach, || self.engine.extend(&self.request, &tokens, top))?;
         done.map_err(|failure| request_error(py, &failure))
     }
 

@@ -148,10 +148,10 @@ impl PyDrafter {
         }
         let drafter = py.get_type::<Self>().call((), Some(&options))?.cast_into::<Self>()?;
         let (engine, limit) = (&drafter.get().engine, drafter.get().vocab_size.unwrap_or(MAX_TOKEN + 1));
-        let same_soft = engine.options().soft_bytes as u64 == state.soft_bytes;
+        let same_feedback = engine.options().soft_bytes as u64 == state.soft_bytes;
         for mut namespace in state.namespaces {
-            if !same_soft {
-                namespace.soft.clear();
+            if !same_feedback {
+                namespace.feedback.clear();
             }
             let restored = call(py, true, || engine.restore(&namespace, limit))?;
             if !restored.map_err(|full| memory_full(py, &full))? {

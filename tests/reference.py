@@ -170,7 +170,9 @@ class Knowledge:
                 self.feedback[key] = kept, min(self.feedback.get(key, (kept, 0))[1] + 1, 255)
 
     def find(self, context: list[int]) -> list[Any]:
-        return [self.feedback.get(tuple(context[-n:])) if len(context) >= n else None for n in FEEDBACK_ORDERS]
+        return [
+            self.feedback.get(tuple(context[-n:])) if len(context) >= n else None for n in FEEDBACK_ORDERS
+        ]
 
 
 def best(ids: Any, probs: Any) -> list[tuple[int, float]]:
@@ -389,7 +391,9 @@ class Request:
         found.reverse()
         if self.recent:
             total = sum(prob for _, prob in self.recent)
-            found.append((0, feedback_cell(0, min(int(total * 16), 255), self.recent[0][1] / total), self.recent))
+            found.append(
+                (0, feedback_cell(0, min(int(total * 16), 255), self.recent[0][1] / total), self.recent)
+            )
         rest = 1.0
         for klass, cell, tokens in found:
             escape = self.weights.escapes[cell][0] / 65536

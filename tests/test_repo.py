@@ -147,39 +147,3 @@ def test_the_weights_that_ship_are_those_that_their_provenance_names():
     weights = (folder / "weights.bin").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == provenance["sha256"]
     assert sssd.Drafter().state_dict() == {"weights.v2": weights}
-
-
-def test_no_files_of_the_core_need_each_other_in_a_circle():
-    source = ROOT / "rust/sssd-core/src"
-    files = {}
-    for path in source.rglob("*.rs"):
-        parts = path.relative_to(source).with_suffix("").parts
-        files["::".join(part for part in parts if part not in ("lib", "mod"))] = path
-
-    exports = re.findall(r"^pub use ((?:\w+::)+)(?:\{([^;]*)\}|(\w+))", files[""].read_text(), re.MULTILINE)
-    exported = {
-        item.strip(): start[:-2] for start, group, one in exports for item in (group or one).split(",")
-    }
-
-    def home(item):
-        """The file that has an item, by its path in the crate."""
-        item = exported.get(item, item)
-        while item and item not in files:
-            item = item.rpartition("::")[0]
-        return item
-
-    needs = {}
-    for name, path in files.items():
-        code = path.read_text().partition("#[cfg(test)]")[0]
-        found = set()
-        for start, group, single in re.findall(
-            r"^use ((?:\w+::)*)(?:\{([^;]*)\}|(\w+));", code, re.MULTILINE
-        ):
-            inside = start.removeprefix("crate::") if start.startswith("crate::") else f"{name}::{start}"
-            found |= {home(inside + item.strip()) for item in (group or single).split(",")}
-        needs[name] = found - {name, ""}
-    assert needs["predictor::mix"] == {"predictor::arena", "predictor::weights", "sources"}
-    while free := [name for name, others in needs.items() if not others & needs.keys()]:
-        for name in free:
-            del needs[name]
-    assert not needs

@@ -154,7 +154,7 @@ def names_of(path):
     if path.suffix != ".rs":
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         return {token.string for token in tokens if token.type == tokenize.NAME}
-    return set(re.findall(r"[A-Za-z_]\w*", re.sub(r"//.*|\"(?:\\.|[^\"\\])*\"", "", text)))
+    return set(re.findall(r"[A-Za-z_]\w*", re.sub(r"//.*|'\"'|\"(?:\\[\s\S]|[^\"\\])*\"", "", text)))
 
 
 def words(name):

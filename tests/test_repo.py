@@ -66,12 +66,8 @@ def test_the_stub_has_the_docstrings_of_the_extension():
 
 
 def test_the_stub_shows_real_defaults():
-    """stubtest compares them, where neither side says `...`."""
+    """stubtest compares those that both sides name."""
     assert not re.search(r"= \.\.\.", (ROOT / "python/sssd/_core.pyi").read_text())
-    for kind in (value for value in vars(_core).values() if isinstance(value, type)):
-        for member in [kind, *vars(kind).values()]:
-            signature = getattr(member, "__text_signature__", None)
-            assert "=..." not in (signature or ""), member
     assert inspect.signature(sssd.Drafter).parameters["live_bytes"].default == 64 << 20
 
 

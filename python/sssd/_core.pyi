@@ -141,16 +141,19 @@ class Drafter:
 
         Args:
             sequences: n sequences of this drafter, none twice.
-            max_nodes: the most nodes of each tree, 0 to 1024: one number or integers [n]. 0 turns a sequence off.
+            max_nodes: the most nodes of each tree, 0 to 1024: one number or integers [n]. 0 turns a sequence off. By
+                default 32, or what the ``rule`` says.
             total_nodes: the most nodes of all trees together. They go to the most probable nodes, whichever sequences
                 these belong to. Without it every tree gets what ``Sequence.draft`` gives it.
             min_nodes: nodes that a tree gets before others are considered, if it can have so many; one number or [n].
             max_depth: no node is deeper; one number or [n]. ``max_length`` of a sequence holds as well.
-            min_prob: least probability of a node.
+            min_prob: least probability of a node. A ``rule`` has its own.
             cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then all trees together are as large as pays, as
                 ``PassCosts.allocate`` has it, with at most ``max_nodes`` each; not together with ``total_nodes``. A
                 curve is read at this number of sequences and their mean length.
             rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
+            rule: a ``SizingRule`` in place of the two: it says how much to draft for each sequence, shares the pass out,
+                and learns from both.
             out: where to put the trees; by default a new ``DraftBatch``.
 
         Returns:
@@ -178,9 +181,18 @@ class Drafter:
         topk_probs: ArrayLike | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
-        """One engine step in one call: ``extend_batch``, then ``draft_batch``, for each sequence in one go.
+        """One engine step in one call: the target's probabilities after the last drafts, ``extend_batch``, then
+        ``draft_batch``, for each sequence in one go.
 
-        Args, Returns, Raises:
+        Args:
+            feedback_ids: the target's k most probable tokens after every node of the last drafts, verified and accepted or
+                not, integers [n, rows, k]: row 0 of a sequence after its last token (the root), row i + 1 after node i of
+                its last draft; further rows are not looked at. As ``Sequence.feedback``; ``topk_ids`` are not needed then.
+            feedback_probs: their probabilities, floats [n, rows, k].
+
+            The others are those of the two.
+
+        Returns, Raises:
             As the two.
         """
     @property
@@ -403,16 +415,17 @@ class Sequence:
         """Drafts continuations of the sequence.
 
         Args:
-            max_nodes: the node budget, 0 to 1024. The tree has fewer nodes if fewer are worth drafting.
-            min_prob: least probability of a node, 0 to 1.
+            max_nodes: the most nodes, 0 to 1024. The tree has fewer if fewer are worth drafting.
+            min_prob: least probability of a node, 0 to 1. A ``rule`` has its own.
             max_depth: no node is deeper; the longest path that is of use.
             cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then the tree is as large as pays, as
                 ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
             rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
+            rule: a ``SizingRule`` in place of the two, which learns them.
 
         Raises:
             InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
-                neither, or there is a ``rate`` without it.
+                neither, there is a ``rate`` without it, or a ``rule`` as well.
             ClosedError: the sequence is closed.
         """
     def cut_draft(self, nodes: int) -> None:
@@ -653,7 +666,7 @@ class PassCosts:
 
         Args:
             trees: the draft of each row, None for none.
-            rate: what a second is worth, in tokens; see ``Budget``.
+            rate: what a second is worth, in tokens; see ``SizingRule``.
 
         Raises:
             InvalidArgumentError: ``rate`` is negative or not finite.

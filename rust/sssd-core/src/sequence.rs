@@ -42,6 +42,8 @@ pub struct Sequence {
     max_length: usize,
     reservation: Reservation,
     drafts: u64,
+    /// Tokens that there were at the last draft.
+    drafted_at: usize,
 }
 
 impl Sequence {
@@ -75,6 +77,7 @@ impl Sequence {
             max_length: usize::MAX,
             reservation,
             drafts: 0,
+            drafted_at: 0,
         };
         sequence.reserve()?;
         sequence.prefill(prediction)?;
@@ -101,7 +104,7 @@ impl Sequence {
     /// been appended.
     pub fn prefill(&mut self, tokens: &[Token]) -> Result<(), MemoryFull> {
         let output = !self.past.is_empty();
-        self.predictor.forget();
+        self.forget_draft();
         self.append(tokens, |sequence, _, token| {
             if output {
                 sequence.past.push(sequence.aligned.clone());
@@ -146,9 +149,15 @@ impl Sequence {
         self.index.reclaim(&mut self.reservation);
         let past = self.past.capacity() * size_of::<Aligned>();
         self.reservation.try_resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
-        self.predictor.forget();
+        self.forget_draft();
         self.forget(len);
         Ok(())
+    }
+
+    /// The last draft is of no place that will be again.
+    fn forget_draft(&mut self) {
+        self.predictor.forget();
+        self.drafted_at = usize::MAX;
     }
 
     fn forget(&mut self, len: usize) {
@@ -187,6 +196,7 @@ impl Sequence {
             max_length: self.max_length,
             reservation,
             drafts: 0,
+            drafted_at: 0,
         };
         fork.reserve()?;
         fork.admit();
@@ -252,7 +262,7 @@ impl Sequence {
 
     /// Remembers the target's distributions after the root (row 0) and after each node of a tree that continues
     /// the sequence, whether the node was accepted or not.
-    pub fn feedback(&mut self, tree: &DraftTree, top: TopK) {
+    pub fn feedback(&self, tree: &DraftTree, top: TopK) {
         for row in 0..top.rows() {
             let mut node = row as i32 - 1;
             let path = std::iter::from_fn(|| {
@@ -262,6 +272,15 @@ impl Sequence {
             });
             self.shared.knowledge.feedback.insert(path.chain(self.newest_first()), &top.best(row));
         }
+    }
+
+    /// The same for the last draft, or for the root alone if that draft is not of this place; what is left of `top` is
+    /// not looked at.
+    pub fn feedback_to_draft(&self, top: TopK) {
+        let root = DraftTree::default();
+        let tree = if self.drafted_at == self.tokens().len() { self.predictor.tree() } else { &root };
+        let most = top.ids.len().min(top.k * (1 + tree.len()));
+        self.feedback(tree, TopK { k: top.k, ids: &top.ids[..most], probs: &top.probs[..most] });
     }
 
     fn newest_first(&self) -> impl Iterator<Item = Token> + '_ {
@@ -277,6 +296,7 @@ impl Sequence {
     /// Drafts at most `nodes` of the nodes that `limits` allow, and returns the draft's number.
     pub fn start_draft(&mut self, limits: Limits, nodes: usize) -> u64 {
         self.drafts += 1;
+        self.drafted_at = self.tokens().len();
         self.calibration.start(self.model.ages(self.past.len()));
         let mut scratch = lock(&self.shared.scratch).pop().unwrap_or_default();
         self.with_inputs(limits, |predictor, inputs| predictor.draft(nodes, inputs, &mut scratch));

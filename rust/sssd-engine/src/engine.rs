@@ -12,7 +12,7 @@ use sssd_core::{
 use crate::batch::Step;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
-use crate::sizing::Sizing;
+use crate::sizing::{Allocation, Sizing};
 use crate::state::NamespaceState;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::thread_pool::ThreadPool;
@@ -306,15 +306,24 @@ impl Engine {
     pub fn draft(
         &self,
         request: &Request,
-        limits: Limits,
+        mut limits: Limits,
         sizing: Option<&Sizing>,
     ) -> Result<DraftTree, RequestError> {
         let start = Instant::now();
+        let mut pace = *request.pace();
+        if let Some(sizing) = sizing {
+            sizing.begin_step(std::iter::once((&mut limits, &mut pace)));
+        }
         let drafted = request.with_ready(|sequence| {
             sequence.start_draft(limits, limits.max_nodes);
-            let nodes = sizing.map_or(limits.max_nodes, |sizing| sizing.nodes(&sequence.tree().probs));
+            let Some(sizing) = sizing else { return sequence.end_draft(limits.max_nodes).clone() };
+            let mut trees = Allocation::default();
+            trees.push(&sequence.tree().probs);
+            let drafted = if limits.max_nodes > 0 { std::slice::from_mut(&mut pace) } else { &mut [] };
+            let nodes = sizing.allocate(sequence.tokens().len() as f64, &mut trees, drafted)[0];
             sequence.end_draft(nodes).clone()
         });
+        *request.pace() = pace;
         let tree = self.noted(drafted)?.unwrap_or_default();
         Metrics::time(&self.metrics.draft_ns, start.elapsed());
         Ok(tree)

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use sssd_core::{MemoryFull, Reservation, Sequence, Token};
 
+use crate::sizing::Pace;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +31,8 @@ pub struct Request {
     state: Mutex<State>,
     /// The newest batch it was in, to notice repetitions.
     batch: AtomicU64,
+    /// What the rule remembers of it.
+    pace: Mutex<Option<Pace>>,
 }
 
 enum State {
@@ -75,7 +78,11 @@ impl Request {
     ) -> Self {
         prompt.reverse();
         let live = Live { sequence, backlog: prompt, reservation };
-        Self { state: Mutex::new(State::Live(Box::new(live))), batch: AtomicU64::new(0) }
+        Self {
+            state: Mutex::new(State::Live(Box::new(live))),
+            batch: AtomicU64::new(0),
+            pace: Mutex::new(None),
+        }
     }
 
     /// Runs `work` on the sequence, once its prompt is indexed. A panic ends this request and no other.
@@ -156,6 +163,11 @@ impl Request {
     /// Marks it as part of a batch; false if it is already.
     pub(crate) fn join(&self, batch: u64) -> bool {
         self.batch.swap(batch, Ordering::Relaxed) != batch
+    }
+
+    /// What the rule remembers of it.
+    pub(crate) fn pace(&self) -> MutexGuard<'_, Option<Pace>> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

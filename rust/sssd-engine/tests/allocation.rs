@@ -33,7 +33,7 @@ fn steps_allocate_nothing_after_a_while() {
     let sizing = |pass| {
         let seconds = (0..260).map(|size| 1.0 + 0.001 * f64::from(size)).collect();
         let costs = PassCosts::new((0..260).collect(), seconds, pass).unwrap();
-        Sizing::new(Arc::new(costs), Some(100.0), 16).unwrap()
+        Sizing::Costs(Arc::new(costs), Some(100.0))
     };
     let plain = [(1, None, None), (2, None, None), (2, Some(160), None)];
     let sized = [(1, Pass::Padded), (1, Pass::Packed), (2, Pass::Packed)];

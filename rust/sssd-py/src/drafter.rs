@@ -15,12 +15,15 @@ use sssd_engine::{Engine, Options, Request, RequestError, gate};
 use crate::datastore::PyDatastore;
 use crate::errors::error;
 use crate::shutdown;
-use crate::sizing::read_sizing;
+use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{history, int32, shown, tokens, top};
 use crate::tree::PyDraftTree;
 
 /// Longer extensions release the GIL; for a few tokens that would cost more than the work.
 const DETACH_TOKENS: usize = 256;
+
+/// The defaults in Python's signatures are the core's.
+const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_prob == 0.001);
 
 /// The key of the weights in a state dict; names what they fit.
 const WEIGHTS: &str = "weights.v2";
@@ -473,39 +476,35 @@ impl PySequence {
     /// Drafts continuations of the sequence.
     ///
     /// Args:
-    ///     max_nodes: the node budget, 0 to 1024. The tree has fewer nodes if fewer are worth drafting.
-    ///     min_prob: least probability of a node, 0 to 1.
+    ///     max_nodes: the most nodes, 0 to 1024. The tree has fewer if fewer are worth drafting.
+    ///     min_prob: least probability of a node, 0 to 1. A ``rule`` has its own.
     ///     max_depth: no node is deeper; the longest path that is of use.
     ///     cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then the tree is as large as pays, as
     ///         ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
     ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
+    ///     rule: a ``SizingRule`` in place of the two, which learns them.
     ///
     /// Raises:
     ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
-    ///         neither, or there is a ``rate`` without it.
+    ///         neither, there is a ``rate`` without it, or a ``rule`` as well.
     ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None))]
+    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None, rule=None))]
     #[allow(clippy::too_many_arguments)]
-    fn draft(
+    fn draft<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         max_nodes: i128,
         min_prob: f32,
         max_depth: Option<i128>,
-        cost: Option<&Bound<'_, PyAny>>,
+        cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
+        rule: Option<&Bound<'py, PySizingRule>>,
     ) -> PyResult<PyDraftTree> {
         let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob };
-        // of a closed sequence drafting tells, and of one whose prompt is being indexed there is nothing to size
-        let length = || {
-            let length = || self.request.with_ready(|sequence| sequence.tokens().len());
-            let length = call(py, self.request.is_busy(), length).ok().and_then(Result::ok);
-            length.flatten().unwrap_or(0) as f64
-        };
-        let sizing = read_sizing(py, cost, rate, 1, length, max_nodes)?;
+        let sizing = read_sizing(py, cost, rate, rule, max_nodes)?;
         let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
         tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
     }

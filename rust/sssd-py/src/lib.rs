@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use drafter::{PyDrafter, PySequence};
     #[pymodule_export]
-    use sizing::PyPassCosts;
+    use sizing::{PyCostGrid, PyPace, PyPassCosts, PySizingRule};
     #[pymodule_export]
     use tree::PyDraftTree;
 
@@ -36,7 +36,10 @@ mod _core {
 
     const _: () = {
         fits::<PyDraftBatch>();
+        fits::<PyCostGrid>();
+        fits::<PyPace>();
         fits::<PyPassCosts>();
+        fits::<PySizingRule>();
         fits::<PyBuildSummary>();
         fits::<PyDatastore>();
         fits::<PyDatastoreBuilder>();

@@ -52,7 +52,16 @@ pub struct Limits {
     pub min_prob: f32,
 }
 
+impl Default for Limits {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 impl Limits {
+    /// What a draft may come to unless somebody says so.
+    pub const DEFAULT: Self = Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001 };
+
     /// A number of nodes alone.
     pub fn nodes(max_nodes: usize) -> Self {
         Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }

@@ -15,6 +15,7 @@ from sssd.hardware.curve import CostCurve
 __all__ = [
     "SOURCES",
     "BuildSummary",
+    "CostGrid",
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
@@ -22,8 +23,10 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "FileInfo",
+    "Pace",
     "PassCosts",
     "Sequence",
+    "SizingRule",
     "__version__",
     "build_profile",
 ]
@@ -76,6 +79,7 @@ class Drafter:
         min_prob: float = 0.001,
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
+        rule: SizingRule | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch: ...
     def step(
@@ -91,8 +95,11 @@ class Drafter:
         min_prob: float = 0.001,
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
+        rule: SizingRule | None = None,
         topk_ids: ArrayLike | None = None,
         topk_probs: ArrayLike | None = None,
+        feedback_ids: ArrayLike | None = None,
+        feedback_probs: ArrayLike | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch: ...
     @property
@@ -118,6 +125,8 @@ class Drafter:
     def vocab_size(self) -> int | None: ...
     @property
     def end_token_ids(self) -> NDArray[np.int32]: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
 
 @final
 class Sequence:
@@ -139,11 +148,14 @@ class Sequence:
         max_depth: int | None = None,
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
+        rule: SizingRule | None = None,
     ) -> DraftTree: ...
     def cut_draft(self, nodes: int) -> None: ...
     def commit(self) -> None: ...
     def finish(self) -> None: ...
     def close(self) -> None: ...
+    @property
+    def drafter(self) -> Drafter: ...
     @property
     def closed(self) -> bool: ...
     @property
@@ -208,13 +220,82 @@ class DraftBatch:
     def sources(self) -> NDArray[np.int8]: ...
     @property
     def offsets(self) -> NDArray[np.int32]: ...
+    @property
+    def drafted_sequences(self) -> int: ...
+    @property
+    def drafted_nodes(self) -> int: ...
+    @property
+    def context(self) -> float: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> DraftTree: ...
 
 @final
 class PassCosts:
     def __new__(cls, sizes: ArrayLike, seconds: SequenceABC[float], *, packed: bool = False) -> Self: ...
+    @property
+    def sizes(self) -> NDArray[np.int64]: ...
+    @property
+    def seconds(self) -> NDArray[np.float64]: ...
     def allocate(self, trees: SequenceABC[DraftTree | None], rate: float) -> list[int]: ...
+
+_Floats = SequenceABC[float] | NDArray[np.float64]
+
+@final
+class CostGrid:
+    def __new__(
+        cls,
+        batches: _Floats,
+        tokens: _Floats,
+        contexts: _Floats,
+        seconds: _Floats,
+        *,
+        packed: bool = False,
+        ready: SequenceABC[int] = ...,
+        draft: tuple[float, float, float, int] = ...,
+    ) -> Self: ...
+    def time(self, batch: float, width: float, context: float) -> float: ...
+    def times(self, batch: int, sizes: _Floats, context: float) -> NDArray[np.float64]: ...
+    def widths(self, max_width: int) -> list[int]: ...
+    def sizes(self, batch: int, max_width: int) -> list[int]: ...
+    def costs(self, batch: int, context: float, max_width: int) -> PassCosts: ...
+
+@final
+class Pace: ...
+
+@final
+class SizingRule:
+    def __new__(
+        cls, curve: CostCurve, *, max_nodes: int | None = None, options: dict[str, float] | None = None
+    ) -> Self: ...
+    @staticmethod
+    def options() -> dict[str, tuple[float, str]]: ...
+    @property
+    def curve(self) -> CostCurve: ...
+    @property
+    def max_nodes(self) -> int: ...
+    @property
+    def speedup(self) -> float: ...
+    @property
+    def min_prob(self) -> float: ...
+    def pace(self) -> Pace: ...
+    def limits(self, paces: SequenceABC[Pace]) -> list[int]: ...
+    def allocate(
+        self,
+        trees: SequenceABC[DraftTree | None],
+        context: float,
+        paces: SequenceABC[Pace] | None = None,
+    ) -> list[int]: ...
+    def costs(self, batch: int, context: float) -> tuple[PassCosts, float]: ...
+    def observe(
+        self,
+        *,
+        batch: int,
+        size: int,
+        context: float,
+        seconds: float,
+        tokens: float,
+        draft_seconds: float = 0.0,
+    ) -> None: ...
 
 _StrPath = str | PathLike[str]
 

@@ -257,6 +257,14 @@ impl PyDrafter {
         call(py, true, || drafter.live_len().0)
     }
 
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| Arc::ptr_eq(&self.engine, &other.get().engine))
+    }
+
+    fn __hash__(&self) -> usize {
+        Arc::as_ptr(&self.engine).addr()
+    }
+
     /// Number of token ids, or None if not given.
     #[getter]
     fn vocab_size(&self) -> Option<u32> {
@@ -543,6 +551,12 @@ impl PySequence {
     /// again does nothing.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         call(py, true, || self.request.close())
+    }
+
+    /// The drafter that it belongs to.
+    #[getter]
+    fn drafter(&self) -> PyDrafter {
+        PyDrafter { engine: Arc::clone(&self.engine), vocab_size: self.vocab_size }
     }
 
     /// Whether ``close`` has been called.

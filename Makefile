@@ -58,6 +58,10 @@ check: install ## check format, lints, types and stubs
 	$(BIN)/mypy
 	$(BIN)/stubtest sssd._core
 
+.PHONY: stubs
+stubs: install ## write the docstrings of the extension into its stub
+	$(BIN)/python .ci/stubs.py
+
 .PHONY: bench
 bench: install ## measure draft and append times, and memory, by context length
 	$(BIN)/python benches/latency.py

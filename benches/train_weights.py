@@ -30,7 +30,7 @@ from sssd.replay import Replay, Request, read_trace
 
 PERMISSIVE = ("apache-2.0", "cc0-1.0", "mit")
 TOKENS_PER_WORKLOAD = 20_000
-BUDGET = 32
+MAX_NODES = 32
 # old experience must not outweigh what a request shows
 MOST_COUNT = 150
 SHARE = 0.1
@@ -86,9 +86,9 @@ def main(traces: str, store: str, out: str) -> None:
     rng = random.Random(3)
     rng.shuffle(texts)
     with tempfile.TemporaryDirectory() as folder:
-        soft = Path(folder) / "soft.jsonl"
-        soft.write_bytes(lzma.decompress((Path(traces) / "smollm2-topk.jsonl.xz").read_bytes()))
-        generations = [(request, 2) for request in read_trace(soft)]
+        topk = Path(folder) / "topk.jsonl"
+        topk.write_bytes(lzma.decompress((Path(traces) / "smollm2-topk.jsonl.xz").read_bytes()))
+        generations = [(request, 2) for request in read_trace(topk)]
     # each setting with its own drafter where requests share, else with a new one for each request
     private = {"live_bytes": 0, "soft_bytes": 1 << 20}
     shared = {store: Drafter(end_token_ids=[128009], datastore=store) for store in (datastore, None)}
@@ -121,7 +121,7 @@ def main(traces: str, store: str, out: str) -> None:
         if rates is not None:
             drafter.load_state_dict({name: header + packed(rates, floats)})
         with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
-            Replay(BUDGET).follow(sequence, request)
+            Replay(MAX_NODES).follow(sequence, request)
             (learned,) = sequence.state_dict().values()
         after = np.frombuffer(learned, "<u2", 2 * cells, HEADER.size).reshape(-1, 2).astype(float)
         biases = np.frombuffer(learned, "<f4", offset=HEADER.size + 4 * cells).astype(float)
@@ -141,7 +141,7 @@ def main(traces: str, store: str, out: str) -> None:
     sample = rng.sample(texts, min(SETTLING, len(texts)))
     for _ in range(2):
         for source, kinds in ((None, slice(0, 1)), (datastore, slice(1, 3))):
-            replay = Replay(BUDGET)
+            replay = Replay(MAX_NODES)
             for request, end in sample:
                 drafter = Drafter(end_token_ids=[end], datastore=source, **private)
                 drafter.load_state_dict({name: header + packed(rates, floats)})

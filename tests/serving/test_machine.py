@@ -43,7 +43,7 @@ TOKENS = st.lists(st.integers(0, END), max_size=30)
 NAMES = st.sampled_from(["", "a", "b"])
 PICK = st.integers(0, 10**6)
 SHORTEST_COPY = 6
-LIVE, SOFT = 40_000, 20_000
+LIVE, FEEDBACK = 40_000, 20_000
 ROOM, SEQUENCE_ROOM = 6_000_000, 200_000
 """Bytes for three namespaces and a few dozen sequences: now and then something does not fit."""
 COSTS = PassCosts([0, 4, 16, 64], [1.0, 1.1, 1.3, 3.0])
@@ -127,7 +127,7 @@ class Serving(RuleBasedStateMachine):
             vocab_size=VOCABULARY,
             end_token_ids=[END],
             live_bytes=LIVE,
-            soft_bytes=SOFT,
+            soft_bytes=FEEDBACK,
             max_bytes=ROOM,
             max_sequence_bytes=SEQUENCE_ROOM,
             threads=2,

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use sssd_core::{Charge, MemoryFull, Sequence, Token};
+use sssd_core::{MemoryFull, Reservation, Sequence, Token};
 
 use crate::sizing::Pace;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -44,7 +44,7 @@ struct Live {
     sequence: Sequence,
     /// Prompt tokens that are not indexed yet, last one first, and what they are charged with.
     backlog: Vec<Token>,
-    charge: Option<Charge>,
+    reservation: Option<Reservation>,
 }
 
 impl Live {
@@ -58,7 +58,7 @@ impl Live {
         }
         if rest == 0 {
             self.backlog = Vec::new();
-            self.charge = None;
+            self.reservation = None;
         }
         Ok(())
     }
@@ -71,9 +71,13 @@ impl Request {
     }
 
     /// A request whose prompt is still to be indexed, by [`Request::fill`] or by who needs it first.
-    pub fn with_backlog(sequence: Sequence, mut prompt: Vec<Token>, charge: Option<Charge>) -> Self {
+    pub fn with_backlog(
+        sequence: Sequence,
+        mut prompt: Vec<Token>,
+        reservation: Option<Reservation>,
+    ) -> Self {
         prompt.reverse();
-        let live = Live { sequence, backlog: prompt, charge };
+        let live = Live { sequence, backlog: prompt, reservation };
         Self {
             state: Mutex::new(State::Live(Box::new(live))),
             batch: AtomicU64::new(0),

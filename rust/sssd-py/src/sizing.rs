@@ -10,7 +10,7 @@ use sssd_engine::{
     StepTimes,
 };
 
-use crate::drafter::not_negative;
+use crate::boundary::not_negative;
 use crate::errors::error;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;

@@ -15,6 +15,7 @@ from sssd.hardware.curve import CostCurve
 __all__ = [
     "SOURCES",
     "BuildSummary",
+    "CostGrid",
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
@@ -22,8 +23,10 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "FileInfo",
+    "Pace",
     "PassCosts",
     "Sequence",
+    "SizingRule",
     "__version__",
     "build_profile",
 ]
@@ -69,8 +72,8 @@ class Drafter:
         end_token_ids: ArrayLike | None = None,
         datastore: Datastore | _StrPath | SequenceABC[_StrPath] | None = None,
         load: Literal["mmap", "ram"] = "mmap",
-        live_bytes: int = 67_108_864,
-        soft_bytes: int = 16_777_216,
+        live_bytes: int = ...,
+        soft_bytes: int = ...,
         max_bytes: int | None = None,
         max_sequence_bytes: int | None = None,
         threads: int | None = None,
@@ -135,6 +138,7 @@ class Drafter:
         min_prob: float = 0.001,
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
+        rule: SizingRule | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """Drafts for many sequences in one call. The GIL is released, and the drafter's threads share the work.
@@ -177,8 +181,11 @@ class Drafter:
         min_prob: float = 0.001,
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
+        rule: SizingRule | None = None,
         topk_ids: ArrayLike | None = None,
         topk_probs: ArrayLike | None = None,
+        feedback_ids: ArrayLike | None = None,
+        feedback_probs: ArrayLike | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """One engine step in one call: the target's probabilities after the last drafts, ``extend_batch``, then
@@ -312,6 +319,8 @@ class Drafter:
     @property
     def end_token_ids(self) -> NDArray[np.int32]:
         """Tokens that end a sequence, int32 [n]."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
 
 @final
 class Sequence:
@@ -411,6 +420,7 @@ class Sequence:
         max_depth: int | None = None,
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
+        rule: SizingRule | None = None,
     ) -> DraftTree:
         """Drafts continuations of the sequence.
 
@@ -454,6 +464,9 @@ class Sequence:
         """Frees the sequence; nothing is learned from it, as after an abort. Further calls raise ``ClosedError``; closing
         again does nothing.
         """
+    @property
+    def drafter(self) -> Drafter:
+        """The drafter that it belongs to."""
     @property
     def closed(self) -> bool:
         """Whether ``close`` has been called."""
@@ -639,6 +652,15 @@ class DraftBatch:
     @property
     def offsets(self) -> NDArray[np.int32]:
         """Where each tree starts, int32 [sequences + 1]."""
+    @property
+    def drafted_sequences(self) -> int:
+        """Sequences that drafts were made for, which takes time even where nothing of them is left."""
+    @property
+    def drafted_nodes(self) -> int:
+        """Nodes of these drafts before any was cut to what pays or to what others left."""
+    @property
+    def context(self) -> float:
+        """Mean length of the sequences, in tokens."""
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> DraftTree:
         """Return self[key]."""
@@ -657,6 +679,12 @@ class PassCosts:
         InvalidArgumentError: the numbers are no such sizes or times.
     """
     def __new__(cls, sizes: ArrayLike, seconds: SequenceABC[float], *, packed: bool = False) -> Self: ...
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """The sizes, int64 [n]."""
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """Seconds of a pass of each size, float64 [n]."""
     def allocate(self, trees: SequenceABC[DraftTree | None], rate: float) -> list[int]:
         """The number of nodes to verify of each tree; its first nodes are the ones to take.
 
@@ -670,6 +698,181 @@ class PassCosts:
 
         Raises:
             InvalidArgumentError: ``rate`` is negative or not finite.
+        """
+
+_Floats = SequenceABC[float] | NDArray[np.float64]
+
+@final
+class CostGrid:
+    """The numbers of a ``CostCurve``: T(batch, width, context) on a grid, linear in between. Beyond it the last slope goes
+    on; before it the first value stands.
+
+    Args:
+        batches: float64 [B], rising from at least 1.
+        tokens: float64 [W], rising from 1.
+        contexts: float64 [C], rising from at least 0.
+        seconds: float64 [B * W * C] in this order, rising along each axis.
+        packed: whether ``tokens`` are those of the whole pass.
+        ready: widths to choose from, rising from 1; all if empty.
+        draft: seconds of drafting per step, per request and per node, and the threads that draft.
+
+    Raises:
+        CostCurveError: the numbers are no such curve.
+    """
+    def __new__(
+        cls,
+        batches: _Floats,
+        tokens: _Floats,
+        contexts: _Floats,
+        seconds: _Floats,
+        *,
+        packed: bool = False,
+        ready: SequenceABC[int] = ...,
+        draft: tuple[float, float, float, int] = ...,
+    ) -> Self: ...
+    def time(self, batch: float, width: float, context: float) -> float:
+        """Seconds of a pass over ``width`` tokens of each of ``batch`` requests, ``context`` tokens long on average."""
+    def times(self, batch: int, sizes: _Floats, context: float) -> NDArray[np.float64]:
+        """Seconds of passes of these sizes, float64 [n]."""
+    def widths(self, max_width: int) -> list[int]:
+        """The widths to choose from, up to ``max_width``."""
+    def sizes(self, batch: int, max_width: int) -> list[int]:
+        """Numbers of nodes to choose from: of each row, or of the whole pass where it is packed."""
+    def costs(self, batch: int, context: float, max_width: int) -> PassCosts:
+        """The part of the curve that one step chooses from, kept for contexts within a few percent.
+
+        Raises:
+            InvalidArgumentError: ``batch`` or ``max_width`` is less than 1, or ``context`` is no number of tokens.
+        """
+
+@final
+class Pace:
+    """What a ``SizingRule`` remembers of one request whose trees are drafted elsewhere. Made by ``SizingRule.pace``."""
+
+@final
+class SizingRule:
+    """Sizes the drafts of batches by a cost curve, and corrects the curve by the times of steps.
+
+    At each step::
+
+        batch = drafter.step(sequences, token_ids, offsets, rule=rule)
+        ...                  # verify the trees
+        rule.observe(batch=len(batch), size=..., context=batch.context, seconds=..., tokens=...)
+
+    Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is to maximise,
+    in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The rate is learned, and
+    at least that of decoding without drafts. When times show that the whole machine has become slower or faster, those
+    before are forgotten and some steps without drafts are asked for.
+
+    Three things keep speculation from costing more than it brings: the rate never falls below plain decoding's;
+    measured times count only relative to one another and within bounds, kept monotone in the width; and when tokens
+    that drafts brought, minus those that plain decoding would have made in the extra time, sink below a bound,
+    drafting pauses, longer every time.
+
+    One rule serves any number of requests, batches and threads.
+
+    Args:
+        curve: T(batch, width, context), a ``CostCurve``.
+        max_nodes: most nodes to verify of one request, 0 to 1023; by default 256, or what the widest pass that is ready
+            has room for.
+        options: constants to change, by name, to measure what they are worth; see ``options``.
+
+    Raises:
+        InvalidArgumentError: ``curve`` is none, ``max_nodes`` is out of range, or an option is unknown or out of range.
+    """
+    def __new__(
+        cls, curve: CostCurve, *, max_nodes: int | None = None, options: dict[str, float] | None = None
+    ) -> Self: ...
+    @staticmethod
+    def options() -> dict[str, tuple[float, str]]:
+        """staticmethod(function) -> method
+
+        Convert a function to be a static method.
+
+        A static method does not receive an implicit first argument.
+        To declare a static method, use this idiom:
+
+             class C:
+                 @staticmethod
+                 def f(arg1, arg2, argN):
+                     ...
+
+        It can be called either on the class (e.g. C.f()) or on an instance
+        (e.g. C().f()). Both the class and the instance are ignored, and
+        neither is passed implicitly as the first argument to the method.
+
+        Static methods in Python are similar to those found in Java or C++.
+        For a more advanced concept, see the classmethod builtin.
+        """
+    @property
+    def curve(self) -> CostCurve:
+        """The curve that it was made with."""
+    @property
+    def max_nodes(self) -> int:
+        """Most nodes to verify of one request."""
+    @property
+    def speedup(self) -> float:
+        """Tokens per second at large, over those of plain decoding."""
+    @property
+    def min_prob(self) -> float:
+        """Least probability of a node worth drafting: somewhat below the least that was verified lately."""
+    def pace(self) -> Pace:
+        """The state of a new request whose trees are drafted elsewhere; sequences of a drafter carry their own."""
+    def limits(self, paces: SequenceABC[Pace]) -> list[int]:
+        """Begins a step for trees that are drafted elsewhere: the number of nodes to draft for each request, down to
+        ``min_prob``; 0 where drafting would not pay. ``Drafter.step`` does it by itself.
+
+        Args:
+            paces: the state of each request.
+        """
+    def allocate(
+        self,
+        trees: SequenceABC[DraftTree | None],
+        context: float,
+        paces: SequenceABC[Pace] | None = None,
+    ) -> list[int]:
+        """The number of nodes to verify of each of the trees drafted elsewhere: its first ones, which are its best.
+
+        Args:
+            trees: draft of each request of the step, None for none.
+            context: mean length of the requests, tokens.
+            paces: their states, which learn from it.
+
+        Raises:
+            InvalidArgumentError: ``context`` is no number of tokens, or there is not one state for each tree.
+        """
+    def costs(self, batch: int, context: float) -> tuple[PassCosts, float]:
+        """What the next pass may cost and what a second is worth: ``cost=`` and ``rate=`` of drafting calls.
+
+        Args:
+            batch: requests of the step, at least 1.
+            context: their mean length, tokens.
+
+        Raises:
+            InvalidArgumentError: ``batch`` is less than 1, or ``context`` is no number of tokens.
+        """
+    def observe(
+        self,
+        *,
+        batch: int,
+        size: int,
+        context: float,
+        seconds: float,
+        tokens: float,
+        draft_seconds: float = 0.0,
+    ) -> None:
+        """Learns from a step.
+
+        Args:
+            batch: requests of the step.
+            size: nodes that the pass had room for: of each row, or of all where rows are packed.
+            context: mean length of the requests, tokens.
+            seconds: time of the verify pass. Values that are no time are ignored.
+            tokens: tokens that the step produced, at least one per request.
+            draft_seconds: time of drafting.
+
+        Raises:
+            InvalidArgumentError: ``batch`` is less than 1, ``size`` negative, or ``context`` no number of tokens.
         """
 
 _StrPath = str | PathLike[str]

@@ -5,7 +5,6 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib import resources
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,17 +89,17 @@ class CostCurve:
     def __post_init__(self) -> None:
         for name in ("batches", "tokens", "contexts", "seconds"):
             object.__setattr__(self, name, _floats(name, getattr(self, name)))
-        shape = (self.batches.size, self.tokens.size, self.contexts.size)
-        if self.seconds.shape != shape or any(
-            axis.ndim != 1 for axis in (self.batches, self.tokens, self.contexts)
-        ):
+            if name != "seconds" and (getattr(self, name).ndim != 1 or not getattr(self, name).size):
+                raise CostCurveError(f"{name} must be a list of numbers")
+        shape = (len(self.batches), len(self.tokens), len(self.contexts))
+        if self.seconds.shape != shape:
             raise CostCurveError(f"seconds must have the shape {shape} of the axes, got {self.seconds.shape}")
         times = (self.draft.step, self.draft.request, self.draft.node)
         if not all(_is_number(value) for value in times):
             raise CostCurveError("draft times must be numbers of seconds, not negative")
         if type(self.draft.threads) is not int or not 1 <= self.draft.threads <= 1 << 20:
             raise CostCurveError("draft threads must be an integer of at least 1")
-        if not all(isinstance(width, Integral) and 0 < width < 1 << 31 for width in self.ready):
+        if not all(_is_number(width) and 0 < width == int(width) < 1 << 31 for width in self.ready):
             raise CostCurveError("ready must be integers that rise from 1")
         if self.intensity is not None and not (_is_number(self.intensity) and 0 < self.intensity < 1e9):
             raise CostCurveError("intensity must be a positive number of FLOP/byte")
@@ -296,7 +295,7 @@ class CostCurve:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _floats(name: str, values: Any) -> Floats:

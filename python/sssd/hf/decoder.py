@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from sssd._core import Drafter, DraftTree, Sequence
-from sssd.hardware.budget import Budget, RowBudget
+from sssd._core import DraftBatch, Drafter, DraftTree, Pace, Sequence, SizingRule
+from sssd.errors import BatchError
 from sssd.hf.choices import BatchSampler, accept, choices, top_k
 from sssd.hf.contract import Call, cache_argument, must_stand_in_place, position_limit
 from sssd.hf.passes import Passes
@@ -35,7 +35,8 @@ class Row:
     ids: Any
     """Int64 [1, length] of prompt and output; follows the output only if somebody looks at it."""
     sequence: Any = None
-    budget: RowBudget = field(default_factory=RowBudget)
+    pace: Pace | None = None
+    """What the rule remembers of it, if its drafter is of another kind."""
     tokens: list[int] = field(default_factory=list)
     drafted_tokens: list[bool] = field(default_factory=list)
     scores: list[Any] = field(default_factory=list)
@@ -131,15 +132,26 @@ class Decoder:
             if isinstance(drafter, Drafter) and self.max_length is not None:
                 bound = {"max_length": self.max_length - self.input_ids.shape[1] + len(row.prompt)}
             row.sequence = stack.enter_context(drafter.begin(row.prompt, **bound))
-        # the target's probabilities teach the drafter; made-up sequences need not know how
-        self.feeds_back = all(isinstance(row.sequence, Sequence) for row in self.rows)
-        self.draft_vocab_size = getattr(drafter, "vocab_size", None) or self.vocab_size
+        # sequences of other kinds need not know of batches and the target's probabilities
+        self.drafter: Drafter | None = None
+        if all(isinstance(row.sequence, Sequence) for row in self.rows):
+            drafters = [row.sequence.drafter for row in self.rows]
+            self.drafter = drafters[0] if all(other == drafters[0] for other in drafters) else None
+        known = None if self.drafter is None else self.drafter.vocab_size
+        self.may_draft_others = known is None or known > self.vocab_size
+        self.draft_vocab_size = known or self.vocab_size
+        self.news: list[list[int]] = []
+        """Tokens of the last step, of each active row, that its sequence has not seen."""
+        self.feedback: dict[str, Any] = {}
+        self.has_drafted, self.drafts_whole = False, True
 
-    def run(self, max_nodes: int | None, budget: Budget | None) -> None:
-        """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``budget`` says."""
-        if budget is not None:
+    def run(self, max_nodes: int | None, rule: SizingRule | None) -> None:
+        """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``rule`` says."""
+        most = (max_nodes or 0) if rule is None else rule.max_nodes
+        self.drafts = DraftBatch(self.batch, self.batch * most)
+        if rule is not None and self.drafter is None:
             for row in self.rows:
-                row.budget = budget.row()
+                row.pace = rule.pace()
         self._advance([None] * self.batch, self._prefill(), None)
         # What no pass depends on is done while a device works on the next one, else at once.
         settle: Callable[[], None] = self._stream
@@ -150,10 +162,7 @@ class Decoder:
             context = sum(self.cache.lengths) / batch
             before = sum(len(row.tokens) for row in rows)
             started = perf_counter()
-            if budget is None:
-                trees = [self._draft(row, max_nodes or 0) for row in rows]
-            else:
-                trees = self._sized(budget, context)
+            trees = self._draft(most, rule) if self.drafter is not None else self._ask(most, rule, context)
             drafted = perf_counter()
             finish = self._launch(trees)
             if self.passes.overlaps:
@@ -165,31 +174,81 @@ class Decoder:
                 "context": context,
                 "seconds": perf_counter() - drafted,
                 "tokens": sum(len(row.tokens) for row in rows) - before,
-                "draft_seconds": drafted - started,
+                "draft_seconds": drafted - started if self.has_drafted else 0.0,
             }
-            settle = partial(self._settle, budget, step)
+            settle = partial(self._settle, rule, step)
         settle()
 
-    def _settle(self, budget: Budget | None, step: dict[str, Any]) -> None:
+    def _settle(self, rule: SizingRule | None, step: dict[str, Any]) -> None:
         """Shows the tokens of a step, and tells the rule what came of it."""
         self._stream()
-        if budget is not None:
-            budget.observe(**step)
+        if rule is not None:
+            rule.observe(**step)
 
-    def _sized(self, budget: Budget, context: float) -> list[DraftTree | None]:
-        """Drafts as large as pays."""
-        states = [row.budget for row in self.active]
-        limits = budget.limits(states, context)
-        options = {"min_prob": budget.min_prob} if self.feeds_back else {}
-        trees = [self._draft(row, limit, **options) for row, limit in zip(self.active, limits, strict=True)]
-        counts = budget.allocate(trees, context, states)
-        if self.feeds_back:
-            for row, count in zip(self.active, counts, strict=True):
-                row.sequence.cut_draft(count)
+    def _draft(self, most: int, rule: SizingRule | None) -> list[DraftTree | None]:
+        """Hands the last step to the drafter and drafts for the next one, all rows in one call."""
+        assert self.drafter is not None
+        try:
+            batch = self.drafter.step(
+                [row.sequence for row in self.active],
+                np.array([token for tokens in self.news for token in tokens], dtype=np.int64),
+                np.cumsum([0, *map(len, self.news)]),
+                most,
+                max_depth=self._depths(),
+                rule=rule,
+                out=self.drafts,
+                **self.feedback,
+            )
+        except BatchError as error:
+            raise next(iter(error.failures.values())) from error
+        self.has_drafted = batch.drafted_sequences > 0
+        trees = [self._fitting(batch[i], row) for i, row in enumerate(self.active)]
+        self.drafts_whole = all(
+            len(batch[i]) == (0 if tree is None else len(tree)) for i, tree in enumerate(trees)
+        )
+        return trees
+
+    def _depths(self) -> list[int] | None:
+        """How deep the trees of the rows may be, where that is bounded."""
+        bounds = []
+        if self.position_limit is not None:
+            bounds.append([self.position_limit - 1 - row.position for row in self.active])
+        if self.max_length is not None:
+            # the last token needs no draft
+            room = self.max_length - self.input_ids.shape[1] - 1
+            bounds.append([room - len(row.tokens) for row in self.active])
+        return [max(min(depths), 0) for depths in zip(*bounds, strict=True)] if bounds else None
+
+    def _ask(self, most: int, rule: SizingRule | None, context: float) -> list[DraftTree | None]:
+        """Drafts by sequences of other kinds, one after the other."""
+        limits = [most] * len(self.active)
+        paces = [row.pace for row in self.active if row.pace is not None]
+        if rule is not None:
+            limits = rule.limits(paces)
+        self.has_drafted = any(limits)
+        trees = [
+            None
+            if limit == 0 or self._is_full(row, more=1)
+            else self._fitting(row.sequence.draft(limit), row)
+            for row, limit in zip(self.active, limits, strict=True)
+        ]
+        if rule is None:
+            return trees
+        counts = rule.allocate(trees, context, paces)
         return [
             tree.first(count) if tree is not None and count else None
             for tree, count in zip(trees, counts, strict=True)
         ]
+
+    def _fitting(self, tree: DraftTree, row: Row) -> DraftTree | None:
+        """What of a draft the model can look at."""
+        if self.may_draft_others:
+            fits = (tree.token_ids >= 0) & (tree.token_ids < self.vocab_size)
+            if self.position_limit is not None:
+                fits &= tree.depths < self.position_limit - row.position
+            if not fits.all():
+                tree = _pruned(tree, fits)
+        return tree if len(tree) else None
 
     def _prefill(self) -> Any:
         total = self.fresh.shape[1]
@@ -211,17 +270,6 @@ class Decoder:
         # The last prompt token is the root of an empty tree, which `_advance` commits.
         self.cache.lengths = [past + total - 1] * self.batch
         return logits
-
-    def _draft(self, row: Row, max_nodes: int, **options: float) -> DraftTree | None:
-        if max_nodes == 0 or self._is_full(row, more=1):
-            return None
-        tree: DraftTree = row.sequence.draft(max_nodes, **options)
-        fits = (tree.token_ids >= 0) & (tree.token_ids < self.vocab_size)
-        if self.position_limit is not None:
-            fits &= tree.depths < self.position_limit - row.position
-        if not fits.all():
-            tree = _pruned(tree, fits)
-        return tree if len(tree) else None
 
     def _launch(self, trees: list[DraftTree | None]) -> Callable[[], tuple[Any, Answer | None]]:
         """Begins the pass over the last token and every node; see :meth:`Passes.launch`."""
@@ -249,13 +297,13 @@ class Decoder:
             targets = answer.targets
         elif not self.picks_alone:
             targets = choices(logits)
-        if self.feeds_back:
+        if self.drafter is not None:
             # padding of the vocabulary is no token to the drafter
             if answer is not None and self.draft_vocab_size >= self.vocab_size:
                 topk = answer.topk_ids, answer.topk_probs
             else:
                 topk = top_k(logits[..., : self.draft_vocab_size])
-        kept = []
+        kept, news = [], []
         for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
             before = len(row.tokens)
             walk = self._walk(row, tree, logits[i]) if targets is None else accept(tree, targets[i])
@@ -266,18 +314,32 @@ class Decoder:
                 if self._ended(row):
                     break
             kept.append(offsets)
-            if not self._ended(row):
-                if topk is not None:
-                    size = 1 if tree is None else len(tree) + 1
-                    row.sequence.feedback(tree or _EMPTY, topk[0][i, :size], topk[1][i, :size])
-                row.sequence.extend(row.tokens[before:])
+            news.append(row.tokens[before:])
         self.cache.commit(kept)
         left = [i for i, row in enumerate(self.active) if not self._ended(row)]
         if left and len(left) < len(self.active):
             self.cache.select(left)
+        self._teach(trees, topk, news, left)
         self.active = [self.active[i] for i in left]
         if self.sampler is not None and left:
             self.sampler.forget(min(len(row.tokens) for row in self.active))
+
+    def _teach(
+        self, trees: list[DraftTree | None], topk: Any, news: list[list[int]], left: list[int]
+    ) -> None:
+        """Has the drafter learn from the rows that go on: in the call that drafts, where it can."""
+        self.news, self.feedback = [news[i] for i in left], {}
+        if topk is None:
+            for i in left:
+                self.active[i].sequence.extend(news[i])
+        elif self.drafts_whole:
+            rows = slice(None) if len(left) == len(self.active) else left
+            self.feedback = {"feedback_ids": topk[0][rows], "feedback_probs": topk[1][rows]}
+        else:
+            for i in left:
+                tree = trees[i] or _EMPTY
+                rows = slice(len(tree) + 1)
+                self.active[i].sequence.feedback(tree, topk[0][i, rows], topk[1][i, rows])
 
     def _walk(self, row: Row, tree: DraftTree | None, logits: Any) -> Iterable[tuple[int, int, bool]]:
         """Picks tokens one by one as plain decoding would, while the tree has the picked child."""

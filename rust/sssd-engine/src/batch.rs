@@ -13,7 +13,7 @@ use crate::share::{Items, Share};
 use crate::sizing::{Allocation, Pace, Sizing};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
-use crate::thread_pool::ThreadPool;
+use crate::thread_pool::{Shared, ThreadPool};
 
 /// Fewer items than this for each thread are not worth waking one up.
 const ITEMS_PER_THREAD: usize = 4;
@@ -385,19 +385,20 @@ impl Items for Work {
     }
 }
 
-impl Step {
-    /// Helps whoever runs it.
-    pub(crate) fn help(&self) {
+impl Shared for Step {
+    fn help(&self) {
         self.share.help();
     }
+}
 
+impl Step {
     /// The buffers, to fill or read them. Waits for helpers that come late.
     pub fn lock(&self) -> RwLockWriteGuard<'_, Work> {
         self.share.lock()
     }
 
     /// Does what was asked for.
-    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool) {
+    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool<Self>) {
         let mut work = self.lock();
         work.prepare();
         if work.draft && work.sizing.is_some() {
@@ -425,7 +426,7 @@ impl Step {
     fn stage<'a>(
         self: &'a Arc<Self>,
         mut work: RwLockWriteGuard<'a, Work>,
-        pool: &ThreadPool,
+        pool: &ThreadPool<Self>,
     ) -> RwLockWriteGuard<'a, Work> {
         let items = work.todo.len();
         work.threads = pool.threads();

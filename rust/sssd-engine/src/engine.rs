@@ -63,7 +63,7 @@ pub struct Engine {
     options: Options,
     pool: Arc<MemoryPool>,
     namespaces: Mutex<BTreeMap<String, Tenant>>,
-    threads: ThreadPool,
+    threads: ThreadPool<Step>,
     idle: Mutex<Vec<Arc<Step>>>,
     metrics: Metrics,
 }

@@ -8,8 +8,10 @@ use pyo3::types::{PyDict, PySlice};
 use sssd_core::{DraftTree, Limits, MAX_NODES};
 use sssd_engine::{Plan, Work};
 
-use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
+use crate::boundary::{call, node_budget, not_negative, probability, request_error};
+use crate::drafter::PyDrafter;
 use crate::errors::error;
+use crate::sequence::PySequence;
 use crate::shutdown::defer_shutdown;
 use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{blocks, history_into, integers, integers_into, top};

@@ -1,9 +1,11 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
 mod batch;
+mod boundary;
 mod datastore;
 mod drafter;
 mod errors;
+mod sequence;
 mod shutdown;
 mod sizing;
 mod state;
@@ -23,7 +25,9 @@ mod _core {
     #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
-    use drafter::{PyDrafter, PySequence};
+    use drafter::PyDrafter;
+    #[pymodule_export]
+    use sequence::PySequence;
     #[pymodule_export]
     use sizing::{PyCostGrid, PyPace, PyPassCosts, PySizingRule};
     #[pymodule_export]

@@ -10,6 +10,7 @@ use sssd_engine::{
     StepTimes,
 };
 
+use crate::boundary::not_negative;
 use crate::errors::error;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;
@@ -165,18 +166,23 @@ impl PyCostGrid {
     /// The part of the curve that one step chooses from, kept for contexts within a few percent.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``batch`` or ``max_width`` is 0, or ``context`` is no number of tokens.
-    fn costs(&self, py: Python<'_>, batch: usize, context: f64, max_width: usize) -> PyResult<PyPassCosts> {
-        if batch < 1 || max_width < 1 {
-            let message = format!("batch and max_width must be at least 1, got {batch} and {max_width}");
-            return Err(error(py, "InvalidArgumentError", message));
-        }
+    ///     InvalidArgumentError: ``batch`` or ``max_width`` is less than 1, or ``context`` is no number of tokens.
+    fn costs(&self, py: Python<'_>, batch: i128, context: f64, max_width: i128) -> PyResult<PyPassCosts> {
+        let (batch, max_width) =
+            (at_least_one(py, "batch", batch)?, at_least_one(py, "max_width", max_width)?);
         check_context(py, context)?;
         Ok(PyPassCosts(self.0.costs(batch, context, max_width)))
     }
 
     fn __repr__(&self) -> String {
         "CostGrid()".into()
+    }
+}
+
+fn at_least_one(py: Python<'_>, name: &str, value: i128) -> PyResult<usize> {
+    match usize::try_from(value) {
+        Ok(value) if value > 0 => Ok(value),
+        _ => Err(error(py, "InvalidArgumentError", format!("{name} must be at least 1, got {value}"))),
     }
 }
 
@@ -370,12 +376,10 @@ impl PySizingRule {
     ///     context: their mean length, tokens.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``batch`` is 0, or ``context`` is no number of tokens.
-    fn costs(&self, py: Python<'_>, batch: usize, context: f64) -> PyResult<(PyPassCosts, f64)> {
+    ///     InvalidArgumentError: ``batch`` is less than 1, or ``context`` is no number of tokens.
+    fn costs(&self, py: Python<'_>, batch: i128, context: f64) -> PyResult<(PyPassCosts, f64)> {
         check_context(py, context)?;
-        if batch < 1 {
-            return Err(error(py, "InvalidArgumentError", "batch must be at least 1, got 0"));
-        }
+        let batch = at_least_one(py, "batch", batch)?;
         let (costs, rate) = self.rule.costs(batch, context);
         Ok((PyPassCosts(costs), rate))
     }
@@ -391,20 +395,21 @@ impl PySizingRule {
     ///     draft_seconds: time of drafting.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``context`` is no number of tokens.
+    ///     InvalidArgumentError: ``batch`` is less than 1, ``size`` negative, or ``context`` no number of tokens.
     #[pyo3(signature = (*, batch, size, context, seconds, tokens, draft_seconds=0.0))]
     #[allow(clippy::too_many_arguments)]
     fn observe(
         &self,
         py: Python<'_>,
-        batch: usize,
-        size: usize,
+        batch: i128,
+        size: i128,
         context: f64,
         seconds: f64,
         tokens: f64,
         draft_seconds: f64,
     ) -> PyResult<()> {
         check_context(py, context)?;
+        let (batch, size) = (at_least_one(py, "batch", batch)?, not_negative(py, "size", size)?);
         self.rule.observe(&StepTimes { batch, size, context, seconds, tokens, draft_seconds });
         Ok(())
     }

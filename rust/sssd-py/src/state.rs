@@ -8,8 +8,9 @@ use pyo3::types::{PyDict, PyList};
 use sssd_core::MAX_TOKEN;
 use sssd_engine::{Histogram, State, StateError};
 
+use crate::boundary::{call, memory_full};
 use crate::datastore::{PyDatastoreBuilder, os_error};
-use crate::drafter::{PyDrafter, call, memory_full};
+use crate::drafter::PyDrafter;
 use crate::errors::error;
 use crate::tokens::int32;
 

@@ -118,7 +118,8 @@ pub struct PyCostGrid(Arc<CostCurve>);
 impl PyCostGrid {
     #[new]
     #[pyo3(signature = (batches, tokens, contexts, seconds, *, packed=false, ready=Vec::new(),
-                        draft=(0.0, 0.0, 0.0, 1)))]
+                        draft=(0.0, 0.0, 0.0, 1)),
+           text_signature = "(batches, tokens, contexts, seconds, *, packed=False, ready=(), draft=(0.0, 0.0, 0.0, 1))")]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,

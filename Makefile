@@ -33,8 +33,21 @@ test: check ## run the checks and all tests
 	else \
 		cargo test --locked --workspace --exclude sssd-py; \
 	fi
+	$(MAKE) debug
 	SSSD_TEST_FIXED_BUFFERS=1 $(BIN)/python -m pytest tests/hf -m "not slow"
 	$(BIN)/python -m pytest
+
+# The dependencies are those of the Rust tests. Of Python's tests those are left out that take long, or that hardly
+# touch the extension.
+DEBUG := $(abspath target/debug-package)
+.PHONY: debug
+debug: install ## run the tests of the extension on a debug build, which checks arithmetic and alignment
+	rm -rf $(DEBUG) $(DEBUG).wheel
+	$(BIN)/maturin build --profile dev --locked --compatibility linux --out $(DEBUG).wheel
+	$(BIN)/python -m zipfile -e $(DEBUG).wheel/*.whl $(DEBUG)
+	SSSD_TEST_PROFILE=debug PYTHONPATH=$(DEBUG) $(BIN)/python -m pytest -m "not slow" \
+		--ignore tests/hf --ignore tests/test_hardware.py --ignore tests/test_docs.py --ignore tests/test_plan.py \
+		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything

@@ -4,6 +4,7 @@ A change for the better fails as well. Then look at `python -m sssd replay` on l
 the new figures here.
 """
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,22 @@ def datastore(tmp_path_factory):
     return Datastore.open(path)
 
 
+@pytest.fixture(scope="module")
+def replayed(datastore):
+    """The replay of a setting with so many nodes, made once."""
+
+    @cache
+    def replay(setting, nodes):
+        made, shared = Replay(nodes), Drafter(end_token_ids=[END])
+        for request in REQUESTS[::2] if setting == "datastore" else REQUESTS:
+            store = datastore if setting == "datastore" else None
+            alone = Drafter(end_token_ids=[END], datastore=store, live_bytes=0, soft_bytes=0)
+            made.run(shared if setting == "shared" else alone, request)
+        return made
+
+    return replay
+
+
 @pytest.mark.parametrize(
     ("setting", "nodes", "accepted", "expected"),
     [
@@ -38,13 +55,21 @@ def datastore(tmp_path_factory):
     ],
 )
 def test_accepted_tokens_and_their_sum_of_probabilities_per_step(
-    setting, nodes, accepted, expected, datastore
+    setting, nodes, accepted, expected, replayed
 ):
-    replay = Replay(nodes)
-    shared = Drafter(end_token_ids=[END])
-    for request in REQUESTS[::2] if setting == "datastore" else REQUESTS:
-        store = datastore if setting == "datastore" else None
-        alone = Drafter(end_token_ids=[END], datastore=store, live_bytes=0, soft_bytes=0)
-        replay.run(shared if setting == "shared" else alone, request)
+    replay = replayed(setting, nodes)
     assert replay.accepted / replay.steps == pytest.approx(accepted, rel=0.005)
     assert replay.expected / replay.steps == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize("nodes", [16, 64])
+@pytest.mark.parametrize("setting", ["alone", "datastore", "shared"])
+def test_probabilities_come_true(setting, nodes, replayed):
+    replay = replayed(setting, nodes)
+    assert replay.expected == pytest.approx(replay.accepted, rel=0.1)
+    bins = replay.row("")["reliability"]
+    for low, high in ((0.05, 0.2), (0.2, 0.5), (0.5, 1.0)):
+        held = [counts for counts in bins if low <= counts["from"] < high]
+        accepted = sum(counts["accepted"] for counts in held)
+        assert accepted > 300
+        assert sum(counts["predicted"] for counts in held) == pytest.approx(accepted, rel=0.25)

@@ -105,3 +105,27 @@ def test_commands_are_found():
     assert len(found) > 25
     assert ["make", "demo"] in found
     assert any(command[:5] == ["python", "-m", "sssd", "build", "answers.sssd"] for command in found)
+
+
+def test_promises_are_numbered_in_order_and_held_by_tests_that_exist():
+    text = (ROOT / "docs/guarantees.md").read_text()
+    numbers = re.findall(r"^\| ([A-Z])(\d+) \|", text, re.M)
+    for letter in dict(numbers):
+        found = [int(number) for held, number in numbers if held == letter]
+        assert found == list(range(found[0], found[0] + len(found))), letter
+    assert len(numbers) > 40
+
+    files = [path for folder in ("tests", "rust", "benches") for path in (ROOT / folder).rglob("*")]
+    named = set()
+    for row in text.splitlines():
+        file = None
+        for path, name in re.findall(r"`([\w/-]+\.(?:py|rs))?(?:::(\w+))?`", row):
+            file = path or file
+            if file:
+                named.add((file, name))
+    assert len(named) > 60
+    for file, name in named:
+        paths = [path for path in files if path.as_posix().endswith(f"/{file}")]
+        assert paths, file
+        defined = rf"\b(def|class|fn) {name}\b" if name else ""
+        assert any(re.search(defined, path.read_text()) for path in paths), f"{file}::{name}"

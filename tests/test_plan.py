@@ -173,3 +173,16 @@ def test_the_text_has_none_of_them_either():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RUST, *PYTHON]
     texts = {path: path.read_text() for path in pages if path != Path(__file__)}
     assert not [(path.name, found[0]) for path, text in texts.items() if (found := unknown.search(text))]
+
+
+def test_every_file_has_its_place_in_the_architecture():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for crate in CRATES:
+        for path in (ROOT / "rust" / crate / "src").rglob("*.rs"):
+            inside = path.relative_to(ROOT / "rust" / crate / "src").as_posix()
+            if path.name != "lib.rs" and not inside.startswith("tests/"):
+                folder, _, name = inside.rpartition("/")
+                assert re.search(rf"`(\.\. )?({folder}/)?{re.escape(name)}`", text), inside
+    for path in (ROOT / "python/sssd").rglob("*.py*"):
+        described = path.parent.name in ("cli", "hardware", "__pycache__") or path.name.startswith("__")
+        assert described or f"{path.name}`" in text, path

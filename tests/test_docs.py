@@ -43,6 +43,12 @@ def readme():
     }
 
 
+def hardware():
+    """A model in transformers, and two requests of a serving engine."""
+    names = {**readme(), **serving()}
+    return {**names, "ids": names["inputs"]["input_ids"]}
+
+
 def serving():
     """Two requests, of which the target said three tokens and one."""
     return {
@@ -54,7 +60,7 @@ def serving():
     }
 
 
-NAMES = {"README.md": readme, "serving.md": serving}
+NAMES = {"README.md": readme, "hardware.md": hardware, "serving.md": serving}
 """What a page takes for granted, where it has blocks of Python."""
 
 

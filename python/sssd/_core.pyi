@@ -72,8 +72,8 @@ class Drafter:
         end_token_ids: ArrayLike | None = None,
         datastore: Datastore | _StrPath | SequenceABC[_StrPath] | None = None,
         load: Literal["mmap", "ram"] = "mmap",
-        live_bytes: int = 67_108_864,
-        soft_bytes: int = 16_777_216,
+        live_bytes: int = 67108864,
+        soft_bytes: int = 16777216,
         max_bytes: int | None = None,
         max_sequence_bytes: int | None = None,
         threads: int | None = None,
@@ -726,9 +726,9 @@ class CostGrid:
         contexts: _Floats,
         seconds: _Floats,
         *,
-        packed: bool = False,
-        ready: SequenceABC[int] = (),
-        draft: tuple[float, float, float, int] = (0.0, 0.0, 0.0, 1),
+        packed: bool,
+        ready: SequenceABC[int],
+        draft: tuple[float, float, float, int],
     ) -> Self: ...
     def time(self, batch: float, width: float, context: float) -> float:
         """Seconds of a pass over ``width`` tokens of each of ``batch`` requests, ``context`` tokens long on average."""

@@ -117,9 +117,7 @@ pub struct PyCostGrid(Arc<CostCurve>);
 #[pymethods]
 impl PyCostGrid {
     #[new]
-    #[pyo3(signature = (batches, tokens, contexts, seconds, *, packed=false, ready=Vec::new(),
-                        draft=(0.0, 0.0, 0.0, 1)),
-           text_signature = "(batches, tokens, contexts, seconds, *, packed=False, ready=(), draft=(0.0, 0.0, 0.0, 1))")]
+    #[pyo3(signature = (batches, tokens, contexts, seconds, *, packed, ready, draft))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,

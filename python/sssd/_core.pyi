@@ -22,6 +22,7 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "FileInfo",
+    "PassBlock",
     "PassCosts",
     "Sequence",
     "__version__",
@@ -196,6 +197,8 @@ class DraftBatch:
         sources: NDArray[np.int8] | None = None,
         offsets: NDArray[np.int32] | None = None,
     ) -> Self: ...
+    @staticmethod
+    def from_trees(trees: Iterable[DraftTree | None], *, out: DraftBatch | None = None) -> DraftBatch: ...
     @property
     def token_ids(self) -> NDArray[np.int32]: ...
     @property
@@ -210,6 +213,56 @@ class DraftBatch:
     def offsets(self) -> NDArray[np.int32]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> DraftTree: ...
+
+@final
+class PassBlock:
+    def __new__(
+        cls,
+        *,
+        ids: NDArray[np.int64] | None = None,
+        positions: NDArray[np.int64] | None = None,
+        depths: NDArray[np.int64] | None = None,
+        parents: NDArray[np.int64] | None = None,
+        ancestors: NDArray[np.uint64] | None = None,
+        mask: NDArray[np.bool_] | None = None,
+        first_child: NDArray[np.int64] | None = None,
+        next_sibling: NDArray[np.int64] | None = None,
+    ) -> Self: ...
+    def fill(
+        self,
+        trees: DraftBatch | None,
+        roots: ArrayLike,
+        positions: ArrayLike,
+        *,
+        width: int | None = None,
+        packed: bool = False,
+        mask: bool = False,
+        links: bool = False,
+    ) -> None: ...
+    @property
+    def ids(self) -> NDArray[np.int64]: ...
+    @property
+    def positions(self) -> NDArray[np.int64]: ...
+    @property
+    def depths(self) -> NDArray[np.int64]: ...
+    @property
+    def parents(self) -> NDArray[np.int64]: ...
+    @property
+    def first_child(self) -> NDArray[np.int64]: ...
+    @property
+    def next_sibling(self) -> NDArray[np.int64]: ...
+    @property
+    def rows(self) -> NDArray[np.int64]: ...
+    @property
+    def offsets(self) -> NDArray[np.int32]: ...
+    @property
+    def ancestors(self) -> NDArray[np.uint64]: ...
+    @property
+    def mask(self) -> NDArray[np.bool_]: ...
+    def accept(
+        self, targets: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]: ...
+    def __len__(self) -> int: ...
 
 @final
 class PassCosts:

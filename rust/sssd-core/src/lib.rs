@@ -7,6 +7,7 @@
 mod index;
 mod memory;
 mod namespace;
+mod pass;
 mod predictor;
 mod sequence;
 mod sources;
@@ -17,6 +18,7 @@ mod tree;
 pub use index::Lookahead;
 pub use memory::{Charge, MemoryFull, MemoryPool};
 pub use namespace::{Knowledge, Namespace};
+pub use pass::{FlatTrees, MAX_WIDTH, PassBlock, PassError, Shape};
 pub use predictor::inputs::Limits;
 pub use predictor::weights::{Model, WeightsError};
 pub use sequence::Sequence;

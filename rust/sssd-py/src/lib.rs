@@ -4,6 +4,7 @@ mod batch;
 mod datastore;
 mod drafter;
 mod errors;
+mod pass;
 mod shutdown;
 mod sizing;
 mod state;
@@ -25,6 +26,8 @@ mod _core {
     #[pymodule_export]
     use drafter::{PyDrafter, PySequence};
     #[pymodule_export]
+    use pass::PyPassBlock;
+    #[pymodule_export]
     use sizing::PyPassCosts;
     #[pymodule_export]
     use tree::PyDraftTree;
@@ -36,6 +39,7 @@ mod _core {
 
     const _: () = {
         fits::<PyDraftBatch>();
+        fits::<PyPassBlock>();
         fits::<PyPassCosts>();
         fits::<PyBuildSummary>();
         fits::<PyDatastore>();

@@ -27,11 +27,14 @@ __all__ = [
     "Sequence",
     "__version__",
     "build_profile",
+    "top_k",
 ]
 
 SOURCES: tuple[str, ...]
 __version__: str
 build_profile: str
+
+def top_k(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...
 
 @final
 class Drafter:

@@ -1,9 +1,10 @@
 """The decoding loop: draft, verify, accept, row by row, until every row has stopped."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -12,16 +13,18 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from sssd._core import Drafter, DraftTree, Sequence
+from sssd._core import DraftBatch, Drafter, DraftTree, Sequence
 from sssd.hardware.budget import Budget, RowBudget
-from sssd.hf.choices import BatchSampler, accept, choices, top_k
+from sssd.hf.choices import BatchSampler, choices, most_probable, top_k
 from sssd.hf.contract import Call, cache_argument, must_stand_in_place, position_limit
 from sssd.hf.passes import Passes
 from sssd.hf.static import Answer
-from sssd.hf.verify import Block
 
 _EXPECTED_TOKENS, _TREE_ROOM = 4096, 64
 _EMPTY = DraftTree([], [])
+
+Walk = Iterator[tuple[int, int, bool]]
+"""A path from the root: entries of the pass, the token chosen after each, and whether it was drafted."""
 
 
 @dataclass
@@ -210,6 +213,7 @@ class Decoder:
             self.cache.lengths = [past + end] * self.batch
         # The last prompt token is the root of an empty tree, which `_advance` commits.
         self.cache.lengths = [past + total - 1] * self.batch
+        self.passes.fill(None, [0] * self.batch, [0] * self.batch)
         return logits
 
     def _draft(self, row: Row, max_nodes: int, **options: float) -> DraftTree | None:
@@ -228,13 +232,12 @@ class Decoder:
         for row, tree in zip(self.active, trees, strict=True):
             row.steps += 1
             row.drafted += 0 if tree is None else len(tree)
-        block = Block.of(
+        self.passes.fill(
+            DraftBatch.from_trees(trees),
             [row.tokens[-1] for row in self.active],
-            trees,
             [row.position for row in self.active],
-            self.passes.width(max(0 if tree is None else len(tree) for tree in trees)),
         )
-        return self.passes.launch(block, accept=not self.picks_alone)
+        return self.passes.launch(accept=not self.picks_alone)
 
     def _advance(self, trees: list[DraftTree | None], logits: Any, answer: Answer | None) -> None:
         """Appends what the target chose, commits it to cache and drafter, and drops finished rows.
@@ -244,34 +247,23 @@ class Decoder:
             logits: [B, 1 + nodes or more, vocabulary] after the last token and every node.
             answer: What the device makes of them, if it does.
         """
-        targets = topk = None
-        if answer is not None:
-            targets = answer.targets
-        elif not self.picks_alone:
-            targets = choices(logits)
-        if self.feeds_back:
-            # padding of the vocabulary is no token to the drafter
-            if answer is not None and self.draft_vocab_size >= self.vocab_size:
-                topk = answer.topk_ids, answer.topk_probs
-            else:
-                topk = top_k(logits[..., : self.draft_vocab_size])
-        kept = []
-        for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
+        targets, topk = self._chosen(logits, answer)
+        walks = self._walks(logits) if targets is None else self._accepted(targets)
+        kept, offsets = [], [0]
+        for i, (row, tree, walk) in enumerate(zip(self.active, trees, walks, strict=True)):
             before = len(row.tokens)
-            walk = self._walk(row, tree, logits[i]) if targets is None else accept(tree, targets[i])
-            offsets = []
-            for offset, token, drafted in walk:
-                offsets.append(offset)
+            for entry, token, drafted in walk:
+                kept.append(entry)
                 self._append(row, token, drafted)
                 if self._ended(row):
                     break
-            kept.append(offsets)
+            offsets.append(len(kept))
             if not self._ended(row):
                 if topk is not None:
                     size = 1 if tree is None else len(tree) + 1
                     row.sequence.feedback(tree or _EMPTY, topk[0][i, :size], topk[1][i, :size])
                 row.sequence.extend(row.tokens[before:])
-        self.cache.commit(kept)
+        self.cache.commit(np.array(kept), np.array(offsets))
         left = [i for i, row in enumerate(self.active) if not self._ended(row)]
         if left and len(left) < len(self.active):
             self.cache.select(left)
@@ -279,18 +271,46 @@ class Decoder:
         if self.sampler is not None and left:
             self.sampler.forget(min(len(row.tokens) for row in self.active))
 
-    def _walk(self, row: Row, tree: DraftTree | None, logits: Any) -> Iterable[tuple[int, int, bool]]:
-        """Picks tokens one by one as plain decoding would, while the tree has the picked child."""
-        children = {}
-        if tree is not None:
-            pairs = zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
-            children = {(parent + 1, token): node + 1 for node, (parent, token) in enumerate(pairs)}
-        offset: int | None = 0
-        while offset is not None:
-            token = self._pick(row, logits[offset])
-            child = children.get((offset, token))
-            yield offset, token, child is not None
-            offset = child
+    def _chosen(self, logits: Any, answer: Answer | None) -> tuple[Any, Any]:
+        """The target's choices, if they need nothing but logits, and what teaches the drafter, if it learns."""
+        if answer is not None:
+            targets, topk = answer.targets, (answer.topk_ids, answer.topk_probs)
+            # padding of the vocabulary is no token to the drafter
+            if self.feeds_back and self.draft_vocab_size < self.vocab_size:
+                topk = top_k(logits[..., : self.draft_vocab_size])
+        elif not self.feeds_back:
+            return (None if self.picks_alone else choices(logits)), None
+        elif self.picks_alone:
+            targets, topk = None, top_k(logits[..., : self.draft_vocab_size])
+        else:
+            targets, *topk = most_probable(logits, self.draft_vocab_size)
+        return targets, topk if self.feeds_back else None
+
+    def _accepted(self, targets: Any) -> Iterator[Walk]:
+        """The accepted path of each row under known choices."""
+        kept, tokens, offsets = (array.tolist() for array in self.passes.block.accept(targets))
+        for start, end in pairwise(offsets):
+            drafted = [True] * (end - start - 1) + [False]
+            yield zip(kept[start:end], tokens[start:end], drafted, strict=True)
+
+    def _walks(self, logits: Any) -> Iterator[Walk]:
+        """The same where tokens are picked one by one as plain decoding would, each after those before it."""
+        block = self.passes.block
+        for i, row in enumerate(self.active):
+            links = (array[i].tolist() for array in (block.ids, block.first_child, block.next_sibling))
+            yield self._walk(row, logits[i], *links)
+
+    def _walk(
+        self, row: Row, logits: Any, ids: list[int], first_child: list[int], next_sibling: list[int]
+    ) -> Walk:
+        entry = 0
+        while entry >= 0:
+            token = self._pick(row, logits[entry])
+            child = first_child[entry]
+            while child >= 0 and ids[child] != token:
+                child = next_sibling[child]
+            yield entry, token, child >= 0
+            entry = child
 
     def _pick(self, row: Row, logits: Any) -> int:
         """The target's choice after the row's present tokens, through its own processors."""

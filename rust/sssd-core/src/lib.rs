@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod index;
+mod logits;
 mod memory;
 mod namespace;
 mod pass;
@@ -16,6 +17,7 @@ mod sync;
 mod tree;
 
 pub use index::Lookahead;
+pub use logits::top_k;
 pub use memory::{Charge, MemoryFull, MemoryPool};
 pub use namespace::{Knowledge, Namespace};
 pub use pass::{FlatTrees, MAX_WIDTH, PassBlock, PassError, Shape};

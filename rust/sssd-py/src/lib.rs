@@ -4,6 +4,7 @@ mod batch;
 mod datastore;
 mod drafter;
 mod errors;
+mod logits;
 mod pass;
 mod shutdown;
 mod sizing;
@@ -25,6 +26,8 @@ mod _core {
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
     use drafter::{PyDrafter, PySequence};
+    #[pymodule_export]
+    use logits::top_k;
     #[pymodule_export]
     use pass::PyPassBlock;
     #[pymodule_export]

@@ -113,7 +113,7 @@ impl NullaryFnOnce for Search<'_> {
                 search(self.best, index * PIECE, piece);
             }
             if most > largest {
-                sum *= f64::from(largest - most).exp();
+                sum *= (f64::from(largest) - f64::from(most)).exp();
                 largest = most;
             }
             if largest > f32::NEG_INFINITY {

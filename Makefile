@@ -62,6 +62,13 @@ model: ## check locks and atomics with loom and shuttle
 	RUSTFLAGS="--cfg model" CARGO_TARGET_DIR=target/model \
 		cargo test --locked -p sssd-core -p sssd-engine --test loom --test shuttle
 
+.PHONY: nightly
+nightly: install ## run what takes hours: state machine, soak, every full test, make model
+	$(BIN)/python benches/machine.py --operations 1000000
+	$(BIN)/python benches/soak.py tests/data/requests.jsonl.xz --requests 100000
+	SSSD_FULL_TESTS=1 $(BIN)/python -m pytest --ignore tests/serving/test_machine.py
+	$(MAKE) model
+
 .PHONY: check
 check: install ## check format, lints, types and stubs
 	cargo fmt --check

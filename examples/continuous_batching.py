@@ -76,14 +76,18 @@ class SlotPool(Cache):
         self.writing = rows, lengths[:, None] + torch.arange(width), int(lengths.max()) + width
         return lengths
 
-    def keep(self, slot: int, nodes: np.ndarray) -> None:
-        """Keeps the root and the path of nodes of what the last pass wrote to a slot."""
-        start = int(self.lengths[slot])
-        kept = start + torch.tensor([0, *(nodes + 1).tolist()])
+    def keep(self, kept: np.ndarray, offsets: np.ndarray) -> None:
+        """Keeps, of what the last pass wrote to its slots, the entries of the accepted paths."""
+        counts = np.diff(offsets)
+        places = np.arange(len(kept)) - np.repeat(offsets[:-1], counts)
+        slots, counts = self.writing[0], torch.from_numpy(counts)
+        rows = slots.repeat_interleave(counts)
+        starts = self.lengths[rows]
+        to, origin = starts + torch.from_numpy(places), starts + torch.from_numpy(kept)
         for layer in self.layers:
             for buffer in layer.buffers:
-                buffer[slot, :, start : start + len(kept)] = buffer[slot, :, kept]
-        self.lengths[slot] += len(kept)
+                buffer[rows, :, to] = buffer[rows, :, origin]
+        self.lengths[slots] += counts
 
 
 @dataclass
@@ -108,7 +112,7 @@ class Engine:
         self.pool, self.free = SlotPool(), list(range(SLOTS))
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.trees = sssd.DraftBatch(SLOTS, NODES)
+        self.trees, self.block = sssd.DraftBatch(SLOTS, NODES), sssd.PassBlock()
         self.passes = self.most_running = 0
 
     def submit(self, request: Request) -> None:
@@ -133,12 +137,10 @@ class Engine:
             total_nodes=NODES,
             out=self.trees,
         )
-        choices = self.verify(trees)
-        for index, request in enumerate(list(self.running)):
-            tree = trees[index]
-            nodes, tokens = tree.accept(choices[index, : len(tree) + 1])
-            self.pool.keep(request.slot, nodes)
-            self.take(request, tokens.tolist())
+        kept, tokens, offsets = self.block.accept(self.verify(trees))
+        self.pool.keep(kept, offsets)
+        for request, start, end in zip(list(self.running), offsets, offsets[1:], strict=False):
+            self.take(request, tokens[start:end].tolist())
 
     def admit(self, request: Request) -> None:
         """Prefills a request's prompt into a free slot; its first token comes of it."""
@@ -162,20 +164,16 @@ class Engine:
         self.take(request, [int(logits[0, -1].argmax())])
 
     def verify(self, trees: sssd.DraftBatch) -> np.ndarray:
-        """The model's own token after the root and after each node, [requests, width]."""
-        sizes = np.diff(trees.offsets)
-        width = int(sizes.max()) + 1
+        """The model's own token after each entry of the pass, [requests, width]."""
+        rows, width = len(self.running), int(np.diff(trees.offsets).max()) + 1
         lengths = self.pool.select([request.slot for request in self.running], width)
-        end = int(lengths.max()) + width
-        ids = torch.zeros(len(self.running), width, dtype=torch.long)
-        positions = lengths[:, None].repeat(1, width)
-        mask = torch.zeros(len(self.running), width, end, dtype=torch.bool)
-        for row, request in enumerate(self.running):
-            tree, length = trees[row], int(lengths[row])
-            ids[row, : len(tree) + 1] = torch.tensor([request.output[-1], *tree.token_ids.tolist()])
-            positions[row] = torch.from_numpy(tree.position_ids(length, width - 1))
+        roots = [request.output[-1] for request in self.running]
+        self.block.fill(trees, roots, lengths.numpy(), mask=True)
+        mask = torch.zeros(rows, width, int(lengths.max()) + width, dtype=torch.bool)
+        for row, length in enumerate(lengths.tolist()):
             mask[row, :, :length] = True
-            mask[row, :, length : length + width] = torch.from_numpy(tree.attention_mask(width - 1))
+            mask[row, :, length : length + width] = torch.from_numpy(self.block.mask[row])
+        ids, positions = map(torch.from_numpy, (self.block.ids, self.block.positions))
         states = {cache_argument(self.model): self.pool}
         logits = self.model(ids, attention_mask=mask[:, None], position_ids=positions, **states).logits
         self.passes += 1

@@ -28,29 +28,25 @@ def decode(model, prompt_ids: list[int], end_id: int, max_new_tokens: int, draft
     states = {cache_argument(model): cache}  # transformers renamed it in 5.24
     logits = model(torch.tensor([prompt_ids]), logits_to_keep=1, **states).logits
     output = [int(logits[0, -1].argmax())]
-    steps = 0
+    steps, block = 0, sssd.PassBlock()
     with drafter.begin(prompt_ids) as sequence:
         sequence.extend(output)
         while output[-1] != end_id and len(output) < max_new_tokens:
-            tree = sequence.draft(max_nodes=16)
+            trees = drafter.draft_batch([sequence], max_nodes=16)
 
             # One pass over the last token, which is not in the cache yet, and all nodes of the tree.
             past = cache.get_seq_length()
-            in_tree = torch.from_numpy(tree.attention_mask())
+            block.fill(trees, roots=output[-1:], positions=[past], mask=True)
+            ids, positions, in_tree = map(torch.from_numpy, (block.ids, block.positions, block.mask[0]))
             mask = torch.cat([torch.ones(len(in_tree), past, dtype=torch.bool), in_tree], dim=1)
-            logits = model(
-                torch.tensor([[output[-1], *tree.token_ids.tolist()]]),
-                attention_mask=mask[None, None],
-                position_ids=torch.from_numpy(tree.position_ids(past))[None],
-                **states,
-            ).logits
+            logits = model(ids, attention_mask=mask[None, None], position_ids=positions, **states).logits
             steps += 1
 
             # The path that the model itself would have taken, and its next token.
-            nodes, tokens = tree.accept(logits[0].argmax(-1).numpy())
+            kept, tokens, _ = block.accept(logits.argmax(-1).numpy())
 
             # Keep the path's keys and values, wherever it lay in the tree, and cut the rest off.
-            kept = past + torch.tensor([0, *(nodes + 1).tolist()])
+            kept = past + torch.from_numpy(kept)
             for layer in cache.layers:
                 layer.keys[:, :, past : past + len(kept)] = layer.keys[:, :, kept]
                 layer.values[:, :, past : past + len(kept)] = layer.values[:, :, kept]

@@ -31,12 +31,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent / "python")]
 
-from sssd import Drafter, DraftTree, hf  # noqa: E402
+from sssd import DraftBatch, Drafter, DraftTree, PassBlock, hf  # noqa: E402
 from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf.fast import fast_pass  # noqa: E402
 from sssd.hf.profile import profile  # noqa: E402
 from sssd.hf.static import WIDTHS, StaticStore  # noqa: E402
-from sssd.hf.verify import Block  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -71,13 +70,13 @@ def llama(rehearse: bool, dtype: Any) -> Any:
     return model.eval()
 
 
-def random_block(rng: Any, lengths: list[int], width: int, vocab: int) -> Block:
-    """A verify pass over random trees after texts of these lengths."""
+def random_block(rng: Any, lengths: list[int], width: int, vocab: int) -> tuple[Any, ...]:
+    """What a store is filled with for random trees after texts of these lengths."""
     trees = []
     for _ in lengths:
         above = [int(rng.integers(max(-1, i - 5), i)) for i in range(width - 1)]
         trees.append(DraftTree(rng.permutation(vocab)[: width - 1], above))
-    return Block.of(rng.integers(vocab, size=len(lengths)).tolist(), trees, lengths, width)
+    return DraftBatch.from_trees(trees), rng.integers(vocab, size=len(lengths)), lengths, width
 
 
 def correct(options: Any, results: dict[str, Any]) -> None:
@@ -93,7 +92,9 @@ def correct(options: Any, results: dict[str, Any]) -> None:
     with torch.inference_mode():
         while max(lengths) < 150:
             block = random_block(rng, lengths, int(rng.choice(WIDTHS[:6])), 64)
-            outputs = [store.launch(block, lengths, passes % 2 == 0)()[0] for store in stores]
+            for store in stores:
+                store.fill(*block)
+            outputs = [store.launch(lengths, passes % 2 == 0)()[0] for store in stores]
             states = [torch.stack([torch.stack(layer) for layer in store.buffers]) for store in stores]
             equal += torch.equal(*outputs) and torch.equal(*states)
             passes += 1
@@ -214,7 +215,10 @@ def kernels_at(
     group, dtype, slots = heads // kv_heads, torch.bfloat16 if CUDA else torch.float32, context + width
     queries = torch.randn(batch, kv_heads, group * width, dim, device=DEVICE, dtype=dtype)
     keys, values = (torch.randn(batch, kv_heads, slots, dim, device=DEVICE, dtype=dtype) for _ in range(2))
-    tree = torch.from_numpy(random_block(rng, [context] * batch, width, 1000).tree_mask).to(DEVICE)
+    trees, roots, lengths, _ = random_block(rng, [context] * batch, width, 1000)
+    block = PassBlock()
+    block.fill(trees, roots, lengths, width=width, mask=True)
+    tree = torch.from_numpy(block.mask).to(DEVICE)
     mask = torch.ones(batch, 1, width, slots, dtype=torch.bool, device=DEVICE)
     mask[:, 0, :, context:] = tree
     additive = torch.zeros(mask.shape, dtype=dtype, device=DEVICE)

@@ -8,6 +8,7 @@ from sssd._core import (
     DraftBatch,
     Drafter,
     DraftTree,
+    PassBlock,
     Sequence,
     __version__,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "DraftBatch",
     "DraftTree",
     "Drafter",
+    "PassBlock",
     "Sequence",
     "SssdError",
     "__version__",

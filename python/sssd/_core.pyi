@@ -24,16 +24,33 @@ __all__ = [
     "Drafter",
     "FileInfo",
     "Pace",
+    "PassBlock",
     "PassCosts",
     "Sequence",
     "SizingRule",
     "__version__",
     "build_profile",
+    "top_k",
 ]
 
 SOURCES: tuple[str, ...]
 __version__: str
 build_profile: str
+
+def top_k(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The most probable tokens under logits, and their probabilities, in one pass. The GIL is released.
+
+    Args:
+        logits: float32 [..., vocabulary], of which the last axis is contiguous.
+        k: tokens wanted, at most 8; no more than the vocabulary has are given.
+
+    Returns:
+        ids int64 [..., k], the most probable first, the first of equals first; probs float32 [..., k], which sum to at
+        most 1. Where logits are no distribution (NaN, infinite) probs are 0, and the first NaN comes first.
+
+    Raises:
+        InvalidArgumentError: logits of another type or layout, no vocabulary, or ``k`` is not in 1 to 8.
+    """
 
 @final
 class Drafter:
@@ -634,6 +651,27 @@ class DraftBatch:
         sources: NDArray[np.int8] | None = None,
         offsets: NDArray[np.int32] | None = None,
     ) -> Self: ...
+    @staticmethod
+    def from_trees(trees: Iterable[DraftTree | None], *, out: DraftBatch | None = None) -> DraftBatch:
+        """staticmethod(function) -> method
+
+        Convert a function to be a static method.
+
+        A static method does not receive an implicit first argument.
+        To declare a static method, use this idiom:
+
+             class C:
+                 @staticmethod
+                 def f(arg1, arg2, argN):
+                     ...
+
+        It can be called either on the class (e.g. C.f()) or on an instance
+        (e.g. C().f()). Both the class and the instance are ignored, and
+        neither is passed implicitly as the first argument to the method.
+
+        Static methods in Python are similar to those found in Java or C++.
+        For a more advanced concept, see the classmethod builtin.
+        """
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """Token of each node, int32 [nodes]."""
@@ -664,6 +702,123 @@ class DraftBatch:
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> DraftTree:
         """Return self[key]."""
+
+@final
+class PassBlock:
+    """What one verify pass takes and gives back, for the trees of a whole batch: ``[root] + nodes`` of each row.
+
+    Entry 0 of a row is its root, the last token of the text; entry ``i + 1`` is node ``i``. Rows are padded to one
+    width, ``[B, T]``, or packed end to end, ``[N]``. Fillers repeat the root's token and position, have no parent and
+    attend to themselves only. The arrays are views of buffers that the next ``fill`` or ``accept`` overwrites; nothing
+    is allocated once they have grown. One call at a time may use a block.
+
+    Args:
+        ids, positions, depths, parents, first_child, next_sibling: buffers to use, contiguous int64 [n] with room for
+            every pass, such as pinned memory; by default own ones, which grow.
+        ancestors: the same, uint64.
+        mask: the same, bool.
+
+    Raises:
+        InvalidArgumentError: a buffer is not contiguous, of another dtype, or read-only.
+    """
+    def __new__(
+        cls,
+        *,
+        ids: NDArray[np.int64] | None = None,
+        positions: NDArray[np.int64] | None = None,
+        depths: NDArray[np.int64] | None = None,
+        parents: NDArray[np.int64] | None = None,
+        ancestors: NDArray[np.uint64] | None = None,
+        mask: NDArray[np.bool_] | None = None,
+        first_child: NDArray[np.int64] | None = None,
+        next_sibling: NDArray[np.int64] | None = None,
+    ) -> Self: ...
+    def fill(
+        self,
+        trees: DraftBatch | None,
+        roots: ArrayLike,
+        positions: ArrayLike,
+        *,
+        width: int | None = None,
+        packed: bool = False,
+        mask: bool = False,
+        links: bool = False,
+    ) -> None:
+        """Writes the entries of a pass. The GIL is released for large ones.
+
+        Args:
+            trees: the drafts of B rows, or None where nothing is drafted.
+            roots: the last token of each row, B integers.
+            positions: its position id, B integers.
+            width: T, at least one more than the largest tree has nodes; by default just that.
+            packed: whether rows lie end to end, without fillers; then there is no ``width``.
+            mask: whether to write ``mask`` as well.
+            links: whether to write ``first_child`` and ``next_sibling`` as well.
+
+        Raises:
+            InvalidArgumentError: bad input, or a buffer that was given is too short. The block has no rows then.
+            InvalidTokenError: a root is not an integer in 0..2^31.
+        """
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Tokens, int64 [B, T] or [N]."""
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Position ids: the root's plus the depth; int64 [B, T] or [N]."""
+    @property
+    def depths(self) -> NDArray[np.int64]:
+        """Distance from the root, int64 [B, T] or [N]."""
+    @property
+    def parents(self) -> NDArray[np.int64]:
+        """The parent's entry within the row, int64 [B, T] or [N]; -1 for roots and fillers."""
+    @property
+    def first_child(self) -> NDArray[np.int64]:
+        """The entry of the first child within the row, int64 [B, T] or [N]; -1 for none. Children and siblings come in
+        the order of entries, which is that of probability.
+
+        Raises:
+            InvalidArgumentError: ``fill`` was not asked for links.
+        """
+    @property
+    def next_sibling(self) -> NDArray[np.int64]:
+        """The entry of the next child of the same parent within the row, int64 [B, T] or [N]; -1 for none.
+
+        Raises:
+            InvalidArgumentError: ``fill`` was not asked for links.
+        """
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The row of each entry, int64 [B, T] or [N]."""
+    @property
+    def offsets(self) -> NDArray[np.int32]:
+        """Where each row starts among all entries, int32 [B+1]."""
+    @property
+    def ancestors(self) -> NDArray[np.uint64]:
+        """What each entry attends to within its row, uint64 [B, T, W] or [N, W]: bit ``j % 64`` of word ``j // 64`` is set
+        where entry ``j`` is its ancestor or itself. W is 1 for rows of up to 64 entries.
+        """
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """The attention mask, bool [B, T, T] or [N, N]; True where the entry may attend to the other.
+
+        Raises:
+            InvalidArgumentError: ``fill`` was not asked for the mask.
+        """
+    def accept(self, targets: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """Walks every row from its root along the target's own tokens.
+
+        Args:
+            targets: the target's token after each entry, integers [B, T] or [N]; at fillers they are not looked at.
+
+        Returns:
+            kept int64 [M], the entries of each row to keep in the cache: the root and the accepted nodes; tokens int64
+            [M], the target's token after each of them: the accepted tokens and one that was not drafted; offsets int32
+            [B+1], where each row starts in both. ``tokens`` and ``offsets`` are what ``Drafter.step`` takes next.
+
+        Raises:
+            InvalidArgumentError: ``targets`` are not integers of that shape.
+        """
+    def __len__(self) -> int: ...
 
 @final
 class PassCosts:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd._core import SOURCES, Drafter, DraftTree, Sequence
+from sssd._core import SOURCES, DraftBatch, Drafter, DraftTree, PassBlock, Sequence
 from sssd.errors import SssdError
 
 Tokenize = Callable[[str], list[int]]
@@ -93,7 +93,7 @@ class Replay:
             self.append_ns += perf_counter_ns() - start
             position = end
 
-    def _count(self, tree: DraftTree, path: NDArray[np.int32]) -> None:
+    def _count(self, tree: DraftTree, path: NDArray[np.int64]) -> None:
         self.accepted += len(path)
         self.drafted += len(tree)
         self.expected += tree.expected_accepted
@@ -146,15 +146,16 @@ def extend(sequence: Sequence, request: Request, start: int, end: int) -> None:
         )
 
 
-def accepted_path(tree: DraftTree, recording: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Nodes of the longest path from the root that equals the start of ``recording``, int32 [accepted]."""
+def accepted_path(tree: DraftTree, recording: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Nodes of the longest path from the root that equals the start of ``recording``, int64 [accepted]."""
     if len(tree) == 0:
-        return np.zeros(0, np.int32)
-    depths = tree.depths
-    # a node's target is the recorded token after it; beyond the recording nothing is accepted
-    targets = np.append(recording, np.full(depths.max() + 1, 0, recording.dtype))
-    nodes, _ = tree.accept(targets[np.append(0, depths)])
-    return nodes[: len(recording)]
+        return np.zeros(0, np.int64)
+    block = PassBlock()
+    block.fill(DraftBatch.from_trees([tree]), [0], [0], packed=True)
+    # an entry's target is the recorded token after it; beyond the recording nothing is accepted
+    targets = np.append(recording, np.zeros(int(block.depths.max()) + 1, recording.dtype))
+    kept, _, _ = block.accept(targets[block.depths])
+    return kept[1 : 1 + len(recording)] - 1
 
 
 def count_accepted(tree: DraftTree, recording: NDArray[np.int32]) -> int:

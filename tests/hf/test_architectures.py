@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 from models import ARCHITECTURES, EAGER_ONLY, tiny_model  # noqa: E402
 from trees import paths_of, random_tree  # noqa: E402
 
+from sssd import DraftBatch, PassBlock  # noqa: E402
 from sssd.hf.contract import cache_argument  # noqa: E402
 from sssd.hf.verify import AttentionMasks, TreeCache  # noqa: E402
 
@@ -33,7 +34,7 @@ def verify_rows(model, prompts, rounds, nodes, seed):
     cache = TreeCache(batch, None if bool(padding.all()) else padding)
     masks = AttentionMasks(model)
     rows = [list(p) for p in prompts]
-    worst = 0.0
+    block, worst = PassBlock(), 0.0
     with torch.no_grad():
         ids = torch.tensor([[3] * (width - len(p)) + list(p) for p in prompts])[:, :-1]
         positions = (padding.long().cumsum(-1) - 1).clamp(min=0)[:, :-1]
@@ -44,34 +45,31 @@ def verify_rows(model, prompts, rounds, nodes, seed):
         cache.lengths = [width - 1] * batch
         for _ in range(rounds):
             trees = [random_tree(rng, int(rng.integers(1, nodes + 1)), VOCAB) for _ in rows]
-            count = 1 + max(map(len, trees))
-            block = torch.zeros(batch, count, dtype=torch.long)
-            depths = torch.zeros(batch, count, dtype=torch.long)
-            tree_mask = torch.eye(count, dtype=torch.bool).repeat(batch, 1, 1)
-            for b, tree in enumerate(trees):
-                n = len(tree) + 1
-                block[b, 0] = rows[b][-1]
-                block[b, 1:n] = torch.from_numpy(tree.token_ids.astype(np.int64))
-                depths[b, :n] = torch.from_numpy(tree.position_ids(0))
-                tree_mask[b, :n, :n] = torch.from_numpy(tree.attention_mask())
-            starts = torch.tensor([len(row) - 1 for row in rows])[:, None]
+            block.fill(
+                DraftBatch.from_trees(trees),
+                [row[-1] for row in rows],
+                [len(row) - 1 for row in rows],
+                mask=True,
+            )
+            ids, positions, depths = map(torch.from_numpy, (block.ids, block.positions, block.depths))
             logits = model(
-                block,
-                attention_mask=masks.build(cache, tree_mask, depths),
-                position_ids=starts + depths,
+                ids,
+                attention_mask=masks.build(cache, torch.from_numpy(block.mask), depths),
+                position_ids=positions,
                 use_cache=True,
                 **{cache_argument(model): cache},
             ).logits
-            kept = []
+            kept, offsets = [], [0]
             for b, tree in enumerate(trees):
                 paths = [[], *paths_of(tree)]
-                for offset, path in enumerate(paths):
+                for entry, path in enumerate(paths):
                     expected = reference(model, rows[b] + [int(tree.token_ids[i]) for i in path])
-                    worst = max(worst, float((logits[b, offset] - expected).abs().max()))
+                    worst = max(worst, float((logits[b, entry] - expected).abs().max()))
                 path = paths[int(rng.integers(len(paths)))]
-                kept.append([0, *(i + 1 for i in path)])
+                kept += [0, *(i + 1 for i in path)]
+                offsets.append(len(kept))
                 rows[b] += [*(int(tree.token_ids[i]) for i in path), int(rng.integers(VOCAB))]
-            cache.commit(kept)
+            cache.commit(np.array(kept), np.array(offsets))
     return worst
 
 

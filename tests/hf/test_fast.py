@@ -16,14 +16,13 @@ from transformers import DynamicCache, modeling_utils  # noqa: E402
 from trees import ScriptedDrafter, random_tree  # noqa: E402
 
 import sssd  # noqa: E402
-from sssd import DraftTree, hf  # noqa: E402
+from sssd import DraftBatch, DraftTree, hf  # noqa: E402
 from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf import fast  # noqa: E402
 from sssd.hf.contract import cache_argument  # noqa: E402
 from sssd.hf.passes import Passes  # noqa: E402
 from sssd.hf.profile import profile  # noqa: E402
 from sssd.hf.static import WIDTHS, StaticStore, span_of  # noqa: E402
-from sssd.hf.verify import Block  # noqa: E402
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
 PROMPT = torch.tensor([[5, 9, 33, 12, 5, 9, 33, 40, 8]])
@@ -40,9 +39,16 @@ def log(caplog):
 
 
 def block(rng, lengths, nodes, width=None):
-    """Random trees after texts of these lengths, filled up to a width."""
+    """What a pass verifies of random trees after texts of these lengths, filled up to a width."""
     trees = [random_tree(rng, nodes, 64) for _ in lengths]
-    return Block.of(rng.integers(64, size=len(lengths)).tolist(), trees, lengths, width or nodes + 1)
+    return trees, rng.integers(64, size=len(lengths)), lengths, width or nodes + 1
+
+
+def launch(passes, block, accept=False):
+    """A pass over a block."""
+    trees, *rest = block
+    passes.fill(DraftBatch.from_trees(trees), *rest)
+    return passes.launch(accept)()
 
 
 def started(model, lengths, path):
@@ -68,7 +74,7 @@ def test_logits_and_states_are_those_of_the_model(path, name, lengths, nodes, re
     with torch.inference_mode():
         for kind in (path, "general"):
             passes = started(model, lengths, kind)
-            outputs.append(passes.launch(trees)()[0][:, : nodes + 1].clone())
+            outputs.append(launch(passes, trees)[0][:, : nodes + 1].clone())
             caches.append(passes.cache)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -87,26 +93,25 @@ def test_a_static_pass_accepts_and_moves_as_the_host_would(static, lengths):
     with torch.inference_mode():
         for _ in range(30):
             trees = block(rng, lengths, 12, 16)
-            ids, parents = trees.ids, trees.parents
             one, two = started(model, lengths, "static"), started(model, lengths, "general")
-            guess = two.launch(trees)()[0].argmax(-1).numpy()
+            guess = launch(two, trees)[0].argmax(-1).numpy()
             # make the target's choices part of the trees, on entries that lie apart
-            for row in range(len(lengths)):
-                for entry in rng.permutation(np.arange(1, 13))[:8]:
-                    siblings = parents[row] == parents[row, entry]
-                    wanted = guess[row, parents[row, entry]]
-                    if not (ids[row, siblings] == wanted).any():
-                        ids[row, entry] = wanted
-            targets = two.launch(trees)()[0].argmax(-1).numpy()
-            kept = []
-            for row in range(len(lengths)):
-                tree = DraftTree(ids[row, 1:13], parents[row, 1:13] - 1)
-                kept.append([0, *(tree.accept(targets[row, :13])[0] + 1).tolist()])
-            moved += sum(offsets != list(range(len(offsets))) for offsets in kept)
-            _, answer = one.launch(trees, accept=True)()
+            for row, tree in enumerate(trees[0]):
+                ids, parents = tree.token_ids, tree.parents
+                for node in rng.permutation(12)[:8]:
+                    wanted = guess[row, parents[node] + 1]
+                    if not (ids[parents == parents[node]] == wanted).any():
+                        ids[node] = wanted
+                trees[0][row] = DraftTree(ids, parents)
+            targets = launch(two, trees)[0].argmax(-1).numpy()
+            kept, _, offsets = two.block.accept(targets)
+            paths = [tree.accept(row[:13])[0] + 1 for tree, row in zip(trees[0], targets, strict=True)]
+            assert kept.tolist() == [entry for path in paths for entry in (0, *path)]
+            moved += sum((path != np.arange(len(path)) + 1).any() for path in paths)
+            _, answer = launch(one, trees, accept=True)
             assert np.array_equal(answer.targets[:, :13], targets[:, :13])
-            one.cache.commit(kept)
-            two.cache.commit(kept)
+            one.cache.commit(kept, offsets)
+            two.cache.commit(kept, offsets)
             assert one.cache.lengths == two.cache.lengths
             for mine, theirs in zip(one.cache.layers, two.cache.layers, strict=True):
                 for a, b in zip(mine.buffers, theirs.buffers, strict=True):
@@ -123,7 +128,7 @@ def test_the_answer_holds_the_most_probable_tokens(static):
     trees = block(np.random.default_rng(0), [9], 3, 4)
     with torch.inference_mode():
         passes = started(model, [9], "static")
-        logits, answer = passes.launch(trees, accept=True)()
+        logits, answer = launch(passes, trees, accept=True)
         probs, tokens = logits.softmax(-1).topk(8)
     assert np.array_equal(answer.topk_ids, tokens.numpy())
     np.testing.assert_allclose(answer.topk_probs, probs.numpy(), rtol=1e-4, atol=1e-6)
@@ -225,7 +230,7 @@ def test_reported_probabilities_are_rounded_in_float32(static):
     with torch.inference_mode():
         passes = started(model, [9], "static")
         trees = block(np.random.default_rng(0), [9], 15, 16)
-        logits, answer = passes.launch(trees, accept=True)()
+        logits, answer = launch(passes, trees, accept=True)
         right = logits.float().softmax(-1).gather(-1, torch.from_numpy(answer.topk_ids))
     np.testing.assert_allclose(answer.topk_probs, right.numpy(), rtol=1e-4, atol=1e-6)
 
@@ -316,8 +321,10 @@ def test_graph_replay_equals_eager_bit_for_bit():
         lengths = [0, 0]
         for step in range(40):
             width = int(rng.choice(WIDTHS[:5]))
-            trees = block(rng, lengths, width - 1, width)
-            results = [store.launch(trees, lengths, step % 2 == 0)() for store in stores]
+            trees, *rest = block(rng, lengths, width - 1, width)
+            for store in stores:
+                store.fill(DraftBatch.from_trees(trees), *rest)
+            results = [store.launch(lengths, step % 2 == 0)() for store in stores]
             assert torch.equal(results[0][0], results[1][0])
             for a, b in zip(*(chain.from_iterable(store.buffers) for store in stores), strict=True):
                 assert torch.equal(a, b)

@@ -1,13 +1,12 @@
 """What the target chooses from its logits: the most probable tokens, and samples."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sssd._core import DraftTree
+from sssd._core import top_k as most_probable_tokens
 from sssd.hf.static import TOP_K
 
 _PIECE = 64
@@ -27,10 +26,23 @@ def choices(logits: Any) -> NDArray[np.int64]:
     return np.asarray(logits.argmax(-1).cpu().numpy())
 
 
+def most_probable(
+    logits: Any, vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """What :func:`choices` gives, and :func:`top_k` of the first ``vocab_size`` tokens."""
+    if logits.device.type == "cpu" and logits.shape[-1] <= vocab_size:
+        # the first of equals is the first of the most probable ones
+        ids, probs = top_k(logits)
+        return ids[..., 0], ids, probs
+    # padding of the vocabulary may be chosen
+    return choices(logits), *top_k(logits[..., :vocab_size])
+
+
 def top_k(logits: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The target's most probable tokens, int64 [B, T, k], and their probabilities, float32 [B, T, k]."""
+    if logits.device.type == "cpu":
+        return most_probable_tokens(logits.float().numpy(), TOP_K)
     ids = _largest(logits, min(TOP_K, logits.shape[-1]))
-    # on a CPU this takes half the time of logsumexp
     probs = logits.log_softmax(-1, dtype=torch.float32).gather(-1, ids).exp_().clamp_(max=1.0)
     # rounding may lift a sum above 1
     probs /= probs.sum(-1, keepdim=True).clamp_(min=1.0)
@@ -53,16 +65,6 @@ def _largest(logits: Any, k: int) -> Any:
     found = pieces.gather(-2, best[..., None].expand(*best.shape, _PIECE)).flatten(-2)
     places = found.topk(k, dim=-1).indices
     return best.gather(-1, places // _PIECE) * _PIECE + places % _PIECE
-
-
-def accept(tree: DraftTree | None, targets: Any) -> Iterable[tuple[int, int, bool]]:
-    """The accepted path under known choices, as (offset of the choice, token, whether it was drafted)."""
-    if tree is None:
-        return [(0, int(targets[0]), False)]
-    nodes, tokens = tree.accept(targets[: len(tree) + 1])
-    offsets = [0, *(nodes + 1).tolist()]
-    drafted = [True] * len(nodes) + [False]
-    return zip(offsets, tokens.tolist(), drafted, strict=True)
 
 
 class BatchSampler:

@@ -1,9 +1,10 @@
 """The decoding loop: draft, verify, accept, row by row, until every row has stopped."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -14,14 +15,15 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 
 from sssd._core import DraftBatch, Drafter, DraftTree, Pace, Sequence, SizingRule
 from sssd.errors import BatchError
-from sssd.hf.choices import BatchSampler, accept, choices, top_k
+from sssd.hf.choices import BatchSampler, choices, most_probable, top_k
 from sssd.hf.contract import Call, cache_argument, must_stand_in_place, position_limit
 from sssd.hf.passes import Passes
 from sssd.hf.static import Answer
-from sssd.hf.verify import Block
 
 _EXPECTED_TOKENS, _TREE_ROOM = 4096, 64
-_EMPTY = DraftTree([], [])
+
+Walk = Iterator[tuple[int, int, bool]]
+"""A path from the root: entries of the pass, the token chosen after each, and whether it was drafted."""
 
 
 @dataclass
@@ -140,19 +142,19 @@ class Decoder:
         known = None if self.drafter is None else self.drafter.vocab_size
         self.may_draft_others = known is None or known > self.vocab_size
         self.draft_vocab_size = known or self.vocab_size
-        self.news: list[list[int]] = []
-        """Tokens of the last step, of each active row, that its sequence has not seen."""
+        self.news: tuple[list[int], Any] = [], [0]
+        """Tokens of the last step that the sequences have not seen, and where those of each row begin."""
         self.feedback: dict[str, Any] = {}
         self.has_drafted, self.drafts_whole = False, True
 
     def run(self, max_nodes: int | None, rule: SizingRule | None) -> None:
         """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``rule`` says."""
         most = (max_nodes or 0) if rule is None else rule.max_nodes
-        self.drafts = DraftBatch(self.batch, self.batch * most)
+        self.drafts = self.trees = DraftBatch(self.batch, self.batch * most)
         if rule is not None and self.drafter is None:
             for row in self.rows:
                 row.pace = rule.pace()
-        self._advance([None] * self.batch, self._prefill(), None)
+        self._advance(self._prefill(), None)
         # What no pass depends on is done while a device works on the next one, else at once.
         settle: Callable[[], None] = self._stream
         while self.active:
@@ -162,15 +164,17 @@ class Decoder:
             context = sum(self.cache.lengths) / batch
             before = sum(len(row.tokens) for row in rows)
             started = perf_counter()
-            trees = self._draft(most, rule) if self.drafter is not None else self._ask(most, rule, context)
+            self.trees = (
+                self._draft(most, rule) if self.drafter is not None else self._ask(most, rule, context)
+            )
             drafted = perf_counter()
-            finish = self._launch(trees)
+            finish = self._launch()
             if self.passes.overlaps:
                 settle()
-            self._advance(trees, *finish())
+            self._advance(*finish())
             step = {
                 "batch": batch,
-                "size": self.passes.width(max(0 if tree is None else len(tree) for tree in trees)) - 1,
+                "size": self.passes.block.ids.shape[1] - 1,
                 "context": context,
                 "seconds": perf_counter() - drafted,
                 "tokens": sum(len(row.tokens) for row in rows) - before,
@@ -185,14 +189,13 @@ class Decoder:
         if rule is not None:
             rule.observe(**step)
 
-    def _draft(self, most: int, rule: SizingRule | None) -> list[DraftTree | None]:
+    def _draft(self, most: int, rule: SizingRule | None) -> DraftBatch:
         """Hands the last step to the drafter and drafts for the next one, all rows in one call."""
         assert self.drafter is not None
         try:
-            batch = self.drafter.step(
+            trees = self.drafter.step(
                 [row.sequence for row in self.active],
-                np.array([token for tokens in self.news for token in tokens], dtype=np.int64),
-                np.cumsum([0, *map(len, self.news)]),
+                *self.news,
                 most,
                 max_depth=self._depths(),
                 rule=rule,
@@ -201,12 +204,12 @@ class Decoder:
             )
         except BatchError as error:
             raise next(iter(error.failures.values())) from error
-        self.has_drafted = batch.drafted_sequences > 0
-        trees = [self._fitting(batch[i], row) for i, row in enumerate(self.active)]
-        self.drafts_whole = all(
-            len(batch[i]) == (0 if tree is None else len(tree)) for i, tree in enumerate(trees)
-        )
-        return trees
+        self.has_drafted = trees.drafted_sequences > 0
+        self.drafts_whole = not self.may_draft_others or bool((trees.token_ids < self.vocab_size).all())
+        if self.drafts_whole:
+            return trees
+        fitting = [self._fitting(trees[i], row) for i, row in enumerate(self.active)]
+        return DraftBatch.from_trees(fitting)
 
     def _depths(self) -> list[int] | None:
         """How deep the trees of the rows may be, where that is bounded."""
@@ -219,7 +222,7 @@ class Decoder:
             bounds.append([room - len(row.tokens) for row in self.active])
         return [max(min(depths), 0) for depths in zip(*bounds, strict=True)] if bounds else None
 
-    def _ask(self, most: int, rule: SizingRule | None, context: float) -> list[DraftTree | None]:
+    def _ask(self, most: int, rule: SizingRule | None, context: float) -> DraftBatch:
         """Drafts by sequences of other kinds, one after the other."""
         limits = [most] * len(self.active)
         paces = [row.pace for row in self.active if row.pace is not None]
@@ -232,22 +235,20 @@ class Decoder:
             else self._fitting(row.sequence.draft(limit), row)
             for row, limit in zip(self.active, limits, strict=True)
         ]
-        if rule is None:
-            return trees
-        counts = rule.allocate(trees, context, paces)
-        return [
-            tree.first(count) if tree is not None and count else None
-            for tree, count in zip(trees, counts, strict=True)
-        ]
+        if rule is not None:
+            counts = rule.allocate(trees, context, paces)
+            trees = [
+                None if tree is None else tree.first(count) for tree, count in zip(trees, counts, strict=True)
+            ]
+        return DraftBatch.from_trees(trees)
 
     def _fitting(self, tree: DraftTree, row: Row) -> DraftTree | None:
         """What of a draft the model can look at."""
-        if self.may_draft_others:
-            fits = (tree.token_ids >= 0) & (tree.token_ids < self.vocab_size)
-            if self.position_limit is not None:
-                fits &= tree.depths < self.position_limit - row.position
-            if not fits.all():
-                tree = _pruned(tree, fits)
+        fits = (tree.token_ids >= 0) & (tree.token_ids < self.vocab_size)
+        if self.position_limit is not None:
+            fits &= tree.depths < self.position_limit - row.position
+        if not fits.all():
+            tree = _pruned(tree, fits)
         return tree if len(tree) else None
 
     def _prefill(self) -> Any:
@@ -269,90 +270,112 @@ class Decoder:
             self.cache.lengths = [past + end] * self.batch
         # The last prompt token is the root of an empty tree, which `_advance` commits.
         self.cache.lengths = [past + total - 1] * self.batch
+        self.passes.fill(None, [0] * self.batch, [0] * self.batch)
         return logits
 
-    def _launch(self, trees: list[DraftTree | None]) -> Callable[[], tuple[Any, Answer | None]]:
+    def _launch(self) -> Callable[[], tuple[Any, Answer | None]]:
         """Begins the pass over the last token and every node; see :meth:`Passes.launch`."""
-        for row, tree in zip(self.active, trees, strict=True):
+        for row, nodes in zip(self.active, np.diff(self.trees.offsets).tolist(), strict=True):
             row.steps += 1
-            row.drafted += 0 if tree is None else len(tree)
-        block = Block.of(
+            row.drafted += nodes
+        self.passes.fill(
+            self.trees,
             [row.tokens[-1] for row in self.active],
-            trees,
             [row.position for row in self.active],
-            self.passes.width(max(0 if tree is None else len(tree) for tree in trees)),
         )
-        return self.passes.launch(block, accept=not self.picks_alone)
+        return self.passes.launch(accept=not self.picks_alone)
 
-    def _advance(self, trees: list[DraftTree | None], logits: Any, answer: Answer | None) -> None:
+    def _advance(self, logits: Any, answer: Answer | None) -> None:
         """Appends what the target chose, commits it to cache and drafter, and drops finished rows.
 
         Args:
-            trees: Draft of each row.
             logits: [B, 1 + nodes or more, vocabulary] after the last token and every node.
             answer: What the device makes of them, if it does.
         """
-        targets = topk = None
-        if answer is not None:
-            targets = answer.targets
-        elif not self.picks_alone:
-            targets = choices(logits)
-        if self.drafter is not None:
-            # padding of the vocabulary is no token to the drafter
-            if answer is not None and self.draft_vocab_size >= self.vocab_size:
-                topk = answer.topk_ids, answer.topk_probs
-            else:
-                topk = top_k(logits[..., : self.draft_vocab_size])
-        kept, news = [], []
-        for i, (row, tree) in enumerate(zip(self.active, trees, strict=True)):
-            before = len(row.tokens)
-            walk = self._walk(row, tree, logits[i]) if targets is None else accept(tree, targets[i])
-            offsets = []
-            for offset, token, drafted in walk:
-                offsets.append(offset)
+        targets, topk = self._chosen(logits, answer)
+        walks = self._walks(logits) if targets is None else self._accepted(targets)
+        kept, offsets = [], [0]
+        for row, walk in zip(self.active, walks, strict=True):
+            for entry, token, drafted in walk:
+                kept.append(entry)
                 self._append(row, token, drafted)
                 if self._ended(row):
                     break
-            kept.append(offsets)
-            news.append(row.tokens[before:])
-        self.cache.commit(kept)
+            offsets.append(len(kept))
+        self.cache.commit(np.array(kept), np.array(offsets))
         left = [i for i, row in enumerate(self.active) if not self._ended(row)]
         if left and len(left) < len(self.active):
             self.cache.select(left)
-        self._teach(trees, topk, news, left)
+        self._teach(topk, left, [offsets[i + 1] - offsets[i] for i in left])
         self.active = [self.active[i] for i in left]
         if self.sampler is not None and left:
             self.sampler.forget(min(len(row.tokens) for row in self.active))
 
-    def _teach(
-        self, trees: list[DraftTree | None], topk: Any, news: list[list[int]], left: list[int]
-    ) -> None:
-        """Has the drafter learn from the rows that go on: in the call that drafts, where it can."""
-        self.news, self.feedback = [news[i] for i in left], {}
-        if topk is None:
-            for i in left:
-                self.active[i].sequence.extend(news[i])
-        elif self.drafts_whole:
-            rows = slice(None) if len(left) == len(self.active) else left
-            self.feedback = {"feedback_ids": topk[0][rows], "feedback_probs": topk[1][rows]}
-        else:
-            for i in left:
-                tree = trees[i] or _EMPTY
-                rows = slice(len(tree) + 1)
-                self.active[i].sequence.feedback(tree, topk[0][i, rows], topk[1][i, rows])
+    def _teach(self, topk: Any, left: list[int], counts: list[int]) -> None:
+        """Has the drafter learn from the rows that go on: in the call that drafts, where it can.
 
-    def _walk(self, row: Row, tree: DraftTree | None, logits: Any) -> Iterable[tuple[int, int, bool]]:
-        """Picks tokens one by one as plain decoding would, while the tree has the picked child."""
-        children = {}
-        if tree is not None:
-            pairs = zip(tree.parents.tolist(), tree.token_ids.tolist(), strict=True)
-            children = {(parent + 1, token): node + 1 for node, (parent, token) in enumerate(pairs)}
-        offset: int | None = 0
-        while offset is not None:
-            token = self._pick(row, logits[offset])
-            child = children.get((offset, token))
-            yield offset, token, child is not None
-            offset = child
+        Args:
+            topk: What the target held most probable, ids and probabilities [B, T, k], if the drafter learns.
+            left: The rows that go on.
+            counts: How many tokens each of them has got.
+        """
+        rows = [self.active[i] for i in left]
+        news = [row.tokens[len(row.tokens) - count :] for row, count in zip(rows, counts, strict=True)]
+        if self.drafter is None:
+            for row, tokens in zip(rows, news, strict=True):
+                row.sequence.extend(tokens)
+            return
+        self.news = [token for tokens in news for token in tokens], np.cumsum([0, *counts])
+        self.feedback = {}
+        if self.drafts_whole:
+            ids, probs = (part if len(left) == len(part) else part[left] for part in topk)
+            self.feedback = {"feedback_ids": ids, "feedback_probs": probs}
+            return
+        for i, row in zip(left, rows, strict=True):
+            tree = self.trees[i]
+            row.sequence.feedback(tree, *(part[i, : len(tree) + 1] for part in topk))
+
+    def _chosen(self, logits: Any, answer: Answer | None) -> tuple[Any, Any]:
+        """What the target chooses, if logits alone tell, and what teaches the drafter, if it learns."""
+        if answer is not None:
+            targets, topk = answer.targets, (answer.topk_ids, answer.topk_probs)
+            # padding of the vocabulary is no token to the drafter
+            if self.drafter is not None and self.draft_vocab_size < self.vocab_size:
+                topk = top_k(logits[..., : self.draft_vocab_size])
+        elif self.drafter is None:
+            return (None if self.picks_alone else choices(logits)), None
+        elif self.picks_alone:
+            targets, topk = None, top_k(logits[..., : self.draft_vocab_size])
+        else:
+            targets, ids, probs = most_probable(logits, self.draft_vocab_size)
+            topk = ids, probs
+        return targets, topk if self.drafter is not None else None
+
+    def _accepted(self, targets: Any) -> Iterator[Walk]:
+        """The accepted path of each row under known choices."""
+        kept, tokens, offsets = (array.tolist() for array in self.passes.block.accept(targets))
+        for start, end in pairwise(offsets):
+            drafted = [True] * (end - start - 1) + [False]
+            yield zip(kept[start:end], tokens[start:end], drafted, strict=True)
+
+    def _walks(self, logits: Any) -> Iterator[Walk]:
+        """The same where tokens are picked one by one as plain decoding would, each after those before it."""
+        block = self.passes.block
+        for i, row in enumerate(self.active):
+            links = (array[i].tolist() for array in (block.ids, block.first_child, block.next_sibling))
+            yield self._walk(row, logits[i], *links)
+
+    def _walk(
+        self, row: Row, logits: Any, ids: list[int], first_child: list[int], next_sibling: list[int]
+    ) -> Walk:
+        entry = 0
+        while entry >= 0:
+            token = self._pick(row, logits[entry])
+            child = first_child[entry]
+            while child >= 0 and ids[child] != token:
+                child = next_sibling[child]
+            yield entry, token, child >= 0
+            entry = child
 
     def _pick(self, row: Row, logits: Any) -> int:
         """The target's choice after the row's present tokens, through its own processors."""

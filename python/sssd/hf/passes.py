@@ -5,11 +5,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
+from sssd._core import DraftBatch, PassBlock
 from sssd.hf.contract import cache_argument
 from sssd.hf.fast import FastPass, fast_pass, give_up
 from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, give_back, lease
-from sssd.hf.verify import AttentionMasks, Block, TreeCache
+from sssd.hf.verify import AttentionMasks, TreeCache
 
 STATIC_DEVICES = {"cuda"}
 """Types of devices where launching kernels one by one takes longer than running them."""
@@ -29,6 +31,7 @@ class Passes:
 
     Attributes:
         cache: The states of the batch.
+        block: What the last :meth:`fill` filled.
         overlaps: Whether the device works on a pass by itself, once it is launched.
     """
 
@@ -41,6 +44,7 @@ class Passes:
         self.overlaps = model.device.type in STATIC_DEVICES
         self.store: StaticStore | None = None
         self.cache = TreeCache(batch, padding, room)
+        self.block = self._own_block = PassBlock()
         if self.fast is not None and self.overlaps:
             try:
                 self.store = lease(self.fast, batch, room)
@@ -67,30 +71,50 @@ class Passes:
             return nodes + 1
         return next((width for width in WIDTHS if width > nodes), nodes + 1)
 
-    def launch(self, block: Block, accept: bool = False) -> Callable[[], tuple[Any, Answer | None]]:
-        """Begins a pass; the function that it returns ends it.
+    def fill(
+        self, trees: DraftBatch | None, roots: ArrayLike, positions: ArrayLike, width: int | None = None
+    ) -> PassBlock:
+        """Writes the entries of the next pass.
+
+        Args:
+            trees: Drafts of the B rows of the cache, None where nothing is drafted.
+            roots: Last token of each row.
+            positions: Its position id.
+            width: Entries of each row, a :meth:`width`; by default that of the largest tree.
+        """
+        if width is None:
+            width = self.width(0 if trees is None else int(np.diff(trees.offsets).max(initial=0)))
+        if self.store is not None and width in WIDTHS:
+            self.block = self.store.block
+            self.store.fill(trees, roots, positions, width)
+        else:
+            self.block = self._own_block
+            self.block.fill(trees, roots, positions, width=width, mask=True, links=True)
+        return self.block
+
+    def launch(self, accept: bool = False) -> Callable[[], tuple[Any, Answer | None]]:
+        """Begins a pass over what :meth:`fill` has written; the function that it returns ends it.
 
         Where :attr:`overlaps` holds, the device is at work in between. The states of the block are in the
         cache then, but its lengths stay as they are; its ``commit`` says what to keep.
 
         Args:
-            block: B rows of T entries, T a :meth:`width`.
             accept: Whether ``commit`` will be told to keep what the most probable tokens accept.
 
         Returns:
             A function that gives logits [B, T, vocabulary] after each entry, valid until the next pass, and
             with ``accept`` the answer, where the device gives it by itself.
         """
-        cache, width = self.cache, block.ids.shape[1]
+        cache, width = self.cache, self.block.ids.shape[1]
         if (
             self.store is not None
             and self.fast is not None
             and isinstance(cache, StaticCache)
-            and width in WIDTHS
+            and self.block is self.store.block
             and cache.has_room(width)
         ):
             try:
-                finish = self.store.launch(block, cache.lengths, accept)
+                finish = self.store.launch(cache.lengths, accept)
             except Exception as error:
                 # the lengths are as they were: what the pass has written lies in free slots
                 self._leave_fast_path(error)
@@ -98,17 +122,17 @@ class Passes:
                 cache.moved = accept
                 return finish
         if not self.overlaps:
-            return lambda: (self._forward(block), None)
-        logits = self._forward(block)
+            return lambda: (self._forward(), None)
+        logits = self._forward()
         return lambda: (logits, None)
 
-    def _forward(self, block: Block) -> Any:
+    def _forward(self) -> Any:
         """A pass over buffers that grow, by the fast path or by the model itself."""
-        device, cache = self.model.device, self.cache
+        device, cache, block = self.model.device, self.cache, self.block
         ids, depths, positions = torch.from_numpy(np.stack([block.ids, block.depths, block.positions])).to(
             device
         )
-        tree = torch.from_numpy(block.tree_mask).to(device)
+        tree = torch.from_numpy(block.mask).to(device)
         mask = self.masks.build(cache, tree, depths)
         if self.fast is not None:
             try:

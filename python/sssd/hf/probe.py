@@ -8,6 +8,7 @@ activations are scaled together, say; nothing shows it.
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import transformers
 
@@ -74,7 +75,7 @@ def _agrees(model: Any, cache_argument: str) -> bool:
         one, zero = tree[:, :1, :1], depths[:, :1]
         for index in range(width, width + chain):
             alone.append(run(caches[1], tokens[:, index : index + 1], one, zero))
-            caches[1].commit([[0]])
+            caches[1].commit(np.zeros(1, np.int64), np.array([0, 1]))
     apart = torch.cat(alone, dim=1)
     error = float((together - apart).norm() / apart.norm().clamp(min=1e-9))
     return error <= max(1e-4, 4 * rounding)

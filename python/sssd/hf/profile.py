@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from sssd._core import DraftTree, SizingRule
+from sssd._core import DraftBatch, DraftTree, SizingRule
 from sssd.errors import CostCurveError, InvalidArgumentError
 from sssd.hardware.curve import CostCurve, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
@@ -24,7 +24,6 @@ from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import available_bytes
 from sssd.hf.passes import STATIC_DEVICES, Passes
 from sssd.hf.static import WIDTHS
-from sssd.hf.verify import Block
 
 BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
 
@@ -172,9 +171,10 @@ def _time(passes: Passes, width: int, rng: np.random.Generator) -> float:
     batch, start = len(passes.cache.lengths), passes.cache.lengths[0]
     vocab = passes.model.config.get_text_config(decoder=True).vocab_size
     chain = DraftTree(rng.integers(vocab, size=width - 1), np.arange(width - 1) - 1)
-    block = Block.of(rng.integers(vocab, size=batch).tolist(), [chain] * batch, [start] * batch, width)
+    trees = DraftBatch.from_trees([chain] * batch)
+    passes.fill(trees, rng.integers(vocab, size=batch), [start] * batch, width)
     started = perf_counter()
-    logits, answer = passes.launch(block, accept=True)()
+    logits, answer = passes.launch(accept=True)()
     if answer is None:
         logits.argmax(-1).cpu()
     return perf_counter() - started

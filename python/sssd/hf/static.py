@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from sssd._core import DraftBatch, PassBlock
 from sssd.hf.fast import FastPass
-from sssd.hf.verify import AttentionMasks, Block, TreeCache
+from sssd.hf.verify import AttentionMasks, TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of each row that passes are prepared for."""
@@ -61,6 +62,9 @@ class StaticStore:
         capacity: Slots of each row, a multiple of 16.
         record: Makes of a function one that repeats what it did, given the same tensors; by default a CUDA
             graph on a CUDA device and the function itself elsewhere.
+
+    Attributes:
+        block: What the next pass verifies, in memory from which a device copies by itself.
     """
 
     def __init__(
@@ -82,13 +86,15 @@ class StaticStore:
             self.buffers = [
                 [torch.zeros(shape, dtype=fast.dtype, device=device) for _ in range(2)] for _ in fast.layers
             ]
-            # ids, depths, positions and parents of every entry, and each row's length in the last column
-            self._host = torch.zeros(4, batch, most + 1, dtype=torch.long, pin_memory=pin)
+            # ids, depths, positions, parents and ancestors of every entry, end to end; and each row's length
+            self._host = torch.zeros(6, batch * most, dtype=torch.long, pin_memory=pin)
             self._device = self._host.to(device)
-            self._host_mask = torch.zeros(batch, most, most, dtype=torch.bool, pin_memory=pin)
-            self._device_mask = self._host_mask.to(device)
             self._answer = torch.zeros(batch, most, 1 + 2 * TOP_K, dtype=torch.int32, device=device)
             self._keep = torch.ones(batch, capacity, dtype=torch.bool, device=device)
+        ids, depths, positions, parents, ancestors, _ = self._host.numpy()
+        self.block = PassBlock(
+            ids=ids, depths=depths, positions=positions, parents=parents, ancestors=ancestors.view(np.uint64)
+        )
         self._copied = torch.cuda.Event() if pin else None
         self._logits: dict[tuple[Any, ...], Any] = {}
         self._recorded: dict[tuple[Any, ...], Callable[[], None]] = {}
@@ -112,13 +118,17 @@ class StaticStore:
             found.append(buffer[:batch, :, : self._span])
         return found[0], found[1]
 
-    def launch(
-        self, block: Block, lengths: list[int], accept: bool
-    ) -> Callable[[], tuple[Any, Answer | None]]:
-        """Begins a pass; the function that it returns waits for its end.
+    def fill(self, trees: DraftBatch | None, roots: ArrayLike, positions: ArrayLike, width: int) -> None:
+        """Fills :attr:`block` as :meth:`sssd.hf.passes.Passes.fill` says."""
+        if self._copied is not None:
+            # nobody may have waited for the last pass: the caller gave up
+            self._copied.synchronize()
+        self.block.fill(trees, roots, positions, width=width, mask=True, links=True)
+
+    def launch(self, lengths: list[int], accept: bool) -> Callable[[], tuple[Any, Answer | None]]:
+        """Begins a pass over the entries of :attr:`block`; the function that it returns waits for its end.
 
         Args:
-            block: B rows of T entries, T of :data:`WIDTHS`.
             lengths: Slots in use of each row.
             accept: Whether to walk the trees by the target's most probable tokens and to move the accepted
                 states together; else the caller commits.
@@ -127,17 +137,10 @@ class StaticStore:
             A function that gives logits [B, T, vocabulary], valid until the next pass, and with ``accept``
             the answer.
         """
-        batch, width = block.ids.shape
+        batch, width = self.block.ids.shape
         span = span_of(max(lengths) + width, self.capacity)
-        if self._copied is not None:
-            # nobody may have waited for the last pass: the caller gave up
-            self._copied.synchronize()
-        for i, values in enumerate((block.ids, block.depths, block.positions, block.parents)):
-            self._host[i, :batch, :width] = torch.from_numpy(values)
-        self._host[0, :batch, -1] = torch.tensor(lengths)
-        self._host_mask[:batch, :width, :width] = torch.from_numpy(block.tree_mask)
+        self._host[-1, :batch] = torch.tensor(lengths)
         self._device.copy_(self._host, non_blocking=True)
-        self._device_mask.copy_(self._host_mask, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         key = (batch, width, span, accept)
@@ -147,10 +150,11 @@ class StaticStore:
         return lambda: (self._logits[key], self._read(batch, width) if accept else None)
 
     def _pass(self, batch: int, width: int, span: int, accept: bool) -> None:
-        ids, depths, positions, parents = self._device[:, :batch, :width]
-        lengths = self._device[0, :batch, -1]
-        tree_mask = self._device_mask[:batch, :width, :width]
         device = self.fast.device
+        entries = self._device[:-1, : batch * width].view(-1, batch, width)
+        ids, depths, positions, parents, ancestors = entries
+        lengths = self._device[-1, :batch]
+        tree_mask = (ancestors[..., None] >> torch.arange(width, device=device) & 1).bool()
         self._rows = torch.arange(batch, device=device)[:, None]
         self._slots = lengths[:, None] + torch.arange(width, device=device)
         self._span = span
@@ -213,13 +217,15 @@ class StaticCache(TreeCache):
             return False
         return bool(first.data_ptr() == self.fixed.buffers[0][0].data_ptr())
 
-    def commit(self, kept: list[list[int]]) -> None:
+    def _move(self, moves: Any) -> None:
+        """As in :class:`TreeCache`, unless the pass has moved the states itself."""
+        if not self.moved:
+            super()._move(moves)
+
+    def commit(self, kept: NDArray[np.int64], offsets: NDArray[Any]) -> None:
         """As in :class:`TreeCache`; after a pass that has moved the states itself only the lengths change."""
-        if self.moved:
-            self.moved = False
-            self.lengths = [n + len(offsets) for n, offsets in zip(self.lengths, kept, strict=True)]
-        else:
-            super().commit(kept)
+        super().commit(kept, offsets)
+        self.moved = False
 
     def select(self, rows: list[int]) -> None:
         """Keeps only the given rows, which are in ascending order, at the front of the fixed buffers."""

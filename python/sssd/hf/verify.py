@@ -6,66 +6,16 @@ SpecInfer, arXiv 2305.09781). The accepted path is then kept in the cache, where
 ``docs/verification.md``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sssd._core import DraftTree
-
 _KV_ALIGNMENT = 16
 """CUDA kernels copy a mask of unaligned rows at every layer, so rows are allocated in this multiple."""
-
-
-@dataclass
-class Block:
-    """What a pass verifies: ``[root] + nodes`` of each of B rows, all rows filled up to T entries.
-
-    Attributes:
-        ids: Int64 [B, T], tokens.
-        depths: Int64 [B, T], 0 for the root.
-        positions: Int64 [B, T], position ids.
-        parents: Int64 [B, T], entry of each entry's parent; -1 for the root and for what fills up.
-        tree_mask: Bool [B, T, T], True where query i may attend to entry j: itself and its ancestors.
-    """
-
-    ids: NDArray[np.int64]
-    depths: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    parents: NDArray[np.int64]
-    tree_mask: NDArray[np.bool_]
-
-    @classmethod
-    def of(
-        cls, roots: Sequence[int], trees: Sequence[DraftTree | None], positions: Sequence[int], width: int
-    ) -> Self:
-        """The block of B draft trees.
-
-        Args:
-            roots: Last token of each row.
-            trees: Its draft, None for none.
-            positions: Position id of its root.
-            width: T, at least one more than the largest tree has nodes.
-        """
-        shape = len(roots), width
-        ids = np.repeat(np.array(roots, dtype=np.int64)[:, None], width, axis=1)
-        depths = np.zeros(shape, dtype=np.int64)
-        parents = np.full(shape, -1, dtype=np.int64)
-        # An entry that fills up a narrow tree attends to itself, or softmax has nothing to divide by.
-        tree_mask = np.repeat(np.eye(width, dtype=np.bool_)[None], len(roots), axis=0)
-        for i, tree in enumerate(trees):
-            if tree is not None:
-                n = len(tree)
-                ids[i, 1 : n + 1] = tree.token_ids
-                depths[i, 1 : n + 1] = tree.depths
-                parents[i, 1 : n + 1] = tree.parents + 1
-                tree_mask[i, : n + 1, : n + 1] = tree.attention_mask()
-        return cls(ids, depths, np.array(positions, dtype=np.int64)[:, None] + depths, parents, tree_mask)
 
 
 class _TreeLayer(DynamicLayer):  # type: ignore[misc]
@@ -131,31 +81,42 @@ class TreeCache(Cache):  # type: ignore[misc]
         if all(length == start for length in self.lengths):
             buffer[:, :, start : start + count] = states
         else:
-            rows, slots = self._slots([list(range(count))] * len(self.lengths), states.device)
+            starts = torch.tensor(self.lengths, device=states.device)[:, None]
+            slots = starts + torch.arange(count, device=states.device)
+            rows = torch.arange(len(starts), device=states.device)[:, None]
             buffer[rows, :, slots] = states.transpose(1, 2)
 
-    def commit(self, kept: list[list[int]]) -> None:
+    def commit(self, kept: NDArray[np.int64], offsets: NDArray[Any]) -> None:
         """Keeps, of the block written last, the given entries per row and frees the rest.
 
         Args:
-            kept: Per row ascending offsets into the block: 0 for the root, 1 + i for node i.
+            kept: Entries of all rows one after another, int64 [M], ascending in each row: 0 for the root,
+                1 + i for node i.
+            offsets: Where each row starts in them, integers [B + 1].
         """
-        if any(offsets != list(range(len(offsets))) for offsets in kept):
-            width = max(map(len, kept))
-            # Shorter rows repeat an entry that lies past their new end, or move an entry onto itself.
-            source = [offsets + list(range(len(offsets), width)) for offsets in kept]
-            target = [list(range(width))] * len(kept)
-            moves: dict[Any, Any] = {}
-            for layer in self.layers:
-                if not layer.buffers:  # it shares those of another
-                    continue
-                if layer.device not in moves:
-                    rows, to = self._slots(target, layer.device)
-                    moves[layer.device] = rows, to, self._slots(source, layer.device)[1]
-                rows, to, origin = moves[layer.device]
-                for buffer in layer.buffers:
-                    buffer[rows, :, to] = buffer[rows, :, origin]
-        self.lengths = [length + len(offsets) for length, offsets in zip(self.lengths, kept, strict=True)]
+        counts = np.diff(offsets)
+        places = np.arange(len(kept)) - np.repeat(offsets[:-1], counts)
+        moved = kept != places
+        if moved.any():
+            starts = np.repeat(np.array(self.lengths), counts)[moved]
+            rows = np.repeat(np.arange(len(counts)), counts)[moved]
+            self._move(torch.from_numpy(np.stack([rows, starts + places[moved], starts + kept[moved]])))
+        self.lengths = [length + count for length, count in zip(self.lengths, counts.tolist(), strict=True)]
+
+    def _move(self, moves: Any) -> None:
+        """Copies slots of every layer: int64 [3, M] are rows, where to and where from.
+
+        All are read before any is written.
+        """
+        on_device: dict[Any, Any] = {}
+        for layer in self.layers:
+            if not layer.buffers:  # it shares those of another
+                continue
+            if layer.device not in on_device:
+                on_device[layer.device] = moves.to(layer.device)
+            rows, to, origin = on_device[layer.device]
+            for buffer in layer.buffers:
+                buffer[rows, :, to] = buffer[rows, :, origin]
 
     def select(self, rows: list[int]) -> None:
         """Keeps only the given rows of the batch."""
@@ -185,11 +146,6 @@ class TreeCache(Cache):  # type: ignore[misc]
             else:
                 cache.update(*states, index)
         return cache
-
-    def _slots(self, offsets: list[list[int]], device: Any) -> tuple[Any, Any]:
-        rows = torch.arange(len(offsets), device=device)[:, None]
-        slots = [[n + i for i in row] for n, row in zip(self.lengths, offsets, strict=True)]
-        return rows, torch.tensor(slots, device=device)
 
 
 def _grown(buffer: Any, needed: int, capacity: int) -> Any:

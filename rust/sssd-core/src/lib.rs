@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 mod index;
+mod logits;
 mod memory;
 mod namespace;
+mod pass;
 mod predictor;
 mod sequence;
 mod sources;
@@ -15,8 +17,10 @@ mod sync;
 mod tree;
 
 pub use index::Lookahead;
+pub use logits::top_k;
 pub use memory::{MemoryFull, MemoryPool, Reservation};
 pub use namespace::{Knowledge, Namespace};
+pub use pass::{FlatTrees, MAX_WIDTH, PassBlock, PassError, Shape};
 pub use predictor::inputs::Limits;
 pub use predictor::weights::{Model, WeightsError};
 pub use sequence::Sequence;

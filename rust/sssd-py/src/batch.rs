@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
-use sssd_core::{DraftTree, Limits, MAX_NODES};
+use sssd_core::{DraftTree, FlatTrees, Limits, MAX_NODES};
 use sssd_engine::{Plan, Work};
 
 use crate::boundary::{call, node_budget, not_negative, probability, request_error};
@@ -17,7 +17,7 @@ use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{blocks, history_into, integers, integers_into, top};
 use crate::tree::PyDraftTree;
 
-type Array<T> = Py<PyArray1<T>>;
+pub type Array<T> = Py<PyArray1<T>>;
 
 /// The trees of a batch in flat arrays, which later batches can reuse.
 ///
@@ -91,6 +91,51 @@ impl PyDraftBatch {
             drafted_nodes: AtomicUsize::new(0),
             context: AtomicU64::new(0),
         })
+    }
+
+    /// A batch of trees that were made one by one, such as by a drafter of another kind.
+    ///
+    /// Args:
+    ///     trees: n ``DraftTree``, or None for none.
+    ///     out: where to put them; by default a new ``DraftBatch``.
+    ///
+    /// Returns:
+    ///     ``out`` or the new ``DraftBatch``.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: an item is neither, ``out`` has not room enough, or there are too many trees.
+    #[staticmethod]
+    #[pyo3(signature = (trees, *, out=None))]
+    fn from_trees<'py>(
+        trees: &Bound<'py, PyAny>,
+        out: Option<&Bound<'py, Self>>,
+    ) -> PyResult<Bound<'py, Self>> {
+        let py = trees.py();
+        let refuse = |message: String| error(py, "InvalidArgumentError", message);
+        let mut read = Vec::new();
+        for (index, item) in trees.try_iter()?.enumerate() {
+            let item = item?;
+            let tree = item.extract::<Option<Bound<'_, PyDraftTree>>>().map_err(|_| {
+                refuse(format!("trees[{index}] must be a DraftTree or None, got {}", item.get_type()))
+            })?;
+            read.push(tree);
+        }
+        if read.len() > MOST / MAX_NODES {
+            return Err(refuse(format!(
+                "a batch has at most {} trees, got {}",
+                MOST / MAX_NODES,
+                read.len()
+            )));
+        }
+        let nodes = read.iter().flatten().map(|tree| tree.get().0.len()).sum();
+        let out = output(py, out, read.len(), nodes)?;
+        let none = DraftTree::default();
+        out.get().fill(py, read.len(), |act| {
+            for (index, tree) in read.iter().enumerate() {
+                act(index, tree.as_ref().map_or(&none, |tree| &tree.get().0));
+            }
+        })?;
+        Ok(out)
     }
 
     /// Token of each node, int32 [nodes].
@@ -193,7 +238,8 @@ fn changed(py: Python<'_>) -> PyErr {
     error(py, "InvalidArgumentError", "the buffers do not hold the trees any more: they were written to")
 }
 
-fn buffer<T: Element>(
+/// A buffer that was given, checked, or a new one.
+pub fn buffer<T: Element>(
     py: Python<'_>,
     name: &str,
     given: Option<&Bound<'_, PyAny>>,
@@ -219,7 +265,8 @@ fn buffer<T: Element>(
     Ok(array.clone().unbind())
 }
 
-fn view<'py, T: Element>(py: Python<'py>, array: &Array<T>, len: usize) -> PyResult<Bound<'py, PyAny>> {
+/// The first `len` values of a buffer.
+pub fn view<'py, T: Element>(py: Python<'py>, array: &Array<T>, len: usize) -> PyResult<Bound<'py, PyAny>> {
     array.bind(py).get_item(PySlice::new(py, 0, len as isize, 1))
 }
 
@@ -228,8 +275,27 @@ impl PyDraftBatch {
         self.nodes.load(Ordering::Relaxed)
     }
 
-    /// Copies the trees out.
-    fn fill(&self, py: Python<'_>, work: &Work) -> PyResult<()> {
+    /// Hands the trees to `act` as they lie.
+    pub fn with_trees<T>(&self, py: Python<'_>, act: impl FnOnce(FlatTrees<'_>) -> T) -> PyResult<T> {
+        let busy = |_| error(py, "InvalidArgumentError", "trees are in use by another batch");
+        let token_ids = self.token_ids.bind(py).try_readonly().map_err(busy)?;
+        let parents = self.parents.bind(py).try_readonly().map_err(busy)?;
+        let offsets = self.offsets.bind(py).try_readonly().map_err(busy)?;
+        let nodes = self.nodes();
+        Ok(act(FlatTrees {
+            token_ids: &token_ids.as_slice()?[..nodes],
+            parents: &parents.as_slice()?[..nodes],
+            offsets: &offsets.as_slice()?[..=self.__len__()],
+        }))
+    }
+
+    /// Copies in the trees that `trees` hands to its argument, with their numbers from 0 to `sequences`.
+    fn fill(
+        &self,
+        py: Python<'_>,
+        sequences: usize,
+        trees: impl FnOnce(&mut dyn FnMut(usize, &DraftTree)),
+    ) -> PyResult<()> {
         let busy = |_| error(py, "InvalidArgumentError", "out is in use by another batch, or read-only");
         let mut token_ids = self.token_ids.bind(py).try_readwrite().map_err(busy)?;
         let mut parents = self.parents.bind(py).try_readwrite().map_err(busy)?;
@@ -242,7 +308,7 @@ impl PyDraftBatch {
         let (sources, offsets) = (sources.as_slice_mut()?, offsets.as_slice_mut()?);
         let mut end = 0;
         offsets[0] = 0;
-        work.trees(|index, tree| {
+        trees(&mut |index, tree| {
             let nodes = end..end + tree.len();
             for (to, &from) in token_ids[nodes.clone()].iter_mut().zip(&tree.token_ids) {
                 *to = from as i32;
@@ -256,13 +322,17 @@ impl PyDraftBatch {
             end = nodes.end;
             offsets[index + 1] = end as i32;
         });
-        let (drafted_sequences, drafted_nodes) = work.drafted();
-        self.sequences.store(work.requests.len(), Ordering::Relaxed);
+        self.sequences.store(sequences, Ordering::Relaxed);
         self.nodes.store(end, Ordering::Relaxed);
-        self.drafted_sequences.store(drafted_sequences, Ordering::Relaxed);
-        self.drafted_nodes.store(drafted_nodes, Ordering::Relaxed);
-        self.context.store(work.context().to_bits(), Ordering::Relaxed);
+        self.tell(sequences, end, 0.0);
         Ok(())
+    }
+
+    /// Says what was drafted for the trees, of requests that are `context` tokens long.
+    fn tell(&self, sequences: usize, nodes: usize, context: f64) {
+        self.drafted_sequences.store(sequences, Ordering::Relaxed);
+        self.drafted_nodes.store(nodes, Ordering::Relaxed);
+        self.context.store(context.to_bits(), Ordering::Relaxed);
     }
 }
 
@@ -437,7 +507,9 @@ impl PyDrafter {
         call(py, true, || self.engine.run(&step))?;
         let work = step.lock();
         if let Some(out) = &out {
-            out.get().fill(py, &work)?;
+            out.get().fill(py, work.requests.len(), |act| work.trees(act))?;
+            let (sequences, nodes) = work.drafted();
+            out.get().tell(sequences, nodes, work.context());
         }
         let failures: Vec<_> = work.failures().collect();
         drop(work);

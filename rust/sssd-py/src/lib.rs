@@ -5,6 +5,8 @@ mod boundary;
 mod datastore;
 mod drafter;
 mod errors;
+mod logits;
+mod pass;
 mod sequence;
 mod shutdown;
 mod sizing;
@@ -27,6 +29,10 @@ mod _core {
     #[pymodule_export]
     use drafter::PyDrafter;
     #[pymodule_export]
+    use logits::top_k;
+    #[pymodule_export]
+    use pass::PyPassBlock;
+    #[pymodule_export]
     use sequence::PySequence;
     #[pymodule_export]
     use sizing::{PyCostGrid, PyPace, PyPassCosts, PySizingRule};
@@ -42,6 +48,7 @@ mod _core {
         fits::<PyDraftBatch>();
         fits::<PyCostGrid>();
         fits::<PyPace>();
+        fits::<PyPassBlock>();
         fits::<PyPassCosts>();
         fits::<PySizingRule>();
         fits::<PyBuildSummary>();

@@ -15,7 +15,8 @@ pub fn tokens(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<T
     Ok(out)
 }
 
-fn tokens_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
+/// The same, appended to `out`.
+pub fn tokens_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
     let limit = vocab_size.map_or(MAX_TOKEN, |size| size - 1);
     let result = read(ids, &mut |id| push(out, id, limit));
     result.map_err(|refused| match refused {

@@ -284,25 +284,25 @@ SIZING = [
     ),
     Mutant(
         "a second is worth what one request makes of it",
-        f"{ENGINE}/src/sizing.rs",
-        "requests as f64 / costs.seconds[0]",
-        "requests.min(1) as f64 / costs.seconds[0]",
+        f"{ENGINE}/src/sizing/costs.rs",
+        "requests as f64 / self.seconds[0]",
+        "requests.min(1) as f64 / self.seconds[0]",
     ),
     Mutant(
         "padding stays empty",
-        f"{ENGINE}/src/sizing.rs",
+        f"{ENGINE}/src/sizing/costs.rs",
         "tree.len().min(best.1)",
         "tree.len().min(best.1.saturating_sub(1))",
     ),
     Mutant(
         "the price of a pass is that of the size before",
-        f"{ENGINE}/src/sizing.rs",
-        "self.seconds[index] - self.seconds[0]",
-        "self.seconds[index.saturating_sub(1)] - self.seconds[0]",
+        f"{ENGINE}/src/sizing/costs.rs",
+        "(self.seconds[index] - self.seconds[0]) * rate",
+        "(self.seconds[index.saturating_sub(1)] - self.seconds[0]) * rate",
     ),
     Mutant(
         "trees of the step before are priced too",
-        f"{ENGINE}/src/sizing.rs",
+        f"{ENGINE}/src/sizing/costs.rs",
         "        self.trees.clear();",
         "",
     ),
@@ -332,7 +332,7 @@ ENGINE_MUTANTS = [
         "a new namespace begins with what the default one has learned",
         f"{ENGINE}/src/engine.rs",
         "Knowledge::new(Model::default(), *live_bytes, *soft_bytes)",
-        "Knowledge::new(namespaces.get(\"\").map_or_else(Model::default, |tenant| "
+        'Knowledge::new(namespaces.get("").map_or_else(Model::default, |tenant| '
         "Model::clone(&tenant.namespace.model())), *live_bytes, *soft_bytes)",
     ),
     Mutant(

@@ -68,22 +68,8 @@ def profile(
             model or the memory, or ``repeats`` is not positive.
     """
     check_model(model)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     asked = {"batches": batches, "tokens": widths, "contexts": contexts}
-    batches = BATCHES if batches is None else tuple(batches)
-    widths = WIDTHS if widths is None else tuple(widths)
-    if contexts is None:
-        contexts = [length for length in CONTEXTS if length + max(widths, default=0) <= limit] or [limit // 2]
-    for name, values in (("batches", batches), ("widths", widths), ("contexts", contexts)):
-        if not values or values[0] < 1 or any(b <= a for a, b in pairwise(values)):
-            raise InvalidArgumentError(f"{name} must rise from at least 1, got {list(values)}")
-    if widths[0] != 1:
-        raise InvalidArgumentError(f"widths must rise from 1, got {list(widths)}")
-    if contexts[-1] + widths[-1] > limit:
-        raise InvalidArgumentError(
-            f"contexts must leave room for {widths[-1]} more tokens below the model's {limit} positions, "
-            f"got {contexts[-1]}"
-        )
+    batches, widths, contexts = _axes(model, batches, widths, contexts)
     if repeats < 1:
         raise InvalidArgumentError(f"repeats must be at least 1, got {repeats}")
     path = cache_file(model, fast_path)
@@ -128,6 +114,28 @@ def profile(
     temporary.replace(path)
     _rules.pop(model, None)
     return curve
+
+
+def _axes(
+    model: Any, batches: Sequence[int] | None, widths: Sequence[int] | None, contexts: Sequence[int] | None
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The axes to measure on, checked."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+    batches = BATCHES if batches is None else tuple(batches)
+    widths = WIDTHS if widths is None else tuple(widths)
+    if contexts is None:
+        contexts = [length for length in CONTEXTS if length + max(widths, default=0) <= limit] or [limit // 2]
+    for name, values in (("batches", batches), ("widths", widths), ("contexts", contexts)):
+        if not values or values[0] < 1 or any(b <= a for a, b in pairwise(values)):
+            raise InvalidArgumentError(f"{name} must rise from at least 1, got {list(values)}")
+    if widths[0] != 1:
+        raise InvalidArgumentError(f"widths must rise from 1, got {list(widths)}")
+    if contexts[-1] + widths[-1] > limit:
+        raise InvalidArgumentError(
+            f"contexts must leave room for {widths[-1]} more tokens below the model's {limit} positions, "
+            f"got {contexts[-1]}"
+        )
+    return batches, widths, contexts
 
 
 _DRAFT = DraftCost(step=20e-6, request=10e-6, node=0.6e-6)

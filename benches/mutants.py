@@ -284,25 +284,25 @@ SIZING = [
     ),
     Mutant(
         "a second is worth what one request makes of it",
-        f"{ENGINE}/src/sizing.rs",
-        "requests as f64 / costs.seconds[0]",
-        "requests.min(1) as f64 / costs.seconds[0]",
+        f"{ENGINE}/src/sizing/costs.rs",
+        "requests as f64 / self.seconds[0]",
+        "requests.min(1) as f64 / self.seconds[0]",
     ),
     Mutant(
         "padding stays empty",
-        f"{ENGINE}/src/sizing.rs",
+        f"{ENGINE}/src/sizing/costs.rs",
         "tree.len().min(best.1)",
         "tree.len().min(best.1.saturating_sub(1))",
     ),
     Mutant(
         "the price of a pass is that of the size before",
-        f"{ENGINE}/src/sizing.rs",
-        "self.seconds[index] - self.seconds[0]",
-        "self.seconds[index.saturating_sub(1)] - self.seconds[0]",
+        f"{ENGINE}/src/sizing/costs.rs",
+        "(self.seconds[index] - self.seconds[0]) * rate",
+        "(self.seconds[index.saturating_sub(1)] - self.seconds[0]) * rate",
     ),
     Mutant(
         "trees of the step before are priced too",
-        f"{ENGINE}/src/sizing.rs",
+        f"{ENGINE}/src/sizing/costs.rs",
         "        self.trees.clear();",
         "",
     ),
@@ -311,6 +311,66 @@ SIZING = [
         f"{ENGINE}/src/batch.rs",
         "allocation.clear();",
         "*allocation = Allocation::default();",
+    ),
+    Mutant(
+        "the rule forgets what it has learned of a request",
+        f"{ENGINE}/src/batch.rs",
+        "        *request.pace() = pace;\n",
+        "",
+    ),
+    Mutant(
+        "requests that were not drafted for are judged",
+        f"{ENGINE}/src/batch.rs",
+        "if plan.limits.max_nodes == 0 || slot.drafted.is_none() {",
+        "if false {",
+    ),
+    Mutant(
+        "rows of a draft that is gone teach",
+        f"{CORE}/sequence.rs",
+        "        self.drafted_at = usize::MAX;\n",
+        "",
+    ),
+    Mutant(
+        "the rule drafts before it knows plain steps",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "(state.plain_due == 0).then_some(",
+        "true.then_some(",
+    ),
+    Mutant(
+        "the rate may sink below plain decoding's",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "costs.plain_rate(batch) * self.speedup.max(1.0)",
+        "costs.plain_rate(batch) * self.speedup",
+    ),
+    Mutant(
+        "drafting that loses goes on",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "} else if self.account < -options.debt {",
+        "} else if false {",
+    ),
+    Mutant(
+        "what a draft cost is not held against it",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "if gain > self.rate * spent {",
+        "if gain > 0.0 * spent {",
+    ),
+    Mutant(
+        "a change of the machine's speed goes unnoticed",
+        f"{ENGINE}/src/sizing/clock.rs",
+        "self.has_changed |= surprise.abs() > options.change;",
+        "",
+    ),
+    Mutant(
+        "corrected times may fall with the width",
+        f"{ENGINE}/src/sizing/clock.rs",
+        "*time = (above + below) / 2.0;",
+        "let _ = (above, below);",
+    ),
+    Mutant(
+        "curves end where they were measured",
+        f"{ENGINE}/src/sizing/curve.rs",
+        "low + share * (values(index + 1) - low)",
+        "low + share.min(1.0) * (values(index + 1) - low)",
     ),
     Mutant(
         "trees of a batch have no sources",
@@ -332,7 +392,7 @@ ENGINE_MUTANTS = [
         "a new namespace begins with what the default one has learned",
         f"{ENGINE}/src/engine.rs",
         "Knowledge::new(Model::default(), *live_bytes, *soft_bytes)",
-        "Knowledge::new(namespaces.get(\"\").map_or_else(Model::default, |tenant| "
+        'Knowledge::new(namespaces.get("").map_or_else(Model::default, |tenant| '
         "Model::clone(&tenant.namespace.model())), *live_bytes, *soft_bytes)",
     ),
     Mutant(
@@ -350,7 +410,7 @@ ENGINE_MUTANTS = [
     Mutant(
         "what is restored comes on top of what was there",
         f"{ENGINE}/src/engine.rs",
-        "        self.remove_namespace(&state.name);\n",
+        "            self.remove_namespace(&name);\n",
         "",
     ),
     Mutant(

@@ -587,7 +587,8 @@ PARTS = {
             *("--no-fail-fast", "-p", "sssd-core", "-p", "sssd-engine", "--lib"),
             *("--test", "batches", "--test", "allocation"),
         ),
-        ("tests/test_cost.py", "tests/serving/test_batch.py"),
+        ("tests/test_cost.py", "tests/test_rule.py", "tests/test_hardware.py", "tests/serving/test_batch.py"),
+        both=False,
     ),
     "engine": Part(
         ENGINE_MUTANTS,

@@ -313,6 +313,66 @@ SIZING = [
         "*allocation = Allocation::default();",
     ),
     Mutant(
+        "the rule forgets what it has learned of a request",
+        f"{ENGINE}/src/batch.rs",
+        "        *request.pace() = pace;\n",
+        "",
+    ),
+    Mutant(
+        "requests that were not drafted for are judged",
+        f"{ENGINE}/src/batch.rs",
+        "if plan.limits.max_nodes == 0 || slot.drafted.is_none() {",
+        "if false {",
+    ),
+    Mutant(
+        "rows of a draft that is gone teach",
+        f"{CORE}/sequence.rs",
+        "        self.drafted_at = usize::MAX;\n",
+        "",
+    ),
+    Mutant(
+        "the rule drafts before it knows plain steps",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "(state.plain_due == 0).then_some(",
+        "true.then_some(",
+    ),
+    Mutant(
+        "the rate may sink below plain decoding's",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "costs.plain_rate(batch) * self.speedup.max(1.0)",
+        "costs.plain_rate(batch) * self.speedup",
+    ),
+    Mutant(
+        "drafting that loses goes on",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "} else if self.account < -options.debt {",
+        "} else if false {",
+    ),
+    Mutant(
+        "what a draft cost is not held against it",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "if gain > self.rate * spent {",
+        "if gain > 0.0 * spent {",
+    ),
+    Mutant(
+        "a change of the machine's speed goes unnoticed",
+        f"{ENGINE}/src/sizing/clock.rs",
+        "self.has_changed |= surprise.abs() > options.change;",
+        "",
+    ),
+    Mutant(
+        "corrected times may fall with the width",
+        f"{ENGINE}/src/sizing/clock.rs",
+        "*time = (above + below) / 2.0;",
+        "let _ = (above, below);",
+    ),
+    Mutant(
+        "curves end where they were measured",
+        f"{ENGINE}/src/sizing/curve.rs",
+        "low + share * (values(index + 1) - low)",
+        "low + share.min(1.0) * (values(index + 1) - low)",
+    ),
+    Mutant(
         "trees of a batch have no sources",
         "rust/sssd-py/src/batch.rs",
         "*to = from as i8;",
@@ -350,7 +410,7 @@ ENGINE_MUTANTS = [
     Mutant(
         "what is restored comes on top of what was there",
         f"{ENGINE}/src/engine.rs",
-        "        self.remove_namespace(&state.name);\n",
+        "            self.remove_namespace(&name);\n",
         "",
     ),
     Mutant(
@@ -527,7 +587,8 @@ PARTS = {
             *("--no-fail-fast", "-p", "sssd-core", "-p", "sssd-engine", "--lib"),
             *("--test", "batches", "--test", "allocation"),
         ),
-        ("tests/test_cost.py", "tests/serving/test_batch.py"),
+        ("tests/test_cost.py", "tests/test_rule.py", "tests/test_hardware.py", "tests/serving/test_batch.py"),
+        both=False,
     ),
     "engine": Part(
         ENGINE_MUTANTS,

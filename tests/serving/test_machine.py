@@ -130,8 +130,8 @@ class Model:
         """Tokens of this namespace's kind."""
         return [token if token == END else self.first + token for token in tokens]
 
-    def extend(self, tokens, probable):
-        """Takes tokens of the target, and what it held probable before each."""
+    def append(self, tokens, probable):
+        """Appends tokens, at each of which the target held some others probable."""
         for token, likely in zip(tokens, probable, strict=True):
             if self.tokens:
                 self.namespace.follows[self.tokens[-1]].update(likely)
@@ -449,7 +449,7 @@ class Serving(RuleBasedStateMachine):
         assert batch is None or limits["total_nodes"] is None or batch.offsets[-1] <= total
         for at, ((_, model), added, row) in enumerate(zip(rows, tokens, probable, strict=True)):
             if at not in failures:
-                model.extend(added, row)
+                model.append(added, row)
         for at, ((name, model), budget, tree) in enumerate(zip(rows, budgets, trees, strict=True)):
             if at in failures:
                 assert type(failures[at]) is MemoryLimitError

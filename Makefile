@@ -33,8 +33,21 @@ test: check ## run the checks and all tests
 	else \
 		cargo test --locked --workspace --exclude sssd-py; \
 	fi
+	$(MAKE) debug
 	SSSD_TEST_FIXED_BUFFERS=1 $(BIN)/python -m pytest tests/hf -m "not slow"
 	$(BIN)/python -m pytest
+
+# The dependencies are those of the Rust tests. Of Python's tests those are left out that take long, or that hardly
+# touch the extension.
+DEBUG := $(abspath target/debug-package)
+.PHONY: debug
+debug: install ## run the tests of the extension on a debug build, which checks arithmetic and alignment
+	rm -rf $(DEBUG) $(DEBUG).wheel
+	$(BIN)/maturin build --profile dev --locked --compatibility linux --out $(DEBUG).wheel
+	$(BIN)/python -m zipfile -e $(DEBUG).wheel/*.whl $(DEBUG)
+	SSSD_TEST_PROFILE=debug PYTHONPATH=$(DEBUG) $(BIN)/python -m pytest -m "not slow" \
+		--ignore tests/hf --ignore tests/test_hardware.py --ignore tests/test_docs.py --ignore tests/test_plan.py \
+		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything
@@ -49,6 +62,13 @@ model: ## check locks and atomics with loom and shuttle
 	RUSTFLAGS="--cfg model" CARGO_TARGET_DIR=target/model \
 		cargo test --locked -p sssd-core -p sssd-engine --test loom --test shuttle
 
+.PHONY: nightly
+nightly: install ## run what takes hours: state machine, soak, every full test, make model
+	$(BIN)/python benches/machine.py --operations 1000000
+	$(BIN)/python benches/soak.py tests/data/requests.jsonl.xz --requests 100000
+	SSSD_FULL_TESTS=1 $(BIN)/python -m pytest --ignore tests/serving/test_machine.py
+	$(MAKE) model
+
 .PHONY: check
 check: install ## check format, lints, types and stubs
 	cargo fmt --check
@@ -57,6 +77,10 @@ check: install ## check format, lints, types and stubs
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/stubtest sssd._core
+
+.PHONY: stubs
+stubs: install ## write the docstrings of the extension into its stub
+	$(BIN)/python .ci/stubs.py
 
 .PHONY: bench
 bench: install ## measure draft and append times, and memory, by context length

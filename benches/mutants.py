@@ -119,8 +119,8 @@ PREDICTOR = [
     Mutant(
         "a cut draft teaches what its last node would not",
         f"{CORE}/predictor/mod.rs",
-        "self.budget as i32 - 1",
-        "self.budget as i32",
+        "self.max_nodes as i32 - 1",
+        "self.max_nodes as i32",
     ),
     Mutant(
         "short contexts are looked up at every node",
@@ -240,9 +240,9 @@ SIZING = [
         "sequence.end_draft(usize::MAX)",
     ),
     Mutant(
-        "a draft that is cut keeps its budget",
+        "a draft that is cut keeps its limit",
         f"{CORE}/predictor/mod.rs",
-        "self.budget = nodes;",
+        "self.max_nodes = nodes;",
         "",
     ),
     Mutant(

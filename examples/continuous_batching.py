@@ -127,7 +127,7 @@ class Engine:
         if not self.running:
             return
         self.most_running = max(self.most_running, len(self.running))
-        # one call: the tokens of the last step in, all trees out; the budget goes where it is worth most
+        # one call: the tokens of the last step in, all trees out; the nodes go where they are worth most
         offsets = np.append(0, np.cumsum([len(request.accepted) for request in self.running]))
         trees = self.drafter.step(
             [request.sequence for request in self.running],

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-REQUEST, LOWER, STORE, LIVE, ALIGNED, SOFT, SUCCESSORS = range(7)
-SAMPLED, BLENDED = (REQUEST, LOWER, STORE, LIVE, ALIGNED), (REQUEST, LOWER, STORE, LIVE, ALIGNED, SOFT)
+REQUEST, LOWER, STORE, LIVE, ALIGNED, FEEDBACK, SUCCESSORS = range(7)
+SAMPLED, BLENDED = (REQUEST, LOWER, STORE, LIVE, ALIGNED), (REQUEST, LOWER, STORE, LIVE, ALIGNED, FEEDBACK)
 # in these a longer match is a shorter one too; the others sample each length anew
 NESTED = (REQUEST, LOWER, LIVE)
 
 ORDERS = (1, 2, 3, 4, 6, 10)
 LIVE_ORDERS = (2, 4, 8)
-SOFT_ORDERS = (1, 2, 3, 5)
+FEEDBACK_ORDERS = (1, 2, 3, 5)
 LONGEST = 32
 SAMPLES, SHORTER_SAMPLES, LOWER_SAMPLES = 64, 16, 8
 WORTH_LOWER, WORTH_OFFERING, LEAST_REFINED = 0.04, 0.0006, 0.003
@@ -77,9 +77,9 @@ def escape_cell(source: int, klass: int, count: float, distinct: int) -> tuple[i
     return source, klass, step_of(int(count), (1, 2, 3, 5, 9, 19, 49)), step_of(distinct, (1, 2, 4, 9))
 
 
-def soft_cell(klass: int, writes: int, peak: float) -> tuple[int, ...]:
+def feedback_cell(klass: int, writes: int, peak: float) -> tuple[int, ...]:
     count = min((writes + 1).bit_length() - 1, COUNTS - 1)
-    return SOFT, klass, count, min(int(peak * (DISTINCTS - 0.01)), DISTINCTS - 1)
+    return FEEDBACK, klass, count, min(int(peak * (DISTINCTS - 0.01)), DISTINCTS - 1)
 
 
 def gate_cell(source: int, klass: int, peak: float) -> tuple[int, ...]:
@@ -107,17 +107,17 @@ class Candidate:
         request = self.look(REQUEST, GROUPS)
         live = self.look(LIVE, (0, 1, 1, 1, 2))
         aligned = self.look(ALIGNED, (0, 1, 1, 1, 1, 2, 2, 2, 3))
-        soft = self.look(SOFT, (1, 2, 3, 4, 5, 6)) if SOFT in speaks else 0
-        if live or aligned or soft:
+        feedback = self.look(FEEDBACK, (1, 2, 3, 4, 5, 6)) if FEEDBACK in speaks else 0
+        if live or aligned or feedback:
             group = 2 + (request > 3) if request else int(self.occurrence > 0)
-            return TEXTS + (((live * 4 + aligned) * 7 + soft) * 4 + group) * 2 + (STORE in speaks)
+            return TEXTS + (((live * 4 + aligned) * 7 + feedback) * 4 + group) * 2 + (STORE in speaks)
         group = request or (0, 6, 7, 8)[self.occurrence]
         store = max(self.look(STORE, GROUPS), 1) if STORE in speaks else 0
         return ((group * 6 + store) * 2 + (LOWER in self.classes)) * 2 + (SUCCESSORS in self.classes)
 
     def kind(self, speaks: set[int]) -> int:
         """The kind of evidence, for what is special about this request."""
-        others = {STORE, LIVE, SOFT}
+        others = {STORE, LIVE, FEEDBACK}
         return (
             self.look(REQUEST, (0, 1, 2, 2, 2, 3)) * 3
             + bool(others & speaks)
@@ -158,19 +158,21 @@ class Knowledge:
 
     def __init__(self) -> None:
         self.documents: list[list[int]] = []
-        self.soft: dict[tuple[int, ...], tuple[list[tuple[int, float]], int]] = {}
+        self.feedback: dict[tuple[int, ...], tuple[list[tuple[int, float]], int]] = {}
 
     def insert(self, context: list[int], best: list[tuple[int, float]]) -> None:
         kept = [
             (token, max(int(np.float32(prob) * np.float32(65535) + 0.5), 1) / 65535) for token, prob in best
         ]
-        for order in SOFT_ORDERS:
+        for order in FEEDBACK_ORDERS:
             if len(context) >= order:
                 key = tuple(context[-order:])
-                self.soft[key] = kept, min(self.soft.get(key, (kept, 0))[1] + 1, 255)
+                self.feedback[key] = kept, min(self.feedback.get(key, (kept, 0))[1] + 1, 255)
 
     def find(self, context: list[int]) -> list[Any]:
-        return [self.soft.get(tuple(context[-n:])) if len(context) >= n else None for n in SOFT_ORDERS]
+        return [
+            self.feedback.get(tuple(context[-n:])) if len(context) >= n else None for n in FEEDBACK_ORDERS
+        ]
 
 
 def best(ids: Any, probs: Any) -> list[tuple[int, float]]:
@@ -332,14 +334,14 @@ class Request:
             samples += [*(self.store_samples() if self.store else ()), *self.live_samples()]
         out = Expansion({}, {source: [] for source in BLENDED}, {}, {}, {})
         self.blend(samples, out)
-        self.blend_soft(node, out)
+        self.blend_feedback(node, out)
         successors = self.successors(node[-1] if node else self.tokens[-1])
         if successors:
             out.gates[SUCCESSORS] = gate_cell(SUCCESSORS, 0, successors[0][1])
         gates = {source: exp(self.weights.gates[cell]) for source, cell in out.gates.items()}
         out.weights = {source: gate / sum(gates.values()) for source, gate in gates.items()}
         lists = {
-            SOFT: [(t, p, c) for t, (p, c) in out.said.items()],
+            FEEDBACK: [(t, p, c) for t, (p, c) in out.said.items()],
             SUCCESSORS: [(*s, 0) for s in successors],
         }
         for source, offered in lists.items():
@@ -377,19 +379,21 @@ class Request:
             peak = max(candidate.probs[source] for candidate in out.candidates.values())
             out.gates[source] = gate_cell(source, max(by_class), peak)
 
-    def blend_soft(self, node: tuple[int, ...], out: Expansion) -> None:
+    def blend_feedback(self, node: tuple[int, ...], out: Expansion) -> None:
         """The same over the target's own distributions, and over what it lately held probable."""
-        if not self.knowledge.soft:
+        if not self.knowledge.feedback:
             return
         found = []
         for order, held in enumerate(self.knowledge.find([*self.tokens[self.predicted :], *node])):
             if held is not None:
                 peak = held[0][0][1] if held[0] else 0.0
-                found.append((order + 1, soft_cell(order + 1, held[1], peak), held[0]))
+                found.append((order + 1, feedback_cell(order + 1, held[1], peak), held[0]))
         found.reverse()
         if self.recent:
             total = sum(prob for _, prob in self.recent)
-            found.append((0, soft_cell(0, min(int(total * 16), 255), self.recent[0][1] / total), self.recent))
+            found.append(
+                (0, feedback_cell(0, min(int(total * 16), 255), self.recent[0][1] / total), self.recent)
+            )
         rest = 1.0
         for klass, cell, tokens in found:
             escape = self.weights.escapes[cell][0] / 65536
@@ -398,10 +402,10 @@ class Request:
                 before, longest = out.said.get(token, (0.0, klass))
                 out.said[token] = before + rest * (1 - escape) * prob / total, longest
             rest *= escape
-            out.contexts[SOFT].append((klass, cell))
+            out.contexts[FEEDBACK].append((klass, cell))
         if found:
             peak = max((prob for prob, _ in out.said.values()), default=0.0)
-            out.gates[SOFT] = gate_cell(SOFT, found[0][0], peak)
+            out.gates[FEEDBACK] = gate_cell(FEEDBACK, found[0][0], peak)
 
     def successors(self, token: int) -> list[tuple[int, float]]:
         if self.store is None:
@@ -439,7 +443,7 @@ class Request:
 
     # learning
 
-    def extend(self, tokens: list[int], topk: list[Any] | None, tree: Any, budget: int) -> None:
+    def extend(self, tokens: list[int], topk: list[Any] | None, tree: Any, max_nodes: int) -> None:
         """Appends what the target has produced; ``topk`` has ids and probabilities for each token."""
         for row, token in enumerate(tokens):
             history = self.tokens[self.predicted :]
@@ -452,7 +456,7 @@ class Request:
             self.output += 1
             self.tokens.append(token)
             self.follow()
-        self.learn(tokens, tree, budget)
+        self.learn(tokens, tree, max_nodes)
 
     def fade(self, probable: list[tuple[int, float]], came: int) -> None:
         """Remembers what was lately probable and did not come."""
@@ -481,12 +485,12 @@ class Request:
         elif self.predicted == 0 and self.astray > 16:
             self.next = None
 
-    def learn(self, tokens: list[int], tree: dict[tuple[int, ...], int], budget: int) -> None:
+    def learn(self, tokens: list[int], tree: dict[tuple[int, ...], int], max_nodes: int) -> None:
         """Learns along the path of the output through the draft; ``tree`` has each node's place in it."""
         for token in tokens:
             node, self.followed = self.followed, None
-            # the last node of a budget was not expanded
-            if node is None or (node and tree.get(node, budget) >= budget - 1) or budget == 0:
+            # the last of max_nodes was not expanded
+            if node is None or (node and tree.get(node, max_nodes) >= max_nodes - 1) or max_nodes == 0:
                 return
             if node and node[-1] in self.end_tokens:
                 return
@@ -508,7 +512,7 @@ class Request:
     def learn_escapes(self, evidence: Expansion, token: int, truth: Candidate | None) -> None:
         """From the longest context down to the first that held the truth."""
         for source, contexts in evidence.contexts.items():
-            if source == SOFT:
+            if source == FEEDBACK:
                 held = evidence.said.get(token, (0.0, NONE))[1]
             else:
                 held = NONE if truth is None else truth.classes.get(source, NONE)

@@ -7,7 +7,7 @@ import pytest
 
 from sssd import Drafter
 from sssd.errors import ClosedError, InvalidArgumentError
-from sssd.hardware import Budget, CostCurve, PassCosts
+from sssd.hardware import CostCurve, PassCosts, SizingRule
 
 PROMPTS = [[1, 2, 3, 4] * 4, [5, 6, 7] * 5, [9, 8], [1, 5, 1, 6, 1, 7, 1]]
 SIZES = list(range(65))
@@ -131,9 +131,9 @@ def test_a_draft_is_counted_once_in_however_many_pieces_its_outcome_comes():
     assert sum(source["accepted"] for source in stats["sources"].values()) == metrics["accepted"]["sum"] == 3
 
 
-def test_a_budget_gives_cost_and_rate():
+def test_a_rule_gives_cost_and_rate():
     curve = CostCurve([1, 8], [1, 64], [0, 1000], np.ones((2, 2, 2)) + np.arange(2)[:, None], packed=True)
-    cost, rate = Budget(curve).costs(4, 10)
+    cost, rate = SizingRule(curve).costs(4, 10)
     drafter = Drafter()
     assert len(drafter.begin(PROMPTS[0]).draft(32, cost=cost, rate=rate)) > 0
 
@@ -153,6 +153,9 @@ def test_bad_options_are_refused(options):
         drafter.draft_batch([drafter.begin([1])], 4, **options)
     with pytest.raises((InvalidArgumentError, TypeError)):
         drafter.begin([1]).draft(4, **options, total_nodes=3)
+
+
+FLAT = CostCurve([1], [1], [0], [[[1.0]]])
 
 
 class TestCurves:
@@ -194,14 +197,7 @@ class TestCurves:
         drafter = Drafter(live_bytes=0, soft_bytes=0)
         assert len(drafter.begin([1, 2, 3, 4] * 4).draft(32, cost=curve)) == 3
 
-    def test_costs_are_kept_and_do_not_grow_without_end(self):
-        curve = self.curve()
-        assert curve.costs(2, 1000, 33) is curve.costs(2, 1001, 33)
-        for batch in range(1, 600):
-            curve.costs(batch, 10, 3)
-        assert len(curve._costs) <= 256
-
-    @pytest.mark.parametrize("bad", [3, "h100", {}, object(), Budget(CostCurve([1], [1], [0], [[[1.0]]]))])
+    @pytest.mark.parametrize("bad", [3, "h100", {}, object(), SizingRule(FLAT)])
     def test_what_is_no_cost_is_refused(self, bad):
         drafter = Drafter()
         sequence = drafter.begin(PROMPTS[0])
@@ -225,6 +221,8 @@ class TestCurves:
                 self.curve().costs(1, bad, 8)
         with pytest.raises(InvalidArgumentError, match="at least 1"):
             self.curve().costs(0, 1, 8)
+        with pytest.raises(InvalidArgumentError, match="at least 1"):
+            self.curve().costs(1, 1, -8)
         sequence.close()
         with pytest.raises(ClosedError):
             sequence.draft(8, cost=self.curve())

@@ -15,12 +15,12 @@ from sssd.cli import main
 from sssd.errors import InvalidArgumentError
 from sssd.hardware import (
     DEVICES,
-    Budget,
     CostCurve,
     CostCurveError,
     DraftCost,
     ModelShape,
     PassCosts,
+    SizingRule,
     roofline,
 )
 from sssd.hardware.roofline import LLAMA_3_8B
@@ -273,44 +273,44 @@ def test_first_is_the_tree_of_that_size():
         tree.first(-1)
 
 
-class TestBudget:
+class TestSizingRule:
     @staticmethod
     def settled(known, **options):
-        """A budget that has seen enough steps without drafts."""
-        budget = Budget(known, **options)
+        """A rule that has seen enough steps without drafts."""
+        rule = SizingRule(known, **options)
         for _ in range(2):
-            budget.observe(batch=1, size=0, context=0, seconds=known.time(1, 1, 0), tokens=1)
-        return budget
+            rule.observe(batch=1, size=0, context=0, seconds=known.time(1, 1, 0), tokens=1)
+        return rule
 
     def test_sizes_drafts_by_their_probabilities(self):
-        budget = self.settled(curve())
-        assert budget.allocate([chain(0.9, 0.8, 0.7)], 0) == [3]
-        assert budget.allocate([chain(0.1, 0.01)], 0) == [0]
-        assert budget.allocate([None], 0) == [0]
-        assert budget.allocate([], 0) == []
+        rule = self.settled(curve())
+        assert rule.allocate([chain(0.9, 0.8, 0.7)], 0) == [3]
+        assert rule.allocate([chain(0.1, 0.01)], 0) == [0]
+        assert rule.allocate([None], 0) == [0]
+        assert rule.allocate([], 0) == []
 
     @pytest.mark.parametrize("most", [0, 1, 5])
     def test_limits_hold(self, most):
-        budget = self.settled(curve(), max_nodes=most)
-        rows = [budget.row(), budget.row()]
-        assert budget.limits(rows, 0) == [min(most, 64)] * 2
-        assert max(budget.allocate([chain(*[0.99] * 8)] * 2, 0, rows)) <= most
+        rule = self.settled(curve(), max_nodes=most)
+        rows = [rule.pace(), rule.pace()]
+        assert rule.limits(rows) == [min(most, 64)] * 2
+        assert max(rule.allocate([chain(*[0.99] * 8)] * 2, 0, rows)) <= most
 
     def test_widths_are_those_that_are_ready(self):
-        budget = self.settled(curve(ready=(1, 5)))
-        assert budget.allocate([chain(*[0.99] * 20)], 0) == [4]
+        rule = self.settled(curve(ready=(1, 5)))
+        assert rule.allocate([chain(*[0.99] * 20)], 0) == [4]
 
     def test_longer_contexts_count(self):
         known = curve(seconds=[[[1, 1], [1.1, 8], [1.2, 64]]] * 2)
-        budget = self.settled(known)
+        rule = self.settled(known)
         tree = chain(*[0.5] * 7)
-        assert budget.allocate([tree], 0) == [7]
-        assert budget.allocate([tree], 1000) == [0]
+        assert rule.allocate([tree], 0) == [7]
+        assert rule.allocate([tree], 1000) == [0]
 
     @pytest.mark.parametrize("bad", [-1, 1024, 1.5, True, "8"])
     def test_absurd_limits_are_refused(self, bad):
         with pytest.raises(InvalidArgumentError, match="max_nodes"):
-            Budget(curve(), max_nodes=bad)
+            SizingRule(curve(), max_nodes=bad)
 
     @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
     def test_absurd_contexts_are_refused(self, bad):
@@ -318,13 +318,13 @@ class TestBudget:
             self.settled(curve()).allocate([chain(0.5)], bad)
 
     def test_a_request_that_never_gains_is_drafted_for_less_and_less(self):
-        budget = self.settled(curve(draft=DraftCost(request=0.1)))
-        row = budget.row()
+        rule = self.settled(curve(draft=DraftCost(request=0.1)))
+        row = rule.pace()
         drafts = 0
         for _ in range(200):
-            if budget.limits([row], 0)[0]:
+            if rule.limits([row])[0]:
                 drafts += 1
-                budget.allocate([chain(0.01)], 0, [row])
+                rule.allocate([chain(0.01)], 0, [row])
         assert 5 < drafts < 30
 
     @settings(deadline=None, max_examples=200)
@@ -341,16 +341,17 @@ class TestBudget:
     )
     def test_no_measurement_makes_it_worse_than_its_curve_without_drafts(self, steps):
         """Whatever times it is told, expected tokens per second never sink below plain decoding's."""
-        budget = self.settled(curve())
+        rule = self.settled(curve())
         for size, seconds, tokens, drafting in steps:
-            budget.observe(
+            rule.observe(
                 batch=1, size=max(size, 0), context=10, seconds=seconds, tokens=tokens, draft_seconds=drafting
             )
-        sizes, times = budget._seconds(1, 10)
+        costs, rate = rule.costs(1, 10)
+        sizes, times = costs.sizes.tolist(), costs.seconds.tolist()
         assert all(0 < a <= b < math.inf for a, b in pairwise(times))
-        assert budget._rate(1, 10) >= 1 / times[0] * (1 - 1e-9)
+        assert rate >= 1 / times[0] * (1 - 1e-9)
         for tree in (chain(0.9, 0.8, 0.7), chain(0.3), chain(*[0.5] * 30)):
-            (count,) = budget.allocate([tree], 10)
+            (count,) = rule.allocate([tree], 10)
             expected = 1 + tree.first(count).expected_accepted
             assert count in sizes
             assert expected / times[sizes.index(count)] >= 1 / times[0] * (1 - 1e-6)
@@ -360,43 +361,43 @@ class TestBudget:
     def test_wrong_curves_and_wrong_probabilities_cost_little(self, true_factor, promised):
         """Drafts that cost far more than the curve says, and never come true: the loss stays bounded."""
         flat = curve(seconds=[[[1, 1], [1.01, 1.01], [1.02, 1.02]]] * 2)
-        budget = Budget(flat)
-        row = budget.row()
+        rule = SizingRule(flat)
+        row = rule.pace()
         spent, steps = 0.0, 5000
         for _ in range(steps):
-            limit = budget.limits([row], 100)[0]
+            limit = rule.limits([row])[0]
             tree = chain(*[promised] * min(limit, 16)) if limit else None
-            (count,) = budget.allocate([tree], 100, [row])
+            (count,) = rule.allocate([tree], 100, [row])
             seconds = 1.0 if count == 0 else 1.0 * true_factor
             spent += seconds
-            budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=1)
+            rule.observe(batch=1, size=count, context=100, seconds=seconds, tokens=1)
         assert spent / steps < 1.0 + 0.02 * true_factor
 
     def test_pauses_end_once_drafts_pay_again(self):
         """Nothing comes true for long, then everything does."""
         known = curve(seconds=[[[1, 1], [1.5, 1.5], [2, 2]]] * 2)
-        budget = self.settled(known)
-        row = budget.row()
+        rule = self.settled(known)
+        row = rule.pace()
         drafted = []
         for step in range(6000):
-            limit = budget.limits([row], 100)[0]
-            (count,) = budget.allocate([chain(*[0.9] * min(limit, 8)) if limit else None], 100, [row])
+            limit = rule.limits([row])[0]
+            (count,) = rule.allocate([chain(*[0.9] * min(limit, 8)) if limit else None], 100, [row])
             drafted.append(count > 0)
             came_true = step >= 3000
             seconds = known.time(1, 1 + count, 100)
             tokens = 1 + (count if came_true else 0)
-            budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
+            rule.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
         assert sum(drafted[:3000]) < 300
         assert sum(drafted[4000:]) > 1900
 
     def test_finds_out_that_wide_passes_are_cheap(self):
         """A curve that says drafting never pays is corrected once passes turn out cheap."""
         steep = curve(seconds=[[[1, 1], [7, 7], [60, 60]]] * 2)
-        budget = self.settled(steep)
-        assert budget.allocate([chain(*[0.3] * 8)], 0) == [0]
+        rule = self.settled(steep)
+        assert rule.allocate([chain(*[0.3] * 8)], 0) == [0]
         for _ in range(20):
-            budget.observe(batch=1, size=8, context=0, seconds=1.1, tokens=5)
-        assert budget.allocate([chain(*[0.3] * 8)], 0) == [8]
+            rule.observe(batch=1, size=8, context=0, seconds=1.1, tokens=5)
+        assert rule.allocate([chain(*[0.3] * 8)], 0) == [8]
 
 
 class Machine:
@@ -408,8 +409,8 @@ class Machine:
     def __init__(self, slope, pace=1.0):
         self.slope, self.pace = slope, pace
         flat = [[[1 + slope * n] * 2 for n in (0, 16)]] * 2
-        self.budget = Budget(CostCurve([1, 64], [1, 17], [0, 1000], flat))
-        self.row = self.budget.row()
+        self.rule = SizingRule(CostCurve([1, 64], [1, 17], [0, 1000], flat))
+        self.state = self.rule.pace()
         self.steps = 0
         self.drafted = self.seconds = self.plain_seconds = 0.0
 
@@ -417,13 +418,13 @@ class Machine:
         """Drafts nodes of these probabilities, which come true; returns seconds over plain ones."""
         before = self.seconds, self.plain_seconds
         for _ in range(steps):
-            limit = self.budget.limits([self.row], 100)[0]
+            limit = self.rule.limits([self.state])[0]
             tree = chain(*probs[:limit]) if limit else None
-            (count,) = self.budget.allocate([tree], 100, [self.row])
+            (count,) = self.rule.allocate([tree], 100, [self.state])
             seconds = self.pace * (1 + self.slope * count) * hiccup(self.steps, count)
             # expectations in place of chance: fractions of tokens, as their mean over many steps
             tokens = 1 + (tree.first(count).expected_accepted if count else 0.0)
-            self.budget.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
+            self.rule.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
             self.seconds += seconds
             self.plain_seconds += self.pace * tokens
             self.drafted += count > 0
@@ -507,11 +508,11 @@ class TestSimulator:
 
     def test_fixed_budgets_take_the_steps_of_replay(self):
         traces = requests()
-        for budget in (4, 16):
-            replay = Replay(budget)
+        for rule in (4, 16):
+            replay = Replay(rule)
             for request in traces:
                 replay.run(Drafter(live_bytes=0, soft_bytes=0), request)
-            outcome = simulate(traces, Fixed(budget, self.begin), self.flat, 1)
+            outcome = simulate(traces, Fixed(rule, self.begin), self.flat, 1)
             assert (outcome.tokens, outcome.steps) == (replay.tokens, replay.steps)
             assert outcome.seconds == pytest.approx(0.01 * replay.steps)
 

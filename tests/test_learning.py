@@ -18,7 +18,7 @@ def first_tokens(tree):
     return [path[0] for path in paths(tree) if len(path) == 1]
 
 
-class TestSoftFeedback:
+class TestFeedback:
     def test_tokens_that_the_target_held_probable_are_drafted_in_the_same_context(self):
         sequence = Drafter().begin([1, 2, 3])
         sequence.extend([4], [[4, 50, 60]], [[0.5, 0.3, 0.1]])

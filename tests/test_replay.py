@@ -55,9 +55,9 @@ def test_acceptance_stops_at_the_end_of_the_recording():
     assert count_accepted(tree, np.array([4])) == 0
 
 
-@pytest.mark.parametrize("ending", ["", ".gz", ".xz"])
-def test_traces_are_read(tmp_path, ending):
-    path = write(tmp_path / f"dev.copy.jsonl{ending}", RECORD, RECORD)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_traces_are_read(tmp_path, suffix):
+    path = write(tmp_path / f"dev.copy.jsonl{suffix}", RECORD, RECORD)
     assert trace_name(path) == "dev.copy"
     first, _ = read_trace(path)
     assert first.prompt_ids.tolist() == RECORD["prompt_ids"]

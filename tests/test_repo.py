@@ -1,8 +1,12 @@
 """What holds for the package and the repository as a whole."""
 
 import argparse
+import ast
 import hashlib
 import importlib
+import importlib.util
+import inspect
+import os
 import re
 import subprocess
 import sys
@@ -47,8 +51,30 @@ def test_package_is_typed_and_versioned():
     assert [r for r in metadata.requires("sssd") or [] if "extra" not in r] == ["numpy>=1.26"]
 
 
+def test_the_stub_has_the_docstrings_of_the_extension():
+    spec = importlib.util.spec_from_file_location("stubs", ROOT / ".ci/stubs.py")
+    stubs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stubs)
+    shown = {
+        name: ast.get_docstring(node)
+        for name, node in stubs.definitions(ast.parse(stubs.STUB.read_text())).items()
+    }
+    said = {name: stubs.documentation(_core, name) for name in shown}
+    assert shown == said, "run `make stubs`"
+    bare = {name for name, text in said.items() if not text and not name.rpartition(".")[2].startswith("__")}
+    assert not bare, "document these in rust/sssd-py, then run `make stubs`"
+    assert len(shown) > 100
+
+
+def test_the_stub_shows_real_defaults():
+    """stubtest compares those that both sides name."""
+    assert not re.search(r"= \.\.\.", (ROOT / "python/sssd/_core.pyi").read_text())
+    assert inspect.signature(sssd.Drafter).parameters["live_bytes"].default == 64 << 20
+
+
 def test_tests_run_on_a_release_build():
-    assert _core.build_profile == "release"
+    """But for those of `make debug`."""
+    assert _core.build_profile == os.environ.get("SSSD_TEST_PROFILE", "release")
 
 
 def test_everything_compiled_is_public_somewhere():
@@ -119,39 +145,3 @@ def test_the_weights_that_ship_are_those_that_their_provenance_names():
     weights = (folder / "weights.bin").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == provenance["sha256"]
     assert sssd.Drafter().state_dict() == {"weights.v2": weights}
-
-
-def test_no_files_of_the_core_need_each_other_in_a_circle():
-    source = ROOT / "rust/sssd-core/src"
-    files = {}
-    for path in source.rglob("*.rs"):
-        parts = path.relative_to(source).with_suffix("").parts
-        files["::".join(part for part in parts if part not in ("lib", "mod"))] = path
-
-    exports = re.findall(r"^pub use ((?:\w+::)+)(?:\{([^;]*)\}|(\w+))", files[""].read_text(), re.MULTILINE)
-    exported = {
-        item.strip(): start[:-2] for start, group, one in exports for item in (group or one).split(",")
-    }
-
-    def home(item):
-        """The file that has an item, by its path in the crate."""
-        item = exported.get(item, item)
-        while item and item not in files:
-            item = item.rpartition("::")[0]
-        return item
-
-    needs = {}
-    for name, path in files.items():
-        code = path.read_text().partition("#[cfg(test)]")[0]
-        found = set()
-        for start, group, single in re.findall(
-            r"^use ((?:\w+::)*)(?:\{([^;]*)\}|(\w+));", code, re.MULTILINE
-        ):
-            inside = start.removeprefix("crate::") if start.startswith("crate::") else f"{name}::{start}"
-            found |= {home(inside + item.strip()) for item in (group or single).split(",")}
-        needs[name] = found - {name, ""}
-    assert needs["predictor::mix"] == {"predictor::arena", "predictor::weights", "sources"}
-    while free := [name for name, others in needs.items() if not others & needs.keys()]:
-        for name in free:
-            del needs[name]
-    assert not needs

@@ -18,6 +18,10 @@ class InvalidArgumentError(SssdError, ValueError):
     """An argument other than token ids is outside its documented range."""
 
 
+class CostCurveError(SssdError, ValueError):
+    """A cost curve, or the file of one, cannot be used."""
+
+
 class ClosedError(SssdError, RuntimeError):
     """A sequence or datastore was used after ``close()``."""
 

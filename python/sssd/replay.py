@@ -1,7 +1,7 @@
 """Replays recorded requests: what a drafter would have had accepted, without a model.
 
 The rule: the first response token comes from the prefill; at each step the drafter sees prompt and
-generated tokens and drafts at most ``budget`` nodes; the longest root path that equals the recording is
+generated tokens and drafts at most ``max_nodes`` nodes; the longest root path that equals the recording is
 accepted; then the accepted tokens and one more are appended (fewer at the end).
 """
 
@@ -48,9 +48,9 @@ RELIABILITY_BINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.
 
 @dataclass
 class Replay:
-    """Counts and times of replayed requests at one budget."""
+    """Counts and times of replayed requests at one ``max_nodes``."""
 
-    budget: int
+    max_nodes: int
     requests: int = 0
     tokens: int = 0
     """Response tokens after the first of each request."""
@@ -83,7 +83,7 @@ class Replay:
         position = 1
         while position < len(response):
             start = perf_counter_ns()
-            tree = sequence.draft(self.budget)
+            tree = sequence.draft(self.max_nodes)
             self.draft_ns.append(perf_counter_ns() - start)
             path = accepted_path(tree, response[position:])
             self._count(tree, path)
@@ -111,7 +111,7 @@ class Replay:
         p50, p99 = np.percentile(self.draft_ns, [50, 99]) / 1e3 if self.draft_ns else (0.0, 0.0)
         return {
             "trace": trace,
-            "budget": self.budget,
+            "budget": self.max_nodes,
             "requests": self.requests,
             "tokens": self.tokens,
             "steps": self.steps,

@@ -17,8 +17,8 @@ from trees import ScriptedDrafter  # noqa: E402
 import sssd  # noqa: E402
 from sssd import hf  # noqa: E402
 from sssd.errors import InvalidArgumentError  # noqa: E402
-from sssd.hardware import Budget  # noqa: E402
 from sssd.hf.contract import cache_argument  # noqa: E402
+from sssd.hf.decoder import Decoder  # noqa: E402
 from sssd.hf.passes import Passes  # noqa: E402
 
 VOCAB = 64
@@ -438,7 +438,7 @@ def test_what_no_pass_waits_for_is_done_while_a_device_works(overlaps, monkeypat
     monkeypatch.setattr(
         Passes, "launch", noted("launch", lambda *args, **kw: noted("finish", launch(*args, **kw)))
     )
-    monkeypatch.setattr(Budget, "observe", noted("observe", Budget.observe))
+    monkeypatch.setattr(Decoder, "_settle", noted("observe", Decoder._settle))
 
     class Streamer:
         def __init__(self):

@@ -38,8 +38,8 @@ def test_measures_once_and_is_used_from_then_on(caplog):
     with caplog.at_level(logging.INFO, "sssd.hf.profile"):
         hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert "sized by a measured curve" in caplog.text
-    (budget,) = profiling._budgets[model].values()
-    assert budget.curve.source == "measured"
+    (rule,) = profiling._rules[model].values()
+    assert rule.curve.source == "measured"
 
 
 def test_other_axes_are_measured_anew():
@@ -54,8 +54,8 @@ def test_other_axes_are_measured_anew():
 def test_without_measurements_an_estimate_serves():
     model = tiny_model("llama", "sdpa")
     hf.generate(model, PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    (budget,) = profiling._budgets[model].values()
-    assert budget.curve.source == "roofline"
+    (rule,) = profiling._rules[model].values()
+    assert rule.curve.source == "roofline"
 
 
 def test_curves_are_told_apart_by_what_matters():

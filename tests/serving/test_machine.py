@@ -1,9 +1,8 @@
 """The whole API as a state machine, against what each sequence and namespace may know.
 
-The long run, a share of it for each seed; COUNTS says what was done, whatever ends the run:
-
-    SSSD_FULL_TESTS=1 SSSD_MACHINE_COUNTS=COUNTS TMPDIR=/dev/shm \\
-        python -m pytest tests/serving/test_machine.py --hypothesis-seed=SEED
+With and without a datastore, with namespaces that expire, and with sequences known by string ids. Batches are
+compared with single calls, and trees with smaller ones. ``benches/machine.py`` makes the long run, by many
+seeds; ``SSSD_MACHINE_COUNTS`` names a file that says what was done, whatever ends the run.
 """
 
 import functools
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 from oracle import check_form, paths, successors
 
 from sssd import DatastoreBuilder, DraftBatch, Drafter
@@ -33,6 +32,7 @@ from sssd.errors import (
     InvalidTokenError,
     MemoryLimitError,
 )
+from sssd.requests import Requests
 
 END = 6
 KINDS = 7
@@ -41,14 +41,26 @@ FIRST = {"": END + 1, "a": END + 1 + KINDS, "b": END + 1 + 2 * KINDS}
 VOCABULARY = END + 1 + 3 * KINDS
 TOKENS = st.lists(st.integers(0, END), max_size=30)
 NAMES = st.sampled_from(["", "a", "b"])
+IDS = st.sampled_from(["", "0", "req-é", *(f"cmpl-{number}" for number in range(30))])
+DOCUMENTS = [
+    [first + token for token in document[:-1]]
+    + [document[-1] if document[-1] == END else first + document[-1]]
+    for first in FIRST.values()
+    for document in ([0, 1, 2, 6, 3, 0, 1], [4, 6, 6, 5, END], [0, 1, 2, 6, 4], [1, 2, 0])
+]
+"""What the datastore holds: of each kind, with one token of it (6) that only the datastore says."""
 PICK = st.integers(0, 10**6)
 SHORTEST_COPY = 6
-LIVE, SOFT = 40_000, 20_000
+LIVE, FEEDBACK = 40_000, 20_000
 ROOM, SEQUENCE_ROOM = 6_000_000, 200_000
 """Bytes for three namespaces and a few dozen sequences: now and then something does not fit."""
 COSTS = PassCosts([0, 4, 16, 64], [1.0, 1.1, 1.3, 3.0])
+SHORT = 0.004
+"""Seconds that namespaces outlive their sequences, in some runs."""
 
 counts: Counter = Counter()
+checks: Counter = Counter()
+"""Trees that were compared with those of other calls, by kind."""
 started = time.process_time()
 
 
@@ -70,8 +82,26 @@ def report(**more):
     operations = {"operations": sum(counts.values()), **dict(counts.most_common())}
     seconds = round(time.process_time() - started, 1)
     if path := os.environ.get("SSSD_MACHINE_COUNTS"):
-        Path(path).write_text(json.dumps({"cpu_seconds": seconds, **more, **operations}) + "\n")
+        found = {"cpu_seconds": seconds, **more, "checks": dict(checks), **operations}
+        Path(path).write_text(json.dumps(found) + "\n")
     return f"{operations['operations']} operations in {seconds} s: {operations}"
+
+
+def same(tree, other):
+    """Whether trees agree to the last bit."""
+    names = ("token_ids", "parents", "probs", "sources")
+    return all(getattr(tree, name).tobytes() == getattr(other, name).tobytes() for name in names)
+
+
+@functools.cache
+def store():
+    """The path of the datastore. The folder goes when the interpreter does."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "store.sssd"
+    with DatastoreBuilder(path, vocab_size=VOCABULARY) as builder:
+        for document in DOCUMENTS:
+            builder.add(document)
+    return folder, path
 
 
 @dataclass
@@ -81,6 +111,8 @@ class Namespace:
     follows: dict = field(default_factory=lambda: defaultdict(set))
     probable: set = field(default_factory=set)
     """Tokens that the target held probable anywhere: sequences with the same last tokens hear of it."""
+    used: tuple = (0.0, 0.0)
+    """When it was last seen in use at the earliest, and at the latest."""
 
 
 @dataclass
@@ -98,7 +130,8 @@ class Model:
         """Tokens of this namespace's kind."""
         return [token if token == END else self.first + token for token in tokens]
 
-    def check(self, tree, max_nodes, max_depth=None):
+    def check(self, stored, tree, max_nodes, max_depth=None):
+        """Whether the tree holds only what the sequence may know, and the datastore, ``stored``."""
         check_form(tree, max_nodes)
         if (self.tokens or [END])[-1] == END and not (self.predicted and not self.tokens):
             assert len(tree) == 0
@@ -115,33 +148,64 @@ class Model:
             before = int(tree.token_ids[parent]) if parent >= 0 else (self.tokens or [None])[-1]
             assert before != END
             known = own[before] | self.namespace.follows[before] | self.namespace.probable | said
+            # a prediction comes before the prompt, and so before an empty one
+            known |= stored.get(self.predicted[-1] if before is None else before, set())
             assert token in known, f"{token} out of the blue"
 
 
 class Serving(RuleBasedStateMachine):
-    """Sequences of one drafter in several namespaces; ``rows`` holds those that are open."""
+    """Sequences of one drafter in several namespaces; ``rows`` holds those that are open, by their ids."""
 
-    def __init__(self):
-        super().__init__()
+    @initialize(datastore=st.booleans(), ttl=st.sampled_from([None, SHORT, 3600.0]))
+    def start(self, datastore, ttl):
+        self.ttl = ttl
+        self.stored = {}
+        self.options = {"max_bytes": ROOM, "max_sequence_bytes": SEQUENCE_ROOM, "threads": 2}
+        if ttl is not None:
+            self.options["namespace_ttl"] = ttl
+        if datastore:
+            self.options["datastore"] = store()[1]
+            for document in DOCUMENTS:
+                for token, following in successors(document).items():
+                    self.stored[token] = self.stored.get(token, set()) | following
         self.drafter = Drafter(
-            vocab_size=VOCABULARY,
-            end_token_ids=[END],
-            live_bytes=LIVE,
-            soft_bytes=SOFT,
-            max_bytes=ROOM,
-            max_sequence_bytes=SEQUENCE_ROOM,
-            threads=2,
+            vocab_size=VOCABULARY, end_token_ids=[END], live_bytes=LIVE, soft_bytes=FEEDBACK, **self.options
         )
+        self.requests = Requests(self.drafter)
         self.age = 0
         self.namespaces = {"": Namespace()}
         self.rows = []
         self.out = DraftBatch(64, 2048)
 
     def pick(self, number):
-        return self.rows[number % len(self.rows)]
+        name, model = self.rows[number % len(self.rows)]
+        return self.requests[name], model
 
-    def namespace(self, name):
-        return self.namespaces.setdefault(name, Namespace())
+    def namespace(self, name, used):
+        """The namespace of this name, which somebody asked for between the times of ``used``."""
+        namespace = self.namespaces.setdefault(name, Namespace())
+        namespace.used = used
+        return namespace
+
+    def look(self):
+        """Namespaces are there as long as they have sequences, and the time to live after it."""
+        before = time.monotonic()
+        listed = set(self.drafter.namespaces())
+        after = time.monotonic()
+        assert listed <= set(self.namespaces)
+        busy = {id(model.namespace) for _, model in self.rows}
+        for name, namespace in list(self.namespaces.items()):
+            if id(namespace) in busy:
+                assert name in listed
+                namespace.used = before, after
+            elif name == "" or self.ttl is None:
+                assert name in listed
+            elif name in listed:
+                assert before - namespace.used[1] < self.ttl
+            else:
+                assert after - namespace.used[0] >= self.ttl
+                checks["namespaces whose time was up"] += 1
+                del self.namespaces[name]
 
     def full(self, sequence=None):
         """Whoever was refused memory was so for a reason."""
@@ -149,29 +213,56 @@ class Serving(RuleBasedStateMachine):
         large = sequence is not None and sequence.memory_bytes > SEQUENCE_ROOM - 80_000
         assert large or memory["used"] > memory["limit"] - 1_000_000
 
+    def forks(self, sequences, each=1):
+        """Twins of the sequences; none where one has still to read its prompt, or memory does not suffice."""
+        twins = []
+        try:
+            if all(sequence.ready for sequence in sequences):
+                for sequence in sequences:
+                    for _ in range(each):
+                        twins.append(sequence.fork())
+        except MemoryLimitError:
+            for twin in twins:
+                twin.close()
+            return []
+        return twins
+
     @rule(
+        request_id=IDS,
         prompt=TOKENS,
         prediction=st.none() | TOKENS,
         name=NAMES,
         extra=st.none() | st.integers(0, 12),
         background=st.booleans(),
     )
-    def begin(self, prompt, prediction, name, extra, background):
+    def begin(self, request_id, prompt, prediction, name, extra, background):
         length = None if extra is None else len(prompt) + extra
         model = Model(Namespace(), [], length, FIRST[name])
         prompt, prediction = model.own(prompt), prediction and model.own(prediction)
         model.predicted = prediction or []
+        options = {"namespace": name, "max_length": length, "background": background}
+        if request_id in self.requests:
+            with pytest.raises(InvalidArgumentError, match="is running"):
+                self.requests.begin(request_id, prompt, prediction=prediction, **options)
+            return None
+        self.look()
+        before = time.monotonic()
         try:
-            sequence = self.drafter.begin(
-                prompt, prediction, namespace=name, max_length=length, background=background
-            )
+            sequence = self.requests.begin(request_id, prompt, prediction=prediction, **options)
             assert len(sequence) == len(prompt)
         except MemoryLimitError:
+            assert request_id not in self.requests
             if name in self.drafter.namespaces():  # there was room for it, and not for the sequence
-                self.namespace(name)
+                self.namespace(name, (before, time.monotonic()))
             return self.full()
-        model.namespace, model.tokens = self.namespace(name), prompt
-        self.rows.append((sequence, model))
+        after, known = time.monotonic(), self.namespaces.get(name)
+        idle = (
+            known is not None and name != "" and all(known is not other.namespace for _, other in self.rows)
+        )
+        if idle and self.ttl is not None and before - known.used[1] >= self.ttl:
+            del self.namespaces[name]
+        model.namespace, model.tokens = self.namespace(name, (before, after)), prompt
+        self.rows.append((request_id, model))
         return None
 
     @precondition(lambda self: self.rows)
@@ -236,7 +327,44 @@ class Serving(RuleBasedStateMachine):
         cost = None if rate is None else COSTS
         model.tree = sequence.draft(max_nodes, max_depth=max_depth, min_prob=min_prob, cost=cost, rate=rate)
         assert (model.tree.probs >= np.float32(min_prob)).all()
-        model.check(model.tree, max_nodes, max_depth)
+        model.check(self.stored, model.tree, max_nodes, max_depth)
+
+    @precondition(lambda self: self.rows)
+    @rule(
+        at=PICK,
+        most=st.sampled_from([1, 5, 16, 64, 300]),
+        few=st.integers(0, 64),
+        min_prob=st.sampled_from([0.0, 0.001]),
+        rate=st.sampled_from([0.1, 1.0, 3.0]),
+    )
+    def first_nodes(self, at, most, few, min_prob, rate):
+        """A tree begins with that of any smaller budget, and cost sizes it alike in all calls."""
+        sequence, model = self.pick(at)
+        refused = self.drafter.memory["refused"]
+        twins = self.forks([sequence], 4)
+        if twins:
+            one, two, three, four = twins
+            whole, first = one.draft(most, min_prob=min_prob), two.draft(min(few, most), min_prob=min_prob)
+            sized = three.draft(most, min_prob=min_prob, cost=COSTS, rate=rate)
+            (batched,) = self.drafter.draft_batch([four], most, min_prob=min_prob, cost=COSTS, rate=rate)
+            if self.drafter.memory["refused"] == refused:
+                assert same(first, whole.first(few))
+                assert [len(sized)] == COSTS.allocate([whole], rate)
+                assert same(sized, whole.first(len(sized)))
+                assert same(batched, sized)
+                model.check(self.stored, whole, most)
+                checks["smaller trees"] += len(whole) > 0
+            for twin in twins:
+                twin.close()
+
+    @precondition(lambda self: self.rows)
+    @rule(at=PICK, verified=st.integers(0, 20))
+    def cut_draft(self, at, verified):
+        """Less is verified than was drafted; what is told later of nodes cut off is not asked for."""
+        sequence, model = self.pick(at)
+        sequence.cut_draft(verified)
+        if model.tree is not None:
+            model.tree = model.tree.first(verified)
 
     @precondition(lambda self: self.rows)
     @rule(at=PICK, follow=PICK, bonus=st.integers(0, END))
@@ -266,10 +394,10 @@ class Serving(RuleBasedStateMachine):
         k=st.sampled_from([0, 0, 2]),
     )
     def step(self, count, seed, total, min_nodes, rate, reuse, halves, k):
-        """One step for some of the sequences, in one call or in its halves."""
+        """One step for some of the sequences, in one call or in its halves: it is what single calls are."""
         chance = random.Random(seed)
         rows = chance.sample(self.rows, min(count, len(self.rows)))
-        sequences = [sequence for sequence, _ in rows]
+        names = [name for name, _ in rows]
         tokens = [model.own(chance.randint(0, END) for _ in range(chance.randint(0, 3))) for _, model in rows]
         probable = [
             [[model.first + chance.randrange(END) for _ in range(k)] for _ in added]
@@ -291,13 +419,21 @@ class Serving(RuleBasedStateMachine):
             "rate": rate,
             "out": self.out if reuse else None,
         }
+        refused = self.drafter.memory["refused"]
+        twins = []
+        # what the target held probable would reach the namespace twice
+        if k == 0 and chance.random() < 0.5:
+            for name in names:
+                # forks do not await the outcome of the last draft
+                self.requests[name].truncate(len(self.requests[name]))
+            twins = self.forks([self.requests[name] for name in names])
         failures, batch = {}, None
         try:
             if halves:
-                self.drafter.extend_batch(sequences, **new)
-                batch = self.drafter.draft_batch(sequences, **limits)
+                self.requests.extend_batch(names, **new)
+                batch = self.requests.draft_batch(names, **limits)
             else:
-                batch = self.drafter.step(sequences, **new, **limits)
+                batch = self.requests.step(names, **new, **limits)
         except BatchError as failed:
             failures, batch = failed.failures, failed.batch
         trees = [None] * len(rows) if batch is None else list(batch)
@@ -310,14 +446,47 @@ class Serving(RuleBasedStateMachine):
                         model.namespace.follows[model.tokens[-1]].update(likely)
                     model.namespace.probable.update(likely)
                     model.tokens.append(token)
-        for at, ((sequence, model), budget, tree) in enumerate(zip(rows, budgets, trees, strict=True)):
+        for at, ((name, model), budget, tree) in enumerate(zip(rows, budgets, trees, strict=True)):
             if at in failures:
                 assert type(failures[at]) is MemoryLimitError
                 assert not tree
-                self.full(sequence)
+                self.full(self.requests[name])
             elif tree is not None:
-                model.check(tree, budget)
+                model.check(self.stored, tree, budget)
                 model.tree = tree
+        if twins:
+            if self.drafter.memory["refused"] == refused:
+                self.single(rows, tokens, limits, trees, twins, chance, refused)
+            for twin in twins:
+                twin.close()
+
+    def single(self, rows, tokens, limits, trees, twins, chance, refused):
+        """Single calls give the trees of the batch as far as they go, and learn the same from them."""
+        alone = []
+        for twin, added, budget in zip(twins, tokens, limits["max_nodes"], strict=True):
+            twin.extend(added)
+            alone.append(twin.draft(budget))
+        if limits["cost"] is not None and limits["min_nodes"] == 0:
+            assert [len(tree) for tree in trees] == COSTS.allocate(alone, limits["rate"])
+        for (name, model), twin, tree, whole in zip(rows, twins, trees, alone, strict=True):
+            assert same(tree, whole.first(len(tree)))
+            if limits["cost"] is None and limits["total_nodes"] is None:
+                assert len(tree) == len(whole)
+            twin.cut_draft(len(tree))
+            drafted = [(), *paths(tree)]
+            path = [*chance.choice(drafted), *model.own([chance.randint(0, END)])]
+            try:
+                twin.extend(path)
+                sequence = self.requests[name]
+                sequence.extend(path)
+            except MemoryLimitError:
+                return self.full(twin)
+            model.tokens += path
+            model.tree = None
+            if self.drafter.memory["refused"] == refused:
+                assert sequence.state_dict() == twin.state_dict()
+            checks["single calls"] += len(tree) > 0
+        return None
 
     @precondition(lambda self: self.rows)
     @rule(at=PICK, taken=st.integers(0, 40))
@@ -333,28 +502,46 @@ class Serving(RuleBasedStateMachine):
         return None
 
     @precondition(lambda self: self.rows)
-    @rule(at=PICK)
-    def fork(self, at):
+    @rule(at=PICK, new_id=IDS)
+    def fork(self, at, new_id):
         sequence, model = self.pick(at)
+        name, _ = self.rows[at % len(self.rows)]
+        if new_id in self.requests:
+            with pytest.raises(InvalidArgumentError, match="is running"):
+                self.requests.fork(name, new_id)
+            return None
         try:
-            fork = sequence.fork()
+            self.requests.fork(name, new_id)
         except MemoryLimitError:
+            assert new_id not in self.requests
             return self.full(sequence)
         twin = Model(model.namespace, list(model.tokens), model.max_length, model.first, model.predicted)
-        self.rows.append((fork, twin))
+        self.rows.append((new_id, twin))
         return None
 
     @precondition(lambda self: self.rows)
     @rule(at=PICK, how=st.sampled_from(["finish", "close", "commit"]))
     def end(self, at, how):
         sequence, model = self.pick(at)
-        getattr(sequence, how)()
+        name, _ = self.rows[at % len(self.rows)]
+        {"finish": self.requests.finish, "close": self.requests.abort, "commit": lambda _: sequence.commit()}[
+            how
+        ](name)
+        # as if it had ended now, if it is the last
+        model.namespace.used = model.namespace.used[0], time.monotonic()
         if how != "close":
             for token, following in successors(model.tokens).items():
                 model.namespace.follows[token] |= following
         if how != "commit":
             assert sequence.closed
             self.rows.pop(at % len(self.rows))
+            for gone in (
+                self.requests.abort,
+                self.requests.finish,
+                lambda name: self.requests.draft_batch([name]),
+            ):
+                with pytest.raises(InvalidArgumentError, match="there is no request"):
+                    gone(name)
             try:
                 self.drafter.draft_batch([sequence])
             except BatchError as failed:
@@ -369,10 +556,11 @@ class Serving(RuleBasedStateMachine):
         self.namespaces.pop(name, None)
 
     @precondition(lambda self: self.rows)
-    @rule(at=PICK, how=st.integers(0, 5))
+    @rule(at=PICK, how=st.integers(0, 8))
     def misuse(self, at, how):
         """What is refused changes nothing, as the invariants tell."""
         sequence, _ = self.pick(at)
+        name, _ = self.rows[at % len(self.rows)]
         wrong = [
             (InvalidTokenError, lambda: sequence.extend([FIRST[""], "a"])),
             (InvalidArgumentError, lambda: sequence.truncate(len(sequence) + 1)),
@@ -380,6 +568,9 @@ class Serving(RuleBasedStateMachine):
             (InvalidArgumentError, lambda: self.drafter.step([sequence] * 2, [1, 1], [0, 1, 2])),
             (InvalidTokenError, lambda: self.drafter.step([sequence], [1.5], [0, 1])),
             (InvalidArgumentError, lambda: self.drafter.step([sequence], [1], [0, 2])),
+            (InvalidArgumentError, lambda: self.requests.step([name, "nobody"], [1, 1], [0, 1, 2])),
+            (InvalidArgumentError, lambda: self.requests.fork("nobody", "somebody")),
+            (InvalidArgumentError, lambda: self.requests.step([name, name], [1, 1], [0, 1, 2])),
         ]
         error, call = wrong[how]
         with pytest.raises(error):
@@ -397,30 +588,52 @@ class Serving(RuleBasedStateMachine):
             self.drafter.load_state_dict(state)
             assert self.drafter.state_dict() == state
 
-    @precondition(lambda self: self.rows and self.age >= 15)
+    @precondition(lambda self: self.ttl == SHORT)
     @rule()
-    def save_and_load(self):
+    def wait(self):
+        """Whoever has no sequences is forgotten."""
+        time.sleep(SHORT)
+
+    @precondition(lambda self: self.rows and self.age >= 15)
+    @rule(map_learned=st.booleans())
+    def save_and_load(self, map_learned):
         """The next drafter knows what the last one knew; the sequences are those of the last."""
+        for name, _ in self.rows:
+            self.requests.abort(name)
+        assert len(self.requests) == 0
+        self.rows, self.age = [], 0
+        self.look()
         with tempfile.TemporaryDirectory() as folder:
             self.drafter.save(folder)
-            self.drafter = Drafter.load(folder, max_bytes=ROOM, max_sequence_bytes=SEQUENCE_ROOM, threads=2)
-            with DatastoreBuilder(f"{folder}/live.sssd", vocab_size=VOCABULARY) as builder:
+            learned, documents = Path(folder) / "live.sssd", 0
+            with DatastoreBuilder(learned, vocab_size=VOCABULARY) as builder:
                 if "" in self.namespaces:
-                    self.drafter.freeze(builder)
-        self.namespace("")
-        for sequence, _ in self.rows:
-            sequence.close()
-        self.rows, self.age = [], 0
+                    documents = self.drafter.freeze(builder)
+            options = dict(self.options)
+            if map_learned and documents:
+                options["datastore"] = [*([options["datastore"]] if "datastore" in options else []), learned]
+                for token, following in self.namespaces[""].follows.items():
+                    self.stored[token] = self.stored.get(token, set()) | following
+            before = time.monotonic()
+            self.drafter = Drafter.load(folder, **options)
+        self.requests = Requests(self.drafter)
+        after = time.monotonic()
+        for namespace in self.namespaces.values():
+            namespace.used = before, after
+        self.namespace("", (before, after))
 
     @invariant()
     def everything_holds_together(self):
         self.age += 1
-        for sequence, model in self.rows:
+        assert list(self.requests) == [name for name, _ in self.rows]
+        for name, model in self.rows:
+            sequence = self.requests[name]
             assert sequence.token_ids.tolist() == model.tokens
             sequence.check_integrity()
-        listed, memory = self.drafter.namespaces(), self.drafter.memory
-        assert set(listed) == set(self.namespaces)
+        self.look()
+        memory, counted = self.drafter.memory, self.drafter.metrics
         assert memory["used"] <= memory["peak"] <= memory["limit"]
+        assert counted["accepted"]["sum"] <= counted["nodes"]["sum"]
         if not self.rows:
             assert memory["used"] == memory["shared"]
 

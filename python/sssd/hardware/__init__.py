@@ -6,21 +6,22 @@ Needs numpy only, but for :func:`profile`, which measures a model and needs ``ss
 
 from typing import Any
 
-from sssd._core import PassCosts
-from sssd.hardware.budget import Budget, RowBudget
-from sssd.hardware.curve import CostCurve, CostCurveError, DraftCost
+from sssd._core import CostGrid, Pace, PassCosts, SizingRule
+from sssd.errors import CostCurveError
+from sssd.hardware.curve import CostCurve, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
 
 __all__ = [
     "DEVICES",
-    "Budget",
     "CostCurve",
     "CostCurveError",
+    "CostGrid",
     "Device",
     "DraftCost",
     "ModelShape",
+    "Pace",
     "PassCosts",
-    "RowBudget",
+    "SizingRule",
     "profile",
     "roofline",
 ]

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -10,22 +11,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sssd._core import PassCosts
-from sssd.errors import InvalidArgumentError, SssdError
+from sssd._core import CostGrid, PassCosts
+from sssd.errors import CostCurveError
 
 FORMAT = "sssd cost curve"
 VERSION = 1
 _MAX_FILE_BYTES = 1 << 24
-_MAX_SECONDS = 86_400.0
-_MAX_SIZE = 1 << 40
-_MOST_KEPT = 256
 _SHIPPED = resources.files("sssd.hardware") / "curves"
 
 Floats = NDArray[np.float64]
-
-
-class CostCurveError(SssdError, ValueError):
-    """A cost curve, or the file of one, cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -89,34 +83,40 @@ class CostCurve:
     dtype: str = ""
     attention: str = ""
     intensity: float | None = None
-    _costs: dict[tuple[int, int, int], PassCosts] = field(default_factory=dict, init=False, repr=False)
+    grid: CostGrid = field(init=False, repr=False)
+    """The same numbers for the core, which checks them."""
 
     def __post_init__(self) -> None:
-        for name, low in (("batches", 1.0), ("tokens", 1.0), ("contexts", 0.0)):
-            object.__setattr__(self, name, _axis(name, getattr(self, name), low))
-        seconds = _floats("seconds", self.seconds)
+        for name in ("batches", "tokens", "contexts", "seconds"):
+            object.__setattr__(self, name, _floats(name, getattr(self, name)))
+            if name != "seconds" and (getattr(self, name).ndim != 1 or not getattr(self, name).size):
+                raise CostCurveError(f"{name} must be a list of numbers")
         shape = (len(self.batches), len(self.tokens), len(self.contexts))
-        if seconds.shape != shape:
-            raise CostCurveError(f"seconds must have the shape {shape} of the axes, got {seconds.shape}")
-        if not ((seconds > 0) & (seconds < _MAX_SECONDS)).all():
-            raise CostCurveError("seconds must be positive and less than a day")
-        if any((np.diff(seconds, axis=axis) < 0).any() for axis in range(3)):
-            raise CostCurveError(
-                "seconds must not fall with batch, width or context; fit() makes them monotone"
-            )
-        object.__setattr__(self, "seconds", seconds)
-        if self.tokens[0] != 1:
-            raise CostCurveError("tokens must begin with 1, the step without drafts")
-        ready = np.asarray(self.ready)
-        if self.ready and (ready.dtype.kind != "i" or self.ready[0] != 1 or (np.diff(ready) <= 0).any()):
-            raise CostCurveError("ready must be integers that rise from 1")
+        if self.seconds.shape != shape:
+            raise CostCurveError(f"seconds must have the shape {shape} of the axes, got {self.seconds.shape}")
         times = (self.draft.step, self.draft.request, self.draft.node)
-        if not all(_is_number(value) and 0 <= value < _MAX_SECONDS for value in times):
+        if not all(_is_number(value) for value in times):
             raise CostCurveError("draft times must be numbers of seconds, not negative")
         if type(self.draft.threads) is not int or not 1 <= self.draft.threads <= 1 << 20:
             raise CostCurveError("draft threads must be an integer of at least 1")
+        if not all(_is_number(width) and 0 < width == int(width) < 1 << 31 for width in self.ready):
+            raise CostCurveError("ready must be integers that rise from 1")
         if self.intensity is not None and not (_is_number(self.intensity) and 0 < self.intensity < 1e9):
             raise CostCurveError("intensity must be a positive number of FLOP/byte")
+        grid = CostGrid(
+            self.batches,
+            self.tokens,
+            self.contexts,
+            self.seconds.ravel(),
+            packed=self.packed,
+            ready=[int(width) for width in self.ready],
+            draft=(*times, self.draft.threads),
+        )
+        object.__setattr__(self, "grid", grid)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        return partial(CostCurve, **values), ()
 
     @classmethod
     def fit(
@@ -150,38 +150,19 @@ class CostCurve:
 
         Beyond the grid the last slope goes on; before it the first value stands.
         """
-        return float(self._at(batch, np.array([width]), context)[0])
-
-    def _at(self, batch: float, widths: Floats, context: float) -> Floats:
-        tokens = widths * batch if self.packed else widths
-        over_context = _interpolate(self.contexts, self.seconds, context, axis=2)
-        over_batch = _interpolate(self.batches, over_context, batch, axis=0)
-        index, share = _locate(self.tokens, tokens)
-        after = np.minimum(index + 1, len(self.tokens) - 1)
-        return np.asarray(over_batch[index] * (1 - share) + over_batch[after] * share)
+        return self.grid.time(batch, width, context)
 
     def widths(self, max_width: int) -> list[int]:
         """The widths to choose from, up to ``max_width``: those ready, or a selection of all."""
-        if self.ready:
-            return [width for width in self.ready if width <= max_width] or [1]
-        if max_width <= 64:
-            return list(range(1, max_width + 1))
-        coarse = np.unique(np.geomspace(64, max_width, 64).astype(np.int64)).tolist()
-        return [*range(1, 64), *coarse]
+        return self.grid.widths(max_width)
 
     def sizes(self, batch: int, max_width: int) -> list[int]:
         """Numbers of nodes to choose from: of each row, or of the whole pass where it is packed."""
-        if not self.packed:
-            return [width - 1 for width in self.widths(max_width)]
-        most = batch * (max_width - 1)
-        if most <= 1024:
-            return list(range(most + 1))
-        return [*range(1024), *np.unique(np.geomspace(1024, most, 128).astype(np.int64)).tolist()]
+        return self.grid.sizes(batch, max_width)
 
     def times(self, batch: int, sizes: ArrayLike, context: float) -> Floats:
         """Seconds of passes of these :meth:`sizes`, float64 [n]."""
-        nodes = np.asarray(sizes, dtype=np.float64)
-        return self._at(batch, 1 + (nodes / batch if self.packed else nodes), context)
+        return self.grid.times(batch, np.asarray(sizes, dtype=np.float64), context)
 
     def costs(self, batch: int, context: float, max_width: int) -> PassCosts:
         """The part of the curve that one step chooses from, kept for contexts within a few percent.
@@ -194,20 +175,7 @@ class CostCurve:
         Raises:
             InvalidArgumentError: ``context`` is no number of tokens, or another is less than 1.
         """
-        check_context(context)
-        if batch < 1 or max_width < 1:
-            raise InvalidArgumentError(f"batch and max_width must be at least 1, got {batch} and {max_width}")
-        octave = context_key(context)
-        key = batch, octave, max_width
-        known = self._costs.get(key)
-        if known is None:
-            sizes = self.sizes(batch, max_width)
-            seconds = self.times(batch, sizes, context_of(octave)).tolist()
-            known = PassCosts(sizes, seconds, packed=self.packed)
-            if len(self._costs) >= _MOST_KEPT:
-                self._costs.clear()
-            self._costs[key] = known
-        return known
+        return self.grid.costs(batch, context, max_width)
 
     @property
     def knee(self) -> float:
@@ -327,7 +295,7 @@ class CostCurve:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _floats(name: str, values: Any) -> Floats:
@@ -338,44 +306,3 @@ def _floats(name: str, values: Any) -> Floats:
         return array.astype(np.float64)
     except (ValueError, OverflowError, TypeError):
         raise CostCurveError(f"{name} must be an array of numbers") from None
-
-
-def _axis(name: str, values: Any, low: float) -> Floats:
-    axis = _floats(name, values)
-    if axis.ndim != 1 or not len(axis):
-        raise CostCurveError(f"{name} must be a list of numbers")
-    if not ((axis >= low) & (axis < _MAX_SIZE)).all() or (np.diff(axis) <= 0).any():
-        raise CostCurveError(f"{name} must rise from at least {low:g}")
-    return axis
-
-
-def _locate(axis: Floats, values: Any) -> tuple[Any, Any]:
-    """The segment of each value, and where in it: above 1 beyond the end, 0 before the start."""
-    index = np.clip(np.searchsorted(axis, values, side="right") - 1, 0, max(len(axis) - 2, 0))
-    after = np.minimum(index + 1, len(axis) - 1)
-    length = np.where(after > index, axis[after] - axis[index], np.inf)
-    return index, np.maximum((values - axis[index]) / length, 0.0)
-
-
-def _interpolate(axis_values: Floats, values: Floats, at: float, axis: int) -> Floats:
-    index, share = _locate(axis_values, at)
-    low: Floats = np.take(values, index, axis)
-    if share == 0:
-        return low
-    return np.asarray(low + share * (np.take(values, index + 1, axis) - low))
-
-
-def context_key(context: float) -> int:
-    """The same number for contexts within a few percent."""
-    return round(8 * math.log2(context + 64))
-
-
-def context_of(key: int) -> float:
-    """The context in the middle of those with this :func:`context_key`."""
-    return float(max(2 ** (key / 8) - 64, 0.0))
-
-
-def check_context(context: float) -> None:
-    """Raises :class:`InvalidArgumentError` for a context length that is none."""
-    if not (context >= 0 and math.isfinite(context)):
-        raise InvalidArgumentError(f"context must be a number of tokens, got {context!r}")

@@ -16,16 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sssd._core import Drafter, DraftTree
+from sssd._core import Drafter, DraftTree, Pace, SizingRule
 from sssd._core import Sequence as DraftSequence
-from sssd.hardware.budget import Budget, RowBudget
 from sssd.hardware.curve import CostCurve
 from sssd.replay import Request, count_accepted, extend
 
 FIXED_BUDGETS = (4, 8, 16, 32, 64)
 FIXED_RULES = tuple(f"fixed-{budget}" for budget in FIXED_BUDGETS)
 RULES = (*FIXED_RULES, "paper", "sssd", "perfect")
-"""Names of the rules, in the order of the results. ``sssd`` is :class:`sssd.hardware.Budget`."""
+"""Names of the rules, in the order of the results. ``sssd`` is :class:`sssd.hardware.SizingRule`."""
 
 
 class Rule(Protocol):
@@ -227,32 +226,35 @@ class Paper(_Live):
 
 
 class Adaptive(_Live):
-    """The rule of this package, :class:`sssd.hardware.Budget`."""
+    """The rule of this package, :class:`sssd.hardware.SizingRule`."""
 
     name = "sssd"
 
     def __init__(self, begin_sequence: Callable[[Request], DraftSequence], curve: CostCurve) -> None:
         super().__init__(begin_sequence)
-        self.budget = Budget(curve)
+        self.rule = SizingRule(curve)
 
-    def begin(self, request: Request) -> tuple[DraftSequence, RowBudget]:
+    def begin(self, request: Request) -> tuple[DraftSequence, Pace]:
         """A sequence and the rule's state of it."""
-        return super().begin(request), self.budget.row()
+        return super().begin(request), self.rule.pace()
 
     def draft(self, rows: Sequence[_Row], context: float) -> tuple[list[int], list[int], int, int]:
-        """Drafts where it may pay, and verifies what does."""
-        states = [row.state[1] for row in rows]
-        limits = self.budget.limits(states, context)
+        """Drafts where it may pay, and verifies what does.
+
+        As ``Drafter.step`` does it; but every sequence has a drafter of its own.
+        """
+        paces = [row.state[1] for row in rows]
+        limits = self.rule.limits(paces)
         # the last token of a response needs no draft
         trees = [
-            row.state[0].draft(limit, min_prob=self.budget.min_prob) if limit and row.left > 1 else None
+            row.state[0].draft(limit, min_prob=self.rule.min_prob) if limit and row.left > 1 else None
             for row, limit in zip(rows, limits, strict=True)
         ]
-        counts = self.budget.allocate(trees, context, states)
-        accepted = [
-            self._accept(row, row.state[0], tree.first(count) if tree is not None and count else None)
-            for row, tree, count in zip(rows, trees, counts, strict=True)
-        ]
+        counts = self.rule.allocate(trees, context, paces)
+        accepted = []
+        for row, tree, count in zip(rows, trees, counts, strict=True):
+            row.state[0].cut_draft(count)
+            accepted.append(self._accept(row, row.state[0], None if tree is None else tree.first(count)))
         made = [len(tree) for tree in trees if tree is not None]
         return counts, accepted, len(made), sum(made)
 
@@ -260,7 +262,7 @@ class Adaptive(_Live):
         self, batch: int, size: int, context: float, seconds: float, tokens: int, drafting: float
     ) -> None:
         """The rule corrects itself as it would in practice."""
-        self.budget.observe(
+        self.rule.observe(
             batch=batch, size=size, context=context, seconds=seconds, tokens=tokens, draft_seconds=drafting
         )
 

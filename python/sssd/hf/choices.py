@@ -26,7 +26,9 @@ def choices(logits: Any) -> NDArray[np.int64]:
     return np.asarray(logits.argmax(-1).cpu().numpy())
 
 
-def most_probable(logits: Any, vocab_size: int) -> tuple[NDArray[np.int64], ...]:
+def most_probable(
+    logits: Any, vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """What :func:`choices` gives, and :func:`top_k` of the first ``vocab_size`` tokens."""
     if logits.device.type == "cpu" and logits.shape[-1] <= vocab_size:
         # the first of equals is the first of the most probable ones

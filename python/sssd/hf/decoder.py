@@ -13,15 +13,14 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from sssd._core import DraftBatch, Drafter, DraftTree, Sequence
-from sssd.hardware.budget import Budget, RowBudget
+from sssd._core import DraftBatch, Drafter, DraftTree, Pace, Sequence, SizingRule
+from sssd.errors import BatchError
 from sssd.hf.choices import BatchSampler, choices, most_probable, top_k
 from sssd.hf.contract import Call, cache_argument, must_stand_in_place, position_limit
 from sssd.hf.passes import Passes
 from sssd.hf.static import Answer
 
 _EXPECTED_TOKENS, _TREE_ROOM = 4096, 64
-_EMPTY = DraftTree([], [])
 
 Walk = Iterator[tuple[int, int, bool]]
 """A path from the root: entries of the pass, the token chosen after each, and whether it was drafted."""
@@ -38,7 +37,8 @@ class Row:
     ids: Any
     """Int64 [1, length] of prompt and output; follows the output only if somebody looks at it."""
     sequence: Any = None
-    budget: RowBudget = field(default_factory=RowBudget)
+    pace: Pace | None = None
+    """What the rule remembers of it, if its drafter is of another kind."""
     tokens: list[int] = field(default_factory=list)
     drafted_tokens: list[bool] = field(default_factory=list)
     scores: list[Any] = field(default_factory=list)
@@ -134,16 +134,27 @@ class Decoder:
             if isinstance(drafter, Drafter) and self.max_length is not None:
                 bound = {"max_length": self.max_length - self.input_ids.shape[1] + len(row.prompt)}
             row.sequence = stack.enter_context(drafter.begin(row.prompt, **bound))
-        # the target's probabilities teach the drafter; made-up sequences need not know how
-        self.feeds_back = all(isinstance(row.sequence, Sequence) for row in self.rows)
-        self.draft_vocab_size = getattr(drafter, "vocab_size", None) or self.vocab_size
+        # sequences of other kinds need not know of batches and the target's probabilities
+        self.drafter: Drafter | None = None
+        if all(isinstance(row.sequence, Sequence) for row in self.rows):
+            drafters = [row.sequence.drafter for row in self.rows]
+            self.drafter = drafters[0] if all(other == drafters[0] for other in drafters) else None
+        known = None if self.drafter is None else self.drafter.vocab_size
+        self.may_draft_others = known is None or known > self.vocab_size
+        self.draft_vocab_size = known or self.vocab_size
+        self.news: tuple[list[int], Any] = [], [0]
+        """Tokens of the last step that the sequences have not seen, and where those of each row begin."""
+        self.feedback: dict[str, Any] = {}
+        self.has_drafted, self.drafts_whole = False, True
 
-    def run(self, max_nodes: int | None, budget: Budget | None) -> None:
-        """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``budget`` says."""
-        if budget is not None:
+    def run(self, max_nodes: int | None, rule: SizingRule | None) -> None:
+        """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``rule`` says."""
+        most = (max_nodes or 0) if rule is None else rule.max_nodes
+        self.drafts = self.trees = DraftBatch(self.batch, self.batch * most)
+        if rule is not None and self.drafter is None:
             for row in self.rows:
-                row.budget = budget.row()
-        self._advance([None] * self.batch, self._prefill(), None)
+                row.pace = rule.pace()
+        self._advance(self._prefill(), None)
         # What no pass depends on is done while a device works on the next one, else at once.
         settle: Callable[[], None] = self._stream
         while self.active:
@@ -153,46 +164,92 @@ class Decoder:
             context = sum(self.cache.lengths) / batch
             before = sum(len(row.tokens) for row in rows)
             started = perf_counter()
-            if budget is None:
-                trees = [self._draft(row, max_nodes or 0) for row in rows]
-            else:
-                trees = self._sized(budget, context)
+            self.trees = (
+                self._draft(most, rule) if self.drafter is not None else self._ask(most, rule, context)
+            )
             drafted = perf_counter()
-            finish = self._launch(trees)
+            finish = self._launch()
             if self.passes.overlaps:
                 settle()
-            self._advance(trees, *finish())
+            self._advance(*finish())
             step = {
                 "batch": batch,
-                "size": self.passes.width(max(0 if tree is None else len(tree) for tree in trees)) - 1,
+                "size": self.passes.block.ids.shape[1] - 1,
                 "context": context,
                 "seconds": perf_counter() - drafted,
                 "tokens": sum(len(row.tokens) for row in rows) - before,
-                "draft_seconds": drafted - started,
+                "draft_seconds": drafted - started if self.has_drafted else 0.0,
             }
-            settle = partial(self._settle, budget, step)
+            settle = partial(self._settle, rule, step)
         settle()
 
-    def _settle(self, budget: Budget | None, step: dict[str, Any]) -> None:
+    def _settle(self, rule: SizingRule | None, step: dict[str, Any]) -> None:
         """Shows the tokens of a step, and tells the rule what came of it."""
         self._stream()
-        if budget is not None:
-            budget.observe(**step)
+        if rule is not None:
+            rule.observe(**step)
 
-    def _sized(self, budget: Budget, context: float) -> list[DraftTree | None]:
-        """Drafts as large as pays."""
-        states = [row.budget for row in self.active]
-        limits = budget.limits(states, context)
-        options = {"min_prob": budget.min_prob} if self.feeds_back else {}
-        trees = [self._draft(row, limit, **options) for row, limit in zip(self.active, limits, strict=True)]
-        counts = budget.allocate(trees, context, states)
-        if self.feeds_back:
-            for row, count in zip(self.active, counts, strict=True):
-                row.sequence.cut_draft(count)
-        return [
-            tree.first(count) if tree is not None and count else None
-            for tree, count in zip(trees, counts, strict=True)
+    def _draft(self, most: int, rule: SizingRule | None) -> DraftBatch:
+        """Hands the last step to the drafter and drafts for the next one, all rows in one call."""
+        assert self.drafter is not None
+        try:
+            trees = self.drafter.step(
+                [row.sequence for row in self.active],
+                *self.news,
+                most,
+                max_depth=self._depths(),
+                rule=rule,
+                out=self.drafts,
+                **self.feedback,
+            )
+        except BatchError as error:
+            raise next(iter(error.failures.values())) from error
+        self.has_drafted = trees.drafted_sequences > 0
+        self.drafts_whole = not self.may_draft_others or bool((trees.token_ids < self.vocab_size).all())
+        if self.drafts_whole:
+            return trees
+        fitting = [self._fitting(trees[i], row) for i, row in enumerate(self.active)]
+        return DraftBatch.from_trees(fitting)
+
+    def _depths(self) -> list[int] | None:
+        """How deep the trees of the rows may be, where that is bounded."""
+        bounds = []
+        if self.position_limit is not None:
+            bounds.append([self.position_limit - 1 - row.position for row in self.active])
+        if self.max_length is not None:
+            # the last token needs no draft
+            room = self.max_length - self.input_ids.shape[1] - 1
+            bounds.append([room - len(row.tokens) for row in self.active])
+        return [max(min(depths), 0) for depths in zip(*bounds, strict=True)] if bounds else None
+
+    def _ask(self, most: int, rule: SizingRule | None, context: float) -> DraftBatch:
+        """Drafts by sequences of other kinds, one after the other."""
+        limits = [most] * len(self.active)
+        paces = [row.pace for row in self.active if row.pace is not None]
+        if rule is not None:
+            limits = rule.limits(paces)
+        self.has_drafted = any(limits)
+        trees = [
+            None
+            if limit == 0 or self._is_full(row, more=1)
+            else self._fitting(row.sequence.draft(limit), row)
+            for row, limit in zip(self.active, limits, strict=True)
         ]
+        if rule is not None:
+            counts = rule.allocate(trees, context, paces)
+            trees = [
+                None if tree is None else tree.first(count) for tree, count in zip(trees, counts, strict=True)
+            ]
+        return DraftBatch.from_trees(trees)
+
+    def _fitting(self, tree: DraftTree, row: Row) -> DraftTree | None:
+        """What of a draft the model can look at."""
+        fits = (tree.token_ids >= 0) & (tree.token_ids < self.vocab_size)
+        if self.position_limit is not None:
+            fits &= tree.depths < self.position_limit - row.position
+        if not fits.all():
+            tree = _pruned(tree, fits)
+        return tree if len(tree) else None
 
     def _prefill(self) -> Any:
         total = self.fresh.shape[1]
@@ -216,75 +273,83 @@ class Decoder:
         self.passes.fill(None, [0] * self.batch, [0] * self.batch)
         return logits
 
-    def _draft(self, row: Row, max_nodes: int, **options: float) -> DraftTree | None:
-        if max_nodes == 0 or self._is_full(row, more=1):
-            return None
-        tree: DraftTree = row.sequence.draft(max_nodes, **options)
-        fits = (tree.token_ids >= 0) & (tree.token_ids < self.vocab_size)
-        if self.position_limit is not None:
-            fits &= tree.depths < self.position_limit - row.position
-        if not fits.all():
-            tree = _pruned(tree, fits)
-        return tree if len(tree) else None
-
-    def _launch(self, trees: list[DraftTree | None]) -> Callable[[], tuple[Any, Answer | None]]:
+    def _launch(self) -> Callable[[], tuple[Any, Answer | None]]:
         """Begins the pass over the last token and every node; see :meth:`Passes.launch`."""
-        for row, tree in zip(self.active, trees, strict=True):
+        for row, nodes in zip(self.active, np.diff(self.trees.offsets).tolist(), strict=True):
             row.steps += 1
-            row.drafted += 0 if tree is None else len(tree)
+            row.drafted += nodes
         self.passes.fill(
-            DraftBatch.from_trees(trees),
+            self.trees,
             [row.tokens[-1] for row in self.active],
             [row.position for row in self.active],
         )
         return self.passes.launch(accept=not self.picks_alone)
 
-    def _advance(self, trees: list[DraftTree | None], logits: Any, answer: Answer | None) -> None:
+    def _advance(self, logits: Any, answer: Answer | None) -> None:
         """Appends what the target chose, commits it to cache and drafter, and drops finished rows.
 
         Args:
-            trees: Draft of each row.
             logits: [B, 1 + nodes or more, vocabulary] after the last token and every node.
             answer: What the device makes of them, if it does.
         """
         targets, topk = self._chosen(logits, answer)
         walks = self._walks(logits) if targets is None else self._accepted(targets)
         kept, offsets = [], [0]
-        for i, (row, tree, walk) in enumerate(zip(self.active, trees, walks, strict=True)):
-            before = len(row.tokens)
+        for row, walk in zip(self.active, walks, strict=True):
             for entry, token, drafted in walk:
                 kept.append(entry)
                 self._append(row, token, drafted)
                 if self._ended(row):
                     break
             offsets.append(len(kept))
-            if not self._ended(row):
-                if topk is not None:
-                    size = 1 if tree is None else len(tree) + 1
-                    row.sequence.feedback(tree or _EMPTY, topk[0][i, :size], topk[1][i, :size])
-                row.sequence.extend(row.tokens[before:])
         self.cache.commit(np.array(kept), np.array(offsets))
         left = [i for i, row in enumerate(self.active) if not self._ended(row)]
         if left and len(left) < len(self.active):
             self.cache.select(left)
+        self._teach(topk, left, [offsets[i + 1] - offsets[i] for i in left])
         self.active = [self.active[i] for i in left]
         if self.sampler is not None and left:
             self.sampler.forget(min(len(row.tokens) for row in self.active))
 
+    def _teach(self, topk: Any, left: list[int], counts: list[int]) -> None:
+        """Has the drafter learn from the rows that go on: in the call that drafts, where it can.
+
+        Args:
+            topk: What the target held most probable, ids and probabilities [B, T, k], if the drafter learns.
+            left: The rows that go on.
+            counts: How many tokens each of them has got.
+        """
+        rows = [self.active[i] for i in left]
+        news = [row.tokens[len(row.tokens) - count :] for row, count in zip(rows, counts, strict=True)]
+        if self.drafter is None:
+            for row, tokens in zip(rows, news, strict=True):
+                row.sequence.extend(tokens)
+            return
+        self.news = [token for tokens in news for token in tokens], np.cumsum([0, *counts])
+        self.feedback = {}
+        if self.drafts_whole:
+            ids, probs = (part if len(left) == len(part) else part[left] for part in topk)
+            self.feedback = {"feedback_ids": ids, "feedback_probs": probs}
+            return
+        for i, row in zip(left, rows, strict=True):
+            tree = self.trees[i]
+            row.sequence.feedback(tree, *(part[i, : len(tree) + 1] for part in topk))
+
     def _chosen(self, logits: Any, answer: Answer | None) -> tuple[Any, Any]:
-        """The target's choices, if they need nothing but logits, and what teaches the drafter, if it learns."""
+        """What the target chooses, if logits alone tell, and what teaches the drafter, if it learns."""
         if answer is not None:
             targets, topk = answer.targets, (answer.topk_ids, answer.topk_probs)
             # padding of the vocabulary is no token to the drafter
-            if self.feeds_back and self.draft_vocab_size < self.vocab_size:
+            if self.drafter is not None and self.draft_vocab_size < self.vocab_size:
                 topk = top_k(logits[..., : self.draft_vocab_size])
-        elif not self.feeds_back:
+        elif self.drafter is None:
             return (None if self.picks_alone else choices(logits)), None
         elif self.picks_alone:
             targets, topk = None, top_k(logits[..., : self.draft_vocab_size])
         else:
-            targets, *topk = most_probable(logits, self.draft_vocab_size)
-        return targets, topk if self.feeds_back else None
+            targets, ids, probs = most_probable(logits, self.draft_vocab_size)
+            topk = ids, probs
+        return targets, topk if self.drafter is not None else None
 
     def _accepted(self, targets: Any) -> Iterator[Walk]:
         """The accepted path of each row under known choices."""

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from sssd._core import SizingRule
 from sssd.errors import InvalidArgumentError, UnsupportedModelError
-from sssd.hardware.budget import Budget
 from sssd.hardware.curve import CostCurve
 from sssd.hf.contract import Call, LoopSignature, cache_argument, warn_once, why_not
 from sssd.hf.decoder import Decoder
-from sssd.hf.profile import budget_of
+from sssd.hf.profile import rule_of
 
 _CACHE_FIELD = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -231,13 +231,13 @@ def _decode(
 def _decode_with_drafts(call: Call, options: _Options) -> Any:
     with ExitStack() as stack:
         decoder = Decoder(call, stack, options.fast_path)
-        budget = None
+        rule = None
         if options.cost is not None:
-            budget = Budget(options.cost)
+            rule = SizingRule(options.cost)
         elif options.max_nodes is None:
-            budget = budget_of(call.model, decoder.passes)
+            rule = rule_of(call.model, decoder.passes)
         decoder.begin(options.drafter, stack)
-        decoder.run(options.max_nodes, budget)
+        decoder.run(options.max_nodes, rule)
         sequences, fields = decoder.result()
     if not call.config.return_dict_in_generate:
         return sequences

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from sssd._core import DraftBatch, DraftTree
-from sssd.errors import InvalidArgumentError
-from sssd.hardware.budget import Budget
-from sssd.hardware.curve import CostCurve, CostCurveError, DraftCost
+from sssd._core import DraftBatch, DraftTree, SizingRule
+from sssd.errors import CostCurveError, InvalidArgumentError
+from sssd.hardware.curve import CostCurve, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
 from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import available_bytes
@@ -29,7 +28,7 @@ from sssd.hf.static import WIDTHS
 BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
 
 _logger = logging.getLogger(__name__)
-_budgets: "WeakKeyDictionary[Any, dict[tuple[Any, ...], Budget]]" = WeakKeyDictionary()
+_rules: "WeakKeyDictionary[Any, dict[tuple[Any, ...], SizingRule]]" = WeakKeyDictionary()
 
 
 def profile(
@@ -127,7 +126,7 @@ def profile(
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     curve.save(temporary)
     temporary.replace(path)
-    _budgets.pop(model, None)
+    _rules.pop(model, None)
     return curve
 
 
@@ -222,17 +221,17 @@ def _attention(model: Any, fast_path: bool) -> str:
     return f"{implementation}, fast path" if fast_path else str(implementation)
 
 
-def budget_of(model: Any, passes: Passes) -> Budget:
+def rule_of(model: Any, passes: Passes) -> SizingRule:
     """The rule for this model, with what it has learned in earlier calls."""
     fast = passes.fast is not None
     key = (str(model.device), model.dtype, fast, torch.get_num_threads())
-    known = _budgets.setdefault(model, {})
+    known = _rules.setdefault(model, {})
     if key not in known:
         curve = load_cached(cache_file(model, True)) or load_cached(cache_file(model, fast))
         if curve is None:
             curve = estimate(model, passes)
         _logger.info("%s: drafts are sized by a %s curve", type(model).__name__, curve.source)
-        known[key] = Budget(curve)
+        known[key] = SizingRule(curve)
     return known[key]
 
 

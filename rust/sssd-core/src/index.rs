@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use crate::memory::{Charge, MemoryFull};
+use crate::memory::{MemoryFull, Reservation};
 use crate::{MAX_TOKEN, Token};
 
 /// The context lengths that have a chain of their own.
@@ -37,7 +37,7 @@ pub struct Index {
 /// A layer that forks share, with the bytes charged for it.
 struct Base {
     layer: Layer,
-    charge: Charge,
+    reservation: Reservation,
 }
 
 /// A position's token and, for the lengths that are looked up most, the previous position on the chain or `NONE`:
@@ -131,11 +131,11 @@ impl Index {
     }
 
     /// Another index with the same tokens, in time proportional to what was appended or forgotten since the
-    /// last fork (amortized), and four bytes per token. What comes to be shared is charged once, and `charge` pays
+    /// last fork (amortized), and four bytes per token. What comes to be shared is charged once, and `reservation` pays
     /// for this index alone.
-    pub fn fork(&mut self, charge: &mut Charge) -> Result<Self, MemoryFull> {
+    pub fn fork(&mut self, reservation: &mut Reservation) -> Result<Self, MemoryFull> {
         if !self.is_light() {
-            self.share(charge)?;
+            self.share(reservation)?;
         }
         Ok(Self {
             tokens: self.tokens.clone(),
@@ -146,35 +146,35 @@ impl Index {
     }
 
     /// Moves everything into a base.
-    fn share(&mut self, charge: &mut Charge) -> Result<(), MemoryFull> {
-        self.settle(charge);
-        let mut paid = charge.sibling();
+    fn share(&mut self, reservation: &mut Reservation) -> Result<(), MemoryFull> {
+        self.reclaim(reservation);
+        let mut paid = reservation.new_empty();
         let layer = match &self.base {
             None => std::mem::take(&mut self.own),
             Some(base) => {
                 // both are there for a moment
-                paid.resize(base.layer.memory_bytes() + 2 * self.own.memory_bytes())?;
+                paid.try_resize(base.layer.memory_bytes() + 2 * self.own.memory_bytes())?;
                 base.layer.clone().overlaid(self.kept, std::mem::take(&mut self.own))
             }
         };
         if self.base.is_none() {
-            paid = charge.split(layer.memory_bytes());
+            paid = reservation.split(layer.memory_bytes());
         }
-        paid.resize(layer.memory_bytes())?;
+        paid.try_resize(layer.memory_bytes())?;
         self.kept = layer.links.len();
-        self.base = Some(Arc::new(Base { layer, charge: paid }));
+        self.base = Some(Arc::new(Base { layer, reservation: paid }));
         Ok(())
     }
 
     /// Takes the base back once no fork shares it any more.
-    pub fn settle(&mut self, charge: &mut Charge) {
+    pub fn reclaim(&mut self, reservation: &mut Reservation) {
         if self.base.as_mut().is_some_and(|base| Arc::get_mut(base).is_some())
             && let Some(base) = self.base.take().and_then(Arc::into_inner)
         {
-            let Base { layer, charge: paid } = base;
+            let Base { layer, reservation: paid } = base;
             self.own = layer.overlaid(self.kept, std::mem::take(&mut self.own));
             self.kept = 0;
-            charge.merge(paid);
+            reservation.merge(paid);
         }
     }
 
@@ -321,8 +321,8 @@ impl Index {
         if length < 4 && length <= at {
             return length;
         }
-        let ending = self.tokens[..=position as usize].iter().rev();
-        ending.zip(context).take_while(|(token, expected)| token == expected).count()
+        let newest = self.tokens[..=position as usize].iter().rev();
+        newest.zip(context).take_while(|(token, expected)| token == expected).count()
     }
 
     /// Compares everything with an index made anew.
@@ -597,14 +597,14 @@ mod tests {
             operations in prop::collection::vec((0usize..6, 0usize..5, prop::collection::vec(0u32..3, 0..90)), 0..24),
         ) {
             let pool = Arc::new(MemoryPool::new(usize::MAX));
-            let charge = || Charge::new(&pool, usize::MAX);
-            let mut family = vec![(Index::default(), charge(), Vec::new())];
+            let reservation = || Reservation::new(&pool, usize::MAX);
+            let mut family = vec![(Index::default(), reservation(), Vec::new())];
             for (member, kind, tokens) in operations {
                 let at = member % family.len();
-                let (index, charge, history) = &mut family[at];
+                let (index, reservation, history) = &mut family[at];
                 match kind {
                     0 | 1 => {
-                        index.settle(charge);
+                        index.reclaim(reservation);
                         let expected = index.bytes_with(tokens.len());
                         index.reserve(tokens.len());
                         prop_assert_eq!(index.memory_bytes().0, expected);
@@ -617,16 +617,16 @@ mod tests {
                         index.truncate(history.len());
                     }
                     3 => {
-                        charge.resize(index.memory_bytes().0).unwrap();
-                        let fork = index.fork(charge).unwrap();
-                        let fork = (fork, charge.sibling(), history.clone());
+                        reservation.try_resize(index.memory_bytes().0).unwrap();
+                        let fork = index.fork(reservation).unwrap();
+                        let fork = (fork, reservation.new_empty(), history.clone());
                         family.push(fork);
                     }
                     _ if family.len() > 1 => drop(family.swap_remove(at)),
                     _ => {}
                 }
-                for (index, charge, history) in &mut family {
-                    charge.resize(index.memory_bytes().0).unwrap();
+                for (index, reservation, history) in &mut family {
+                    reservation.try_resize(index.memory_bytes().0).unwrap();
                     prop_assert_eq!(index.tokens(), &history[..]);
                     prop_assert_eq!(index.check(), Ok(()));
                     let mut lookahead = index.look_ahead(&[1]);
@@ -650,15 +650,15 @@ mod tests {
         let mut index = Index::default();
         (0..1000).for_each(|token| index.push(token % 7));
         let (alone, _) = index.memory_bytes();
-        let mut charge = Charge::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX);
-        charge.resize(alone).unwrap();
-        let mut forks: Vec<_> = (0..8).map(|_| index.fork(&mut charge).unwrap()).collect();
+        let mut reservation = Reservation::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX);
+        reservation.try_resize(alone).unwrap();
+        let mut forks: Vec<_> = (0..8).map(|_| index.fork(&mut reservation).unwrap()).collect();
         forks.iter_mut().for_each(|fork| fork.push(1));
         let (own, base) = forks[0].memory_bytes();
         assert!(own < 10_000 && own + base <= alone + 10_000);
         drop(forks);
-        index.settle(&mut charge);
-        assert_eq!((index.memory_bytes().1, charge.bytes()), (0, alone));
+        index.reclaim(&mut reservation);
+        assert_eq!((index.memory_bytes().1, reservation.bytes()), (0, alone));
         assert_eq!(index.check(), Ok(()));
     }
 }

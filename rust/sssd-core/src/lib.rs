@@ -18,7 +18,7 @@ mod tree;
 
 pub use index::Lookahead;
 pub use logits::top_k;
-pub use memory::{Charge, MemoryFull, MemoryPool};
+pub use memory::{MemoryFull, MemoryPool, Reservation};
 pub use namespace::{Knowledge, Namespace};
 pub use pass::{FlatTrees, MAX_WIDTH, PassBlock, PassError, Shape};
 pub use predictor::inputs::Limits;
@@ -27,7 +27,7 @@ pub use sequence::Sequence;
 pub use sources::NAMES as SOURCES;
 pub use sources::corpus::{Corpus, Match};
 pub use sources::feedback::{TOP_K, TopK};
-pub use sources::seqlock::WORDS as SOFT_WORDS;
+pub use sources::seqlock::WORDS as FEEDBACK_WORDS;
 pub use stats::{Outcome, SourceStats, Stats};
 pub use tree::{BreadthFirst, DraftTree, MAX_NODES, TreeError, UNKNOWN};
 

@@ -18,6 +18,7 @@ const LANES: usize = 32;
 /// Adding it leaves the nearest integer, plus the bias of exponents, in the lowest bits of the sum.
 const TO_EXPONENT: f32 = 12_582_912.0 + 127.0;
 /// 2^f for f from -0.5 to 0.5, highest power first; relative error below 2e-7.
+#[allow(clippy::approx_constant)]
 const POWERS: [f32; 6] = [0.001_326_472_5, 0.009_671_513, 0.055_507_336, 0.240_222_42, 0.693_147, 1.0];
 
 /// The `ids.len()` most probable tokens under `logits`, at most [`TOP_K`], most probable and first of equals first, and

@@ -82,14 +82,14 @@ impl MemoryPool {
 
 /// Bytes held by one owner; given back when dropped.
 #[derive(Debug)]
-pub struct Charge {
+pub struct Reservation {
     pool: Arc<MemoryPool>,
     bytes: usize,
     limit: usize,
     entering: bool,
 }
 
-impl Charge {
+impl Reservation {
     /// Holds nothing yet, and never more than `limit` bytes. Until it is admitted, part of the pool's limit is
     /// kept for those who are.
     pub fn new(pool: &Arc<MemoryPool>, limit: usize) -> Self {
@@ -107,12 +107,12 @@ impl Charge {
     }
 
     /// Another owner under the same limits, who holds nothing yet.
-    pub fn sibling(&self) -> Self {
+    pub fn new_empty(&self) -> Self {
         Self::new(&self.pool, self.limit)
     }
 
     /// Holds exactly `bytes` from now on.
-    pub fn resize(&mut self, bytes: usize) -> Result<(), MemoryFull> {
+    pub fn try_resize(&mut self, bytes: usize) -> Result<(), MemoryFull> {
         match bytes.checked_sub(self.bytes) {
             None => self.pool.subtract(self.bytes - bytes),
             Some(0) => return Ok(()),
@@ -139,7 +139,7 @@ impl Charge {
     }
 }
 
-impl Drop for Charge {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.pool.subtract(self.bytes);
     }
@@ -152,18 +152,18 @@ mod tests {
     #[test]
     fn charges_keep_both_limits_and_give_back_what_they_hold() {
         let pool = Arc::new(MemoryPool::new(100));
-        let (mut one, mut two) = (Charge::new(&pool, 80), Charge::new(&pool, 80));
+        let (mut one, mut two) = (Reservation::new(&pool, 80), Reservation::new(&pool, 80));
         one.admit();
-        two.resize(80).unwrap();
-        one.resize(20).unwrap();
-        two.resize(0).unwrap();
-        one.resize(20).unwrap();
-        assert!(two.resize(70).is_err(), "part is kept for those who run");
+        two.try_resize(80).unwrap();
+        one.try_resize(20).unwrap();
+        two.try_resize(0).unwrap();
+        one.try_resize(20).unwrap();
+        assert!(two.try_resize(70).is_err(), "part is kept for those who run");
         two.admit();
-        one.resize(70).unwrap();
-        assert_eq!(one.resize(81).unwrap_err().scope, "request's");
-        assert_eq!(two.resize(31).unwrap_err().scope, "drafter's");
-        two.resize(30).unwrap();
+        one.try_resize(70).unwrap();
+        assert_eq!(one.try_resize(81).unwrap_err().scope, "request's");
+        assert_eq!(two.try_resize(31).unwrap_err().scope, "drafter's");
+        two.try_resize(30).unwrap();
         let part = one.split(50);
         assert_eq!((one.bytes(), part.bytes(), pool.used()), (20, 50, 100));
         drop((one, two));

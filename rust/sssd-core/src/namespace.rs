@@ -3,12 +3,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::memory::{Charge, MemoryFull};
+use crate::memory::{MemoryFull, Reservation};
 use crate::predictor::arena::Scratch;
 use crate::predictor::weights::Model;
-use crate::sources::feedback::SoftTable;
+use crate::sources::feedback::FeedbackTable;
 use crate::sources::live::LiveStore;
-use crate::sources::seqlock::WORDS as SOFT_WORDS;
+use crate::sources::seqlock::WORDS as FEEDBACK_WORDS;
 use crate::stats::Stats;
 use crate::{Corpus, Token};
 
@@ -24,25 +24,25 @@ pub(crate) struct Shared {
     /// For those who draft at the same time.
     pub scratch: Mutex<Vec<Scratch>>,
     /// Pays for the knowledge.
-    _charge: Charge,
+    _reservation: Reservation,
 }
 
 impl Namespace {
-    /// A namespace that drafts nothing after an end token. `charge` pays for the knowledge.
+    /// A namespace that drafts nothing after an end token. `reservation` pays for the knowledge.
     pub fn new(
         end_tokens: Vec<Token>,
         store: Option<Arc<dyn Corpus>>,
         knowledge: Knowledge,
-        mut charge: Charge,
+        mut reservation: Reservation,
     ) -> Result<Self, MemoryFull> {
-        charge.resize(knowledge.most_bytes())?;
+        reservation.try_resize(knowledge.most_bytes())?;
         Ok(Self {
             shared: Arc::new(Shared {
                 end_tokens,
                 store,
                 knowledge,
                 scratch: Mutex::default(),
-                _charge: charge,
+                _reservation: reservation,
             }),
         })
     }
@@ -58,8 +58,8 @@ impl Namespace {
     }
 
     /// What the target held probable, as entries of a table, with their places.
-    pub fn soft_entries(&self) -> Vec<(u64, [u64; SOFT_WORDS])> {
-        self.shared.knowledge.soft.entries()
+    pub fn feedback_entries(&self) -> Vec<(u64, [u64; FEEDBACK_WORDS])> {
+        self.shared.knowledge.feedback.entries()
     }
 
     /// Takes over what another namespace has learned. Entries from a table of another size are of no use, and those with
@@ -68,12 +68,12 @@ impl Namespace {
         &self,
         model: Model,
         documents: &[(Vec<Token>, u32)],
-        soft: &[(u64, [u64; SOFT_WORDS])],
+        feedback: &[(u64, [u64; FEEDBACK_WORDS])],
         limit: Token,
     ) {
         self.set_model(model);
         self.shared.knowledge.live.restore(documents);
-        self.shared.knowledge.soft.restore(soft, limit);
+        self.shared.knowledge.feedback.restore(feedback, limit);
     }
 
     /// How many sequences there are.
@@ -115,7 +115,7 @@ impl Namespace {
 /// Shared by the requests that may know of one another.
 pub struct Knowledge {
     pub(crate) live: LiveStore,
-    pub(crate) soft: SoftTable,
+    pub(crate) feedback: FeedbackTable,
     model: Mutex<Arc<Model>>,
     stats: Mutex<Stats>,
 }
@@ -125,7 +125,7 @@ impl Knowledge {
     pub fn new(model: Model, live_bytes: usize, soft_bytes: usize) -> Self {
         Self {
             live: LiveStore::new(live_bytes),
-            soft: SoftTable::new(soft_bytes),
+            feedback: FeedbackTable::new(soft_bytes),
             model: Mutex::new(Arc::new(model)),
             stats: Mutex::default(),
         }
@@ -159,12 +159,12 @@ impl Knowledge {
 
     /// Bytes of memory that it may come to hold.
     pub fn most_bytes(&self) -> usize {
-        self.live.most_bytes() + self.soft.most_bytes() + lock(&self.model).memory_bytes()
+        self.live.most_bytes() + self.feedback.most_bytes() + lock(&self.model).memory_bytes()
     }
 
     /// Bytes of memory held.
     pub fn memory_bytes(&self) -> usize {
-        self.live.memory_bytes() + self.soft.memory_bytes() + lock(&self.model).memory_bytes()
+        self.live.memory_bytes() + self.feedback.memory_bytes() + lock(&self.model).memory_bytes()
     }
 }
 

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use crate::index::{Index, Lookahead, grown};
-use crate::memory::{Charge, MemoryFull};
+use crate::memory::{MemoryFull, Reservation};
 use crate::namespace::{Namespace, Shared, lock};
 use crate::predictor::Predictor;
 use crate::predictor::correct::Calibration;
 use crate::predictor::inputs::{Inputs, Limits};
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
-use crate::sources::feedback::{Recent, SOFT_ORDERS, TopK};
+use crate::sources::feedback::{FEEDBACK_ORDERS, Recent, TopK};
 use crate::stats::{Outcome, Stats};
 use crate::{DraftTree, MAX_TOKEN, Token};
 
@@ -40,8 +40,10 @@ pub struct Sequence {
     committed: usize,
     /// The sequence will not become longer than this.
     max_length: usize,
-    charge: Charge,
+    reservation: Reservation,
     drafts: u64,
+    /// Tokens that there were at the last draft.
+    drafted_at: usize,
 }
 
 impl Sequence {
@@ -50,14 +52,14 @@ impl Sequence {
         namespace: &Namespace,
         prompt: &[Token],
         prediction: &[Token],
-        charge: Charge,
+        reservation: Reservation,
     ) -> Result<Self, MemoryFull> {
-        let mut sequence = Self::new(Arc::clone(&namespace.shared), prediction, charge)?;
+        let mut sequence = Self::new(Arc::clone(&namespace.shared), prediction, reservation)?;
         sequence.prefill(prompt)?;
         Ok(sequence)
     }
 
-    fn new(shared: Arc<Shared>, prediction: &[Token], charge: Charge) -> Result<Self, MemoryFull> {
+    fn new(shared: Arc<Shared>, prediction: &[Token], reservation: Reservation) -> Result<Self, MemoryFull> {
         let base = shared.knowledge.model();
         let mut sequence = Self {
             shared,
@@ -73,10 +75,11 @@ impl Sequence {
             stats: Stats::default(),
             committed: 0,
             max_length: usize::MAX,
-            charge,
+            reservation,
             drafts: 0,
+            drafted_at: 0,
         };
-        sequence.settle()?;
+        sequence.reserve()?;
         sequence.prefill(prediction)?;
         sequence.predicted = prediction.len();
         Ok(sequence)
@@ -84,7 +87,7 @@ impl Sequence {
 
     /// It has begun: from now on its memory comes first.
     pub fn admit(&mut self) {
-        self.charge.admit();
+        self.reservation.admit();
     }
 
     /// Limits the number of tokens: nothing is drafted that would go beyond.
@@ -101,7 +104,7 @@ impl Sequence {
     /// been appended.
     pub fn prefill(&mut self, tokens: &[Token]) -> Result<(), MemoryFull> {
         let output = !self.past.is_empty();
-        self.predictor.forget();
+        self.forget_draft();
         self.append(tokens, |sequence, _, token| {
             if output {
                 sequence.past.push(sequence.aligned.clone());
@@ -117,16 +120,16 @@ impl Sequence {
         mut push: impl FnMut(&mut Self, usize, Token),
     ) -> Result<(), MemoryFull> {
         let before = self.tokens().len();
-        self.index.settle(&mut self.charge);
+        self.index.reclaim(&mut self.reservation);
         if tokens.is_empty() {
             // taking the base back may have changed what is held
-            return self.settle();
+            return self.reserve();
         }
         for (chunk, tokens) in tokens.chunks(CHUNK).enumerate() {
             let past = grown(self.past.capacity(), self.past.len(), tokens.len());
             let bytes =
                 self.index.bytes_with(tokens.len()) + past * size_of::<Aligned>() + self.other_bytes();
-            if let Err(full) = self.charge.resize(bytes) {
+            if let Err(full) = self.reservation.try_resize(bytes) {
                 self.forget(before);
                 return Err(full);
             }
@@ -143,12 +146,18 @@ impl Sequence {
     /// learned. The outcome of the last draft is not awaited any more.
     pub fn truncate(&mut self, len: usize) -> Result<(), MemoryFull> {
         let cut = self.tokens().len().saturating_sub(len);
-        self.index.settle(&mut self.charge);
+        self.index.reclaim(&mut self.reservation);
         let past = self.past.capacity() * size_of::<Aligned>();
-        self.charge.resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
-        self.predictor.forget();
+        self.reservation.try_resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
+        self.forget_draft();
         self.forget(len);
         Ok(())
+    }
+
+    /// The last draft is of no place that will be again.
+    fn forget_draft(&mut self) {
+        self.predictor.forget();
+        self.drafted_at = usize::MAX;
     }
 
     fn forget(&mut self, len: usize) {
@@ -160,19 +169,19 @@ impl Sequence {
         self.index.truncate(self.predicted + len);
         self.committed = self.committed.min(len);
         // less than what was charged for the way
-        let _ = self.settle();
+        let _ = self.reserve();
     }
 
     /// Another sequence with the same tokens and weights, which goes its own way. It shares this one's index; the
     /// time is proportional to what has changed since the last fork, and four bytes per token are copied. The
     /// outcome of the last draft is awaited by this sequence alone.
     pub fn fork(&mut self) -> Result<Self, MemoryFull> {
-        let mut charge = self.charge.sibling();
+        let mut reservation = self.reservation.new_empty();
         let past = self.past.len() * size_of::<Aligned>();
-        charge.resize(self.index.fork_bytes() + past + self.other_bytes())?;
+        reservation.try_resize(self.index.fork_bytes() + past + self.other_bytes())?;
         let mut fork = Self {
             shared: Arc::clone(&self.shared),
-            index: self.index.fork(&mut self.charge)?,
+            index: self.index.fork(&mut self.reservation)?,
             predicted: self.predicted,
             aligned: self.aligned.clone(),
             past: self.past.clone(),
@@ -185,20 +194,21 @@ impl Sequence {
             stats: Stats::default(),
             committed: self.committed,
             max_length: self.max_length,
-            charge,
+            reservation,
             drafts: 0,
+            drafted_at: 0,
         };
-        fork.settle()?;
+        fork.reserve()?;
         fork.admit();
-        self.settle()?;
+        self.reserve()?;
         Ok(fork)
     }
 
-    /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `soft`
+    /// Appends tokens that the target has produced, and learns from how the last draft fared. Row `i` of `top`
     /// is the distribution that token `i` came from. After an error nothing has been appended. Returns what the
     /// tokens have told of the draft, if its outcome was awaited.
-    pub fn extend(&mut self, tokens: &[Token], soft: Option<TopK>) -> Result<Option<Outcome>, MemoryFull> {
-        self.append(tokens, |sequence, row, token| sequence.push(row, token, soft))?;
+    pub fn extend(&mut self, tokens: &[Token], top: Option<TopK>) -> Result<Option<Outcome>, MemoryFull> {
+        self.append(tokens, |sequence, row, token| sequence.push(row, token, top))?;
         let mut outcome = None;
         if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
@@ -231,18 +241,18 @@ impl Sequence {
         self.index.advance(lookahead)
     }
 
-    fn push(&mut self, row: usize, token: Token, soft: Option<TopK>) {
-        let table = &self.shared.knowledge.soft;
-        if let Some(soft) = soft {
-            let best = soft.best(row);
+    fn push(&mut self, row: usize, token: Token, top: Option<TopK>) {
+        let table = &self.shared.knowledge.feedback;
+        if let Some(top) = top {
+            let best = top.best(row);
             table.insert(self.newest_first(), &best);
             self.recent.update(best.tokens().iter().copied(), token);
         } else if !table.is_empty() {
             // what `feedback` has just told
-            let mut found = [None; SOFT_ORDERS.len()];
+            let mut found = [None; FEEDBACK_ORDERS.len()];
             table.find(self.newest_first(), &mut found);
-            if let Some(soft) = found[SOFT_ORDERS.len() - 1] {
-                self.recent.update(soft.tokens(), token);
+            if let Some(known) = found[FEEDBACK_ORDERS.len() - 1] {
+                self.recent.update(known.tokens(), token);
             }
         }
         self.past.push(self.aligned.clone());
@@ -252,16 +262,25 @@ impl Sequence {
 
     /// Remembers the target's distributions after the root (row 0) and after each node of a tree that continues
     /// the sequence, whether the node was accepted or not.
-    pub fn feedback(&mut self, tree: &DraftTree, soft: TopK) {
-        for row in 0..soft.rows() {
+    pub fn feedback(&self, tree: &DraftTree, top: TopK) {
+        for row in 0..top.rows() {
             let mut node = row as i32 - 1;
             let path = std::iter::from_fn(|| {
                 let at = usize::try_from(node).ok()?;
                 node = tree.parents[at];
                 Some(tree.token_ids[at])
             });
-            self.shared.knowledge.soft.insert(path.chain(self.newest_first()), &soft.best(row));
+            self.shared.knowledge.feedback.insert(path.chain(self.newest_first()), &top.best(row));
         }
+    }
+
+    /// The same for the last draft, or for the root alone if that draft is not of this place; what is left of `top` is
+    /// not looked at.
+    pub fn feedback_to_draft(&self, top: TopK) {
+        let root = DraftTree::default();
+        let tree = if self.drafted_at == self.tokens().len() { self.predictor.tree() } else { &root };
+        let most = top.ids.len().min(top.k * (1 + tree.len()));
+        self.feedback(tree, TopK { k: top.k, ids: &top.ids[..most], probs: &top.probs[..most] });
     }
 
     fn newest_first(&self) -> impl Iterator<Item = Token> + '_ {
@@ -277,6 +296,7 @@ impl Sequence {
     /// Drafts at most `nodes` of the nodes that `limits` allow, and returns the draft's number.
     pub fn start_draft(&mut self, limits: Limits, nodes: usize) -> u64 {
         self.drafts += 1;
+        self.drafted_at = self.tokens().len();
         self.calibration.start(self.model.ages(self.past.len()));
         let mut scratch = lock(&self.shared.scratch).pop().unwrap_or_default();
         self.with_inputs(limits, |predictor, inputs| predictor.draft(nodes, inputs, &mut scratch));
@@ -304,11 +324,11 @@ impl Sequence {
     pub fn end_draft(&mut self, nodes: usize) -> &DraftTree {
         self.cut_draft(nodes);
         // what does not fit into memory is given back at once, and the draft is not learned from
-        if self.settle().is_err() {
+        if self.reserve().is_err() {
             self.predictor.shrink();
-            if self.settle().is_err() {
+            if self.reserve().is_err() {
                 self.predictor = Predictor::default();
-                let _ = self.settle();
+                let _ = self.reserve();
             }
         }
         self.predictor.tree()
@@ -324,7 +344,7 @@ impl Sequence {
             aligned: &self.aligned,
             store: self.shared.store.as_deref(),
             live: &knowledge.live,
-            soft: &knowledge.soft,
+            feedback: &knowledge.feedback,
             recent: &self.recent,
             model: &self.model,
             calibration: &self.calibration,
@@ -374,8 +394,8 @@ impl Sequence {
     }
 
     /// Charges what is held alone.
-    fn settle(&mut self) -> Result<(), MemoryFull> {
-        self.charge.resize(self.own_bytes())
+    fn reserve(&mut self) -> Result<(), MemoryFull> {
+        self.reservation.try_resize(self.own_bytes())
     }
 
     fn own_bytes(&self) -> usize {
@@ -385,15 +405,15 @@ impl Sequence {
 
     /// Bytes charged to the sequence alone.
     pub fn charged_bytes(&self) -> usize {
-        self.charge.bytes()
+        self.reservation.bytes()
     }
 
     /// Compares what is held with what it should be, in time proportional to the square of the length or more.
     pub fn check(&self) -> Result<(), String> {
         self.index.check()?;
         let bytes = self.own_bytes();
-        if self.charge.bytes() != bytes {
-            return Err(format!("{} bytes are charged for {bytes}", self.charge.bytes()));
+        if self.reservation.bytes() != bytes {
+            return Err(format!("{} bytes are charged for {bytes}", self.reservation.bytes()));
         }
         if self.committed > self.tokens().len() || self.past.len() > self.tokens().len() {
             return Err("more tokens are committed or followed than there are".into());
@@ -441,11 +461,11 @@ mod tests {
     fn namespace() -> Namespace {
         let pool = Arc::new(MemoryPool::new(usize::MAX));
         let knowledge = Knowledge::new(Model::default(), 0, 0);
-        Namespace::new(vec![7], None, knowledge, Charge::new(&pool, usize::MAX)).unwrap()
+        Namespace::new(vec![7], None, knowledge, Reservation::new(&pool, usize::MAX)).unwrap()
     }
 
     fn begin(namespace: &Namespace, pool: &Arc<MemoryPool>, prompt: &[Token]) -> Sequence {
-        Sequence::begin(namespace, prompt, &[], Charge::new(pool, usize::MAX)).unwrap()
+        Sequence::begin(namespace, prompt, &[], Reservation::new(pool, usize::MAX)).unwrap()
     }
 
     proptest! {
@@ -499,9 +519,9 @@ mod tests {
             let [mut one, mut two] = [(); 2].map(|()| {
                 let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
                 let knowledge = Knowledge::new(Model::default(), if live { 1 << 16 } else { 0 }, 1 << 16);
-                let namespace = Namespace::new(vec![7], store, knowledge, Charge::new(&pool, usize::MAX)).unwrap();
-                Sequence::begin(&namespace, &tokens, &[], Charge::new(&pool, usize::MAX)).unwrap().finish();
-                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Charge::new(&pool, usize::MAX)).unwrap()
+                let namespace = Namespace::new(vec![7], store, knowledge, Reservation::new(&pool, usize::MAX)).unwrap();
+                Sequence::begin(&namespace, &tokens, &[], Reservation::new(&pool, usize::MAX)).unwrap().finish();
+                Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Reservation::new(&pool, usize::MAX)).unwrap()
             });
             for output in output.chunks(4) {
                 one.start_draft(Limits::nodes(most), most);
@@ -513,14 +533,14 @@ mod tests {
                 } else {
                     one.end_draft(cut);
                 }
-                // all there is: nothing was left unexpanded for want of budget
+                // all there is: nothing was left unexpanded for want of nodes
                 let size = if grown < most && cut >= grown { 80 } else { cut };
                 prop_assert_eq!(one.tree(), two.draft(Limits::nodes(size)));
                 let ids: Vec<_> = output.iter().flat_map(|&token| (0..8).map(move |n| (token + n * n) % 6)).collect();
                 let probs: Vec<_> = output.iter().flat_map(|_| [0.5, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01]).collect();
-                let soft = feedback.then_some(TopK { k: 8, ids: &ids, probs: &probs });
-                let outcome = one.extend(output, soft).unwrap();
-                prop_assert_eq!(outcome, two.extend(output, soft).unwrap());
+                let top = feedback.then_some(TopK { k: 8, ids: &ids, probs: &probs });
+                let outcome = one.extend(output, top).unwrap();
+                prop_assert_eq!(outcome, two.extend(output, top).unwrap());
                 prop_assert!(one.model() == two.model());
                 if let Some(Outcome { drafted, accepted }) = outcome {
                     prop_assert!(drafted.is_some_and(|nodes| accepted <= nodes && nodes <= cut));
@@ -534,10 +554,10 @@ mod tests {
         let (namespace, tokens) =
             (namespace(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());
         let pool = Arc::new(MemoryPool::new(400_000));
-        let charge = || Charge::new(&pool, usize::MAX);
-        assert!(Sequence::begin(&namespace, &vec![3; 100_000], &[], charge()).is_err());
+        let reservation = || Reservation::new(&pool, usize::MAX);
+        assert!(Sequence::begin(&namespace, &vec![3; 100_000], &[], reservation()).is_err());
         assert_eq!(pool.used(), 0);
-        let mut sequence = Sequence::begin(&namespace, &tokens[..1000], &[], charge()).unwrap();
+        let mut sequence = Sequence::begin(&namespace, &tokens[..1000], &[], reservation()).unwrap();
         let mut forks = Vec::new();
         while let Ok(fork) = sequence.fork() {
             forks.push(fork);

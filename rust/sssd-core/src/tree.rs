@@ -9,7 +9,7 @@ use crate::Token;
 /// The parent of the root's children. The root is the last accepted token and not a node.
 pub const ROOT: i32 = -1;
 
-/// The largest node budget of one draft.
+/// The most nodes of one draft.
 pub const MAX_NODES: usize = 1024;
 
 /// Drafted continuations as a tree: structure of arrays, most probable node first, so that the first `k` nodes

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use allocation_counter::measure;
 use sssd_core::{
-    Charge, Corpus, Knowledge, Limits, Match, MemoryPool, Model, Namespace, Sequence, Token, TopK,
+    Corpus, Knowledge, Limits, Match, MemoryPool, Model, Namespace, Reservation, Sequence, Token, TopK,
 };
 
 /// A corpus in which everything is followed by a cycle.
@@ -28,19 +28,19 @@ impl Corpus for Cycle {
     }
 }
 
-fn charge() -> Charge {
-    Charge::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX)
+fn reservation() -> Reservation {
+    Reservation::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX)
 }
 
 #[test]
 fn drafts_allocate_nothing_once_warm() {
     let knowledge = Knowledge::new(Model::default(), 1 << 20, 1 << 20);
-    let namespace = Namespace::new(vec![], Some(Arc::new(Cycle)), knowledge, charge()).unwrap();
+    let namespace = Namespace::new(vec![], Some(Arc::new(Cycle)), knowledge, reservation()).unwrap();
     let mut text = (0u32..).map(|n| (n.wrapping_mul(n) / 7 + n / 3) % 40);
     let earlier: Vec<Token> = text.by_ref().take(2000).collect();
-    Sequence::begin(&namespace, &earlier, &[], charge()).unwrap().finish();
+    Sequence::begin(&namespace, &earlier, &[], reservation()).unwrap().finish();
     let prompt: Vec<Token> = text.by_ref().take(1000).collect();
-    let mut sequence = Sequence::begin(&namespace, &prompt, &earlier[..500], charge()).unwrap();
+    let mut sequence = Sequence::begin(&namespace, &prompt, &earlier[..500], reservation()).unwrap();
     let (mut most, mut nodes) = (0, 0);
     for (step, token) in text.take(1200).enumerate() {
         let ids: [Token; 8] = std::array::from_fn(|n| token + n as Token);

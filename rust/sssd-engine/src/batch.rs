@@ -10,10 +10,10 @@ use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK};
 
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
-use crate::sizing::{Allocation, Sizing};
+use crate::sizing::{Allocation, Pace, Sizing};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
-use crate::thread_pool::ThreadPool;
+use crate::thread_pool::{Shared, ThreadPool};
 
 /// Fewer items than this for each thread are not worth waking one up.
 const ITEMS_PER_THREAD: usize = 4;
@@ -37,13 +37,22 @@ pub struct Work {
     pub top_ids: Vec<Token>,
     /// `k` probabilities for each token.
     pub top_probs: Vec<f32>,
+    /// The target's distributions after the root and every node of each request's last draft, before tokens are
+    /// appended: so many rows a request, of which the first `1 + nodes` count, or 0 for none.
+    pub feedback_rows: usize,
+    /// Tokens of each row.
+    pub feedback_k: usize,
+    /// Their ids.
+    pub feedback_ids: Vec<Token>,
+    /// Their probabilities.
+    pub feedback_probs: Vec<f32>,
     /// Whether trees are drafted.
     pub draft: bool,
     /// What each request may have; a budget of 0 nodes turns a request off.
     pub plans: Vec<Plan>,
     /// Nodes of all trees together.
     pub total_nodes: Option<usize>,
-    /// What passes cost: then trees are as large as pays.
+    /// Then trees are as large as pays.
     pub sizing: Option<Sizing>,
     /// Where results come to stand, one for each request or more.
     slots: Vec<Mutex<Slot>>,
@@ -53,6 +62,7 @@ pub struct Work {
     threads: usize,
     keys: Vec<u64>,
     allocation: Allocation,
+    paces: Vec<Option<Pace>>,
 }
 
 /// What one request may have of a batch.
@@ -81,6 +91,8 @@ struct Slot {
     target: usize,
     /// Nodes that it was given.
     nodes: usize,
+    /// Nodes that were drafted, and the length of the request, if it was ready.
+    drafted: Option<(usize, usize)>,
     outcome: Option<Outcome>,
     failure: Option<RequestError>,
 }
@@ -111,8 +123,11 @@ impl Work {
         self.top_ids.clear();
         self.top_probs.clear();
         self.plans.clear();
+        self.feedback_ids.clear();
+        self.feedback_probs.clear();
         (self.total_nodes, self.sizing) = (None, None);
         (self.extend, self.draft, self.k) = (false, false, 0);
+        (self.feedback_rows, self.feedback_k) = (0, 0);
     }
 
     /// The place of a request that is there twice.
@@ -134,6 +149,20 @@ impl Work {
         self.slots().enumerate().for_each(|(index, slot)| act(index, &lock(slot).tree));
     }
 
+    /// The requests that drafts were made for, and the nodes of these before any was cut.
+    pub fn drafted(&self) -> (usize, usize) {
+        let asked = self.slots().zip(&self.plans).filter(|(_, plan)| plan.limits.max_nodes > 0);
+        let nodes = asked.filter_map(|(slot, _)| Some(lock(slot).drafted?.0));
+        nodes.fold((0, 0), |(requests, sum), nodes| (requests + 1, sum + nodes))
+    }
+
+    /// Mean length of the requests that are ready, in tokens.
+    pub fn context(&self) -> f64 {
+        let lengths = self.slots().filter_map(|slot| Some(lock(slot).drafted?.1));
+        let (sum, count) = lengths.fold((0, 0), |(sum, count), length| (sum + length, count + 1));
+        sum as f64 / f64::from(count.max(1))
+    }
+
     /// What has become known of earlier drafts.
     pub(crate) fn outcomes(&self) -> impl Iterator<Item = Outcome> {
         self.slots().filter_map(|slot| lock(slot).outcome)
@@ -150,11 +179,12 @@ impl Work {
         for slot in &mut self.slots[..self.requests.len()] {
             let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
             slot.tree.clear();
-            (slot.failure, slot.outcome, slot.nodes) = (None, None, 0);
+            (slot.failure, slot.outcome, slot.nodes, slot.drafted) = (None, None, 0, None);
         }
         self.stage = Stage::First;
         self.todo.clear();
         self.todo.extend(0..self.requests.len() as u32);
+        self.begin_step();
         if let ([plan], Some(total)) = (&mut self.plans[..], self.total_nodes) {
             plan.limits.max_nodes = plan.limits.max_nodes.min(total);
             self.total_nodes = None;
@@ -172,6 +202,17 @@ impl Work {
                 slot.get_mut().unwrap_or_else(PoisonError::into_inner).target = plan.limits.max_nodes;
             }
         }
+    }
+
+    /// Has the rule say what each request may draft.
+    fn begin_step(&mut self) {
+        let Self { sizing: Some(sizing @ Sizing::Rule(_)), draft: true, plans, requests, paces, .. } = self
+        else {
+            return;
+        };
+        paces.clear();
+        paces.extend(requests.iter().map(|request| *request.pace()));
+        sizing.begin_step(plans.iter_mut().map(|plan| &mut plan.limits).zip(&mut *paces));
     }
 
     /// Has the processor fetch what the requests of a group will read. A request by itself spends half of its time
@@ -216,13 +257,19 @@ impl Work {
 
     fn try_serve(&self, request: &Request, item: usize, slot: &mut Slot) -> Result<(), RequestError> {
         if let Some(tokens) = self.news(item) {
+            if self.feedback_rows > 0 {
+                let (rows, k) = (self.feedback_rows, self.feedback_k);
+                let block = item * rows * k..(item + 1) * rows * k;
+                let (ids, probs) = (&self.feedback_ids[block.clone()], &self.feedback_probs[block]);
+                request.with(|sequence| sequence.feedback_to_draft(TopK { k, ids, probs }))?;
+            }
             let rows = self.offsets[item] * self.k..self.offsets[item + 1] * self.k;
-            let soft = (self.k > 0).then(|| TopK {
+            let top = (self.k > 0).then(|| TopK {
                 k: self.k,
                 ids: &self.top_ids[rows.clone()],
                 probs: &self.top_probs[rows],
             });
-            slot.outcome = request.with(|sequence| sequence.extend(tokens, soft))??;
+            slot.outcome = request.with(|sequence| sequence.extend(tokens, top))??;
         }
         if self.draft {
             let limits = self.plans[item].limits;
@@ -231,6 +278,7 @@ impl Work {
                 let shared = self.total_nodes.is_some() || self.sizing.is_some();
                 let tree = if shared { sequence.tree() } else { sequence.end_draft(limits.max_nodes) };
                 slot.tree.copy_from(tree);
+                slot.drafted = Some((slot.tree.len(), sequence.tokens().len()));
             })?;
         }
         Ok(())
@@ -275,16 +323,26 @@ impl Work {
 
     /// Gives each request as many nodes as pay, of all requests together the most probable first.
     fn price(&mut self) {
-        let Self { slots, plans, sizing: Some(sizing), allocation, .. } = self else { return };
+        let context = self.context();
+        let Self { slots, plans, sizing: Some(sizing), allocation, paces, requests, .. } = self else {
+            return;
+        };
+        paces.resize(requests.len(), None);
         allocation.clear();
-        for (slot, _) in slots.iter_mut().zip(&*plans) {
-            allocation.push(&slot.get_mut().unwrap_or_else(PoisonError::into_inner).tree.probs);
+        for (((slot, plan), request), pace) in slots.iter_mut().zip(&*plans).zip(&*requests).zip(&mut *paces)
+        {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+            allocation.push(&slot.tree.probs);
+            if plan.limits.max_nodes == 0 || slot.drafted.is_none() {
+                keep(request, pace.take());
+            }
         }
-        let counts = sizing.allocate(allocation);
+        let counts = sizing.allocate(context, allocation, paces);
         for ((slot, plan), &count) in slots.iter_mut().zip(&*plans).zip(counts) {
             let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
             slot.nodes = count.max(plan.min_nodes.min(slot.tree.len()));
         }
+        requests.iter().zip(paces).for_each(|(request, pace)| keep(request, pace.take()));
     }
 
     /// Cuts the drafts to what they were given.
@@ -327,19 +385,20 @@ impl Items for Work {
     }
 }
 
-impl Step {
-    /// Helps whoever runs it.
-    pub(crate) fn help(&self) {
+impl Shared for Step {
+    fn help(&self) {
         self.share.help();
     }
+}
 
+impl Step {
     /// The buffers, to fill or read them. Waits for helpers that come late.
     pub fn lock(&self) -> RwLockWriteGuard<'_, Work> {
         self.share.lock()
     }
 
     /// Does what was asked for.
-    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool) {
+    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool<Self>) {
         let mut work = self.lock();
         work.prepare();
         if work.draft && work.sizing.is_some() {
@@ -367,12 +426,19 @@ impl Step {
     fn stage<'a>(
         self: &'a Arc<Self>,
         mut work: RwLockWriteGuard<'a, Work>,
-        pool: &ThreadPool,
+        pool: &ThreadPool<Self>,
     ) -> RwLockWriteGuard<'a, Work> {
         let items = work.todo.len();
         work.threads = pool.threads();
         let helpers = (items / ITEMS_PER_THREAD).saturating_sub(1);
         self.share.run(work, || pool.help(self, helpers))
+    }
+}
+
+/// Has a request keep what the rule remembers of it, if that was known.
+fn keep(request: &Request, pace: Option<Pace>) {
+    if pace.is_some() {
+        *request.pace() = pace;
     }
 }
 

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use sssd_core::{
-    Charge, Corpus, DraftTree, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Sequence, Token,
-    TopK,
+    Corpus, DraftTree, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Reservation, Sequence,
+    Token, TopK,
 };
 
 use crate::batch::Step;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
-use crate::sizing::Sizing;
+use crate::sizing::{Allocation, Sizing};
 use crate::state::NamespaceState;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::thread_pool::ThreadPool;
@@ -63,7 +63,7 @@ pub struct Engine {
     options: Options,
     pool: Arc<MemoryPool>,
     namespaces: Mutex<BTreeMap<String, Tenant>>,
-    threads: ThreadPool,
+    threads: ThreadPool<Step>,
     idle: Mutex<Vec<Arc<Step>>>,
     metrics: Metrics,
 }
@@ -138,8 +138,8 @@ impl Engine {
         }
         let Options { end_tokens, store, live_bytes, soft_bytes, .. } = &self.options;
         let knowledge = Knowledge::new(Model::default(), *live_bytes, *soft_bytes);
-        let charge = Charge::new(&self.pool, usize::MAX);
-        let namespace = Arc::new(Namespace::new(end_tokens.clone(), store.clone(), knowledge, charge)?);
+        let reservation = Reservation::new(&self.pool, usize::MAX);
+        let namespace = Arc::new(Namespace::new(end_tokens.clone(), store.clone(), knowledge, reservation)?);
         let tenant = Tenant { namespace: Arc::clone(&namespace), used: Instant::now() };
         namespaces.insert(name.to_owned(), tenant);
         Ok(namespace)
@@ -162,7 +162,7 @@ impl Engine {
             name,
             weights: namespace.model().to_bytes(),
             documents: namespace.documents(),
-            soft: namespace.soft_entries(),
+            feedback: namespace.feedback_entries(),
         };
         held.into_iter().map(state).collect()
     }
@@ -173,7 +173,7 @@ impl Engine {
         let Ok(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
         self.remove_namespace(&state.name);
         let namespace = self.namespace(&state.name)?;
-        namespace.restore(model, &state.documents, &state.soft, limit);
+        namespace.restore(model, &state.documents, &state.feedback, limit);
         Ok(true)
     }
 
@@ -252,10 +252,10 @@ impl Engine {
         max_length: Option<usize>,
     ) -> Result<Arc<Request>, MemoryFull> {
         let mut sequence = self.start(namespace, prediction, max_length)?;
-        let mut charge = Charge::new(&self.pool, self.options.max_request_bytes);
-        charge.resize(prompt.capacity() * size_of::<Token>())?;
+        let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
+        reservation.try_resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
-        let request = Arc::new(Request::with_backlog(sequence, prompt, Some(charge)));
+        let request = Arc::new(Request::with_backlog(sequence, prompt, Some(reservation)));
         self.threads.fill(&request);
         Ok(request)
     }
@@ -266,9 +266,9 @@ impl Engine {
         prediction: &[Token],
         max_length: Option<usize>,
     ) -> Result<sssd_core::Sequence, MemoryFull> {
-        let charge = Charge::new(&self.pool, self.options.max_request_bytes);
+        let reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
         let namespace = self.namespace(namespace)?;
-        let mut sequence = Sequence::begin(&namespace, &[], prediction, charge)?;
+        let mut sequence = Sequence::begin(&namespace, &[], prediction, reservation)?;
         sequence.set_max_length(max_length.unwrap_or(usize::MAX));
         Metrics::count(&self.metrics.begun, 1);
         Ok(sequence)
@@ -295,13 +295,8 @@ impl Engine {
     }
 
     /// Appends tokens to one request.
-    pub fn extend(
-        &self,
-        request: &Request,
-        tokens: &[Token],
-        soft: Option<TopK>,
-    ) -> Result<(), RequestError> {
-        let outcome = self.noted(request.with(|sequence| sequence.extend(tokens, soft)))??;
+    pub fn extend(&self, request: &Request, tokens: &[Token], top: Option<TopK>) -> Result<(), RequestError> {
+        let outcome = self.noted(request.with(|sequence| sequence.extend(tokens, top)))??;
         Metrics::count(&self.metrics.tokens, tokens.len() as u64);
         self.metrics.outcomes(outcome);
         Ok(())
@@ -311,15 +306,24 @@ impl Engine {
     pub fn draft(
         &self,
         request: &Request,
-        limits: Limits,
+        mut limits: Limits,
         sizing: Option<&Sizing>,
     ) -> Result<DraftTree, RequestError> {
         let start = Instant::now();
+        let mut pace = *request.pace();
+        if let Some(sizing) = sizing {
+            sizing.begin_step(std::iter::once((&mut limits, &mut pace)));
+        }
         let drafted = request.with_ready(|sequence| {
             sequence.start_draft(limits, limits.max_nodes);
-            let nodes = sizing.map_or(limits.max_nodes, |sizing| sizing.nodes(&sequence.tree().probs));
+            let Some(sizing) = sizing else { return sequence.end_draft(limits.max_nodes).clone() };
+            let mut trees = Allocation::default();
+            trees.push(&sequence.tree().probs);
+            let drafted = if limits.max_nodes > 0 { std::slice::from_mut(&mut pace) } else { &mut [] };
+            let nodes = sizing.allocate(sequence.tokens().len() as f64, &mut trees, drafted)[0];
             sequence.end_draft(nodes).clone()
         });
+        *request.pace() = pace;
         let tree = self.noted(drafted)?.unwrap_or_default();
         Metrics::time(&self.metrics.draft_ns, start.elapsed());
         Ok(tree)

@@ -19,5 +19,8 @@ pub use batch::{Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
 pub use request::{Request, RequestError};
-pub use sizing::{Allocation, CostError, Layout, PassCosts, Sizing};
+pub use sizing::{
+    Allocation, CostCurve, CostError, CurveError, DraftCost, Layout, Pace, PassCosts, RuleOptions, Sizing,
+    SizingRule, StepTimes,
+};
 pub use state::{FILE as STATE_FILE, NamespaceState, State, StateError};

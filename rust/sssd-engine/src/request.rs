@@ -3,8 +3,9 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use sssd_core::{Charge, MemoryFull, Sequence, Token};
+use sssd_core::{MemoryFull, Reservation, Sequence, Token};
 
+use crate::sizing::Pace;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +31,8 @@ pub struct Request {
     state: Mutex<State>,
     /// The newest batch it was in, to notice repetitions.
     batch: AtomicU64,
+    /// What the rule remembers of it.
+    pace: Mutex<Option<Pace>>,
 }
 
 enum State {
@@ -41,7 +44,7 @@ struct Live {
     sequence: Sequence,
     /// Prompt tokens that are not indexed yet, last one first, and what they are charged with.
     backlog: Vec<Token>,
-    charge: Option<Charge>,
+    reservation: Option<Reservation>,
 }
 
 impl Live {
@@ -55,7 +58,7 @@ impl Live {
         }
         if rest == 0 {
             self.backlog = Vec::new();
-            self.charge = None;
+            self.reservation = None;
         }
         Ok(())
     }
@@ -68,10 +71,18 @@ impl Request {
     }
 
     /// A request whose prompt is still to be indexed, by [`Request::fill`] or by who needs it first.
-    pub fn with_backlog(sequence: Sequence, mut prompt: Vec<Token>, charge: Option<Charge>) -> Self {
+    pub fn with_backlog(
+        sequence: Sequence,
+        mut prompt: Vec<Token>,
+        reservation: Option<Reservation>,
+    ) -> Self {
         prompt.reverse();
-        let live = Live { sequence, backlog: prompt, charge };
-        Self { state: Mutex::new(State::Live(Box::new(live))), batch: AtomicU64::new(0) }
+        let live = Live { sequence, backlog: prompt, reservation };
+        Self {
+            state: Mutex::new(State::Live(Box::new(live))),
+            batch: AtomicU64::new(0),
+            pace: Mutex::new(None),
+        }
     }
 
     /// Runs `work` on the sequence, once its prompt is indexed. A panic ends this request and no other.
@@ -152,6 +163,11 @@ impl Request {
     /// Marks it as part of a batch; false if it is already.
     pub(crate) fn join(&self, batch: u64) -> bool {
         self.batch.swap(batch, Ordering::Relaxed) != batch
+    }
+
+    /// What the rule remembers of it.
+    pub(crate) fn pace(&self) -> MutexGuard<'_, Option<Pace>> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

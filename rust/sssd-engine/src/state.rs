@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use sssd_core::{MAX_TOKEN, SOFT_WORDS, Token};
+use sssd_core::{FEEDBACK_WORDS, MAX_TOKEN, Token};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Name of the file in its folder.
@@ -71,7 +71,7 @@ pub struct NamespaceState {
     /// Documents of the live store, oldest first, and how often each was of use.
     pub documents: Vec<(Vec<Token>, u32)>,
     /// Entries of the table of the target's probabilities, with their places.
-    pub soft: Vec<(u64, [u64; SOFT_WORDS])>,
+    pub feedback: Vec<(u64, [u64; FEEDBACK_WORDS])>,
 }
 
 impl State {
@@ -121,8 +121,8 @@ impl State {
                 out.number((*used).into());
                 out.tokens(tokens);
             }
-            out.number(namespace.soft.len() as u64);
-            for (place, words) in &namespace.soft {
+            out.number(namespace.feedback.len() as u64);
+            for (place, words) in &namespace.feedback {
                 out.number(*place);
                 words.iter().for_each(|&word| out.number(word));
             }
@@ -168,11 +168,11 @@ impl State {
             }
             for _ in 0..input.number()? {
                 let place = input.number()?;
-                let mut words = [0; SOFT_WORDS];
+                let mut words = [0; FEEDBACK_WORDS];
                 for word in &mut words {
                     *word = input.number()?;
                 }
-                namespace.soft.push((place, words));
+                namespace.feedback.push((place, words));
             }
             state.namespaces.push(namespace);
         }
@@ -250,7 +250,7 @@ mod tests {
             name: "ä".into(),
             weights: vec![1, 2, 3],
             documents: vec![(vec![5, 6, 7], 2), (vec![8], 0)],
-            soft: vec![(3, [9; SOFT_WORDS])],
+            feedback: vec![(3, [9; FEEDBACK_WORDS])],
         };
         State {
             vocab_size: 10,

@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 
-use crate::batch::Step;
 use crate::gate;
 use crate::request::Request;
 use crate::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
@@ -15,28 +14,33 @@ use crate::sync::{Arc, Mutex, PoisonError, thread};
 /// Jobs that may wait for one thread.
 const QUEUE: usize = 64;
 
-pub enum Job {
-    Help(Arc<Step>),
+/// What several threads may work on.
+pub trait Shared: Send + Sync + 'static {
+    /// Works on it until nothing is left to take.
+    fn help(&self);
+}
+
+enum Job<S> {
+    Help(Arc<S>),
     Fill(Arc<Request>),
 }
 
 /// Started when first needed, and again in a forked child.
-pub struct ThreadPool {
+pub struct ThreadPool<S> {
     threads: usize,
-    helpers: Mutex<Helpers>,
+    helpers: Mutex<Helpers<S>>,
 }
 
-#[derive(Default)]
-struct Helpers {
+struct Helpers<S> {
     generation: u32,
-    senders: Vec<SyncSender<Job>>,
+    senders: Vec<SyncSender<Job<S>>>,
     next: usize,
 }
 
-impl Helpers {
+impl<S> Helpers<S> {
     /// Lets go of threads of a parent process. Their channels are not to be touched, not even to be dropped: the fork
     /// may have found a lock of theirs closed.
-    fn leave_to_parent(&mut self) {
+    fn disown(&mut self) {
         let generation = gate::generation();
         if self.generation != generation {
             std::mem::forget(std::mem::take(&mut self.senders));
@@ -45,16 +49,17 @@ impl Helpers {
     }
 }
 
-impl Drop for Helpers {
+impl<S> Drop for Helpers<S> {
     fn drop(&mut self) {
-        self.leave_to_parent();
+        self.disown();
     }
 }
 
-impl ThreadPool {
+impl<S: Shared> ThreadPool<S> {
     /// `threads` in all, the caller's included.
     pub fn new(threads: usize) -> Self {
-        Self { threads, helpers: Mutex::default() }
+        let helpers = Helpers { generation: 0, senders: Vec::new(), next: 0 };
+        Self { threads, helpers: Mutex::new(helpers) }
     }
 
     pub fn threads(&self) -> usize {
@@ -62,7 +67,7 @@ impl ThreadPool {
     }
 
     /// Asks at most `helpers` threads for help with a step.
-    pub fn help(&self, step: &Arc<Step>, helpers: usize) {
+    pub fn help(&self, step: &Arc<S>, helpers: usize) {
         let helpers = helpers.min(self.threads - 1);
         if helpers > 0 {
             self.with(|pool| {
@@ -85,9 +90,9 @@ impl ThreadPool {
             })
     }
 
-    fn with<T>(&self, work: impl FnOnce(&mut Helpers) -> T) -> T {
+    fn with<T>(&self, work: impl FnOnce(&mut Helpers<S>) -> T) -> T {
         let mut helpers = self.helpers.lock().unwrap_or_else(PoisonError::into_inner);
-        helpers.leave_to_parent();
+        helpers.disown();
         if helpers.senders.is_empty() {
             helpers.senders = (1..self.threads).map_while(start).collect();
         }
@@ -96,13 +101,13 @@ impl ThreadPool {
 }
 
 /// A thread that ends when the pool does; nothing if the system has none to spare.
-fn start(number: usize) -> Option<SyncSender<Job>> {
+fn start<S: Shared>(number: usize) -> Option<SyncSender<Job<S>>> {
     let (sender, receiver) = sync_channel(QUEUE);
     let thread = thread::Builder::new().name(format!("sssd-{number}"));
     thread.spawn(move || work(&receiver)).ok().map(|_| sender)
 }
 
-fn work(jobs: &Receiver<Job>) {
+fn work<S: Shared>(jobs: &Receiver<Job<S>>) {
     let mut filling = VecDeque::new();
     loop {
         let job = match jobs.try_recv() {

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sssd_core::{Limits, Token};
-use sssd_engine::{Engine, Layout as Pass, Options, PassCosts, Plan, Sizing};
+use sssd_engine::{
+    CostCurve, DraftCost, Engine, Layout as Pass, Options, PassCosts, Plan, RuleOptions, Sizing, SizingRule,
+    StepTimes,
+};
 
 struct Counting;
 
@@ -28,17 +31,31 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// A rule that has seen what steps without drafts take.
+fn rule() -> SizingRule {
+    let axes = [vec![1.0, 16.0], vec![1.0, 512.0], vec![0.0]];
+    let draft = DraftCost { step: 0.0, request: 0.0, node: 0.0, threads: 1 };
+    let curve = CostCurve::new(axes, vec![1.0, 1.1, 1.0, 1.1], Pass::Packed, Vec::new(), draft).unwrap();
+    let rule = SizingRule::new(Arc::new(curve), None, RuleOptions::default());
+    let plain =
+        StepTimes { batch: 16, size: 0, context: 0.0, seconds: 1.0, tokens: 16.0, draft_seconds: 0.0 };
+    (0..2).for_each(|_| rule.observe(&plain));
+    assert!(rule.begin_step().is_some());
+    rule
+}
+
 #[test]
 fn steps_allocate_nothing_after_a_while() {
     let sizing = |pass| {
         let seconds = (0..260).map(|size| 1.0 + 0.001 * f64::from(size)).collect();
         let costs = PassCosts::new((0..260).collect(), seconds, pass).unwrap();
-        Sizing::new(Arc::new(costs), Some(100.0), 16).unwrap()
+        Sizing::Costs(Arc::new(costs), Some(100.0))
     };
     let plain = [(1, None, None), (2, None, None), (2, Some(160), None)];
     let sized = [(1, Pass::Padded), (1, Pass::Packed), (2, Pass::Packed)];
     let sized = sized.map(|(threads, pass)| (threads, None, Some(sizing(pass))));
-    for (threads, total, sizing) in plain.into_iter().chain(sized) {
+    let ruled = (2, None, Some(Sizing::Rule(Arc::new(rule()))));
+    for (threads, total, sizing) in plain.into_iter().chain(sized).chain([ruled]) {
         let engine = Engine::new(Options { threads, ..Options::default() }).unwrap();
         let prompt: Vec<Token> = (0..1000).map(|i| i % 40).collect();
         let requests: Vec<_> =

@@ -203,7 +203,7 @@ proptest! {
         let layout = if padded { Layout::Padded } else { Layout::Packed };
         let costs = PassCosts::new((0..60).collect(), (0..60).map(|n| 1.0 + per_node * f64::from(n)).collect(), layout);
         let count = prompts.len();
-        let sizing = Sizing::new(Arc::new(costs.unwrap()), Some(1.0), count).unwrap();
+        let sizing = Sizing::Costs(Arc::new(costs.unwrap()), Some(1.0));
         let (together, alone, cut) = (engine_with(store, threads), engine_with(store, 1), engine_with(store, 1));
         let [requests, twins, cuts] = [&together, &alone, &cut]
             .map(|engine| prompts.iter().map(|prompt| begin(engine, prompt)).collect::<Vec<_>>());
@@ -220,7 +220,7 @@ proptest! {
                 whole.push(cut.draft(twin, limits(max_nodes), None).unwrap());
                 allocation.push(&whole[whole.len() - 1].probs);
             }
-            let sizes = sizing.allocate(&mut allocation);
+            let sizes = sizing.allocate(0.0, &mut allocation, &mut []);
             for (at, tree) in trees.iter().enumerate() {
                 let size = sizes[at].max(min_nodes.min(whole[at].len()));
                 prop_assert_eq!(tree, &whole[at].first(size));

@@ -15,7 +15,7 @@ mod metrics;
 mod request;
 #[path = "../src/share.rs"]
 mod share;
-#[path = "../src/sizing.rs"]
+#[path = "../src/sizing/mod.rs"]
 mod sizing;
 #[path = "../src/state.rs"]
 mod state;

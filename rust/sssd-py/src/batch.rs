@@ -1,18 +1,20 @@
 //! Batch calls of `sssd.Drafter`, and `sssd.DraftBatch`.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
 use sssd_core::{DraftTree, FlatTrees, Limits, MAX_NODES};
-use sssd_engine::{Plan, Request, Work};
+use sssd_engine::{Plan, Work};
 
-use crate::drafter::{PyDrafter, PySequence, call, node_budget, not_negative, probability, request_error};
+use crate::boundary::{call, node_budget, not_negative, probability, request_error};
+use crate::drafter::PyDrafter;
 use crate::errors::error;
+use crate::sequence::PySequence;
 use crate::shutdown::defer_shutdown;
-use crate::sizing::read_sizing;
-use crate::tokens::{history_into, integers, integers_into, top};
+use crate::sizing::{PySizingRule, read_sizing};
+use crate::tokens::{blocks, history_into, integers, integers_into, top};
 use crate::tree::PyDraftTree;
 
 pub type Array<T> = Py<PyArray1<T>>;
@@ -45,6 +47,9 @@ pub struct PyDraftBatch {
     max_nodes: usize,
     sequences: AtomicUsize,
     nodes: AtomicUsize,
+    drafted_sequences: AtomicUsize,
+    drafted_nodes: AtomicUsize,
+    context: AtomicU64,
 }
 
 #[pymethods]
@@ -82,6 +87,9 @@ impl PyDraftBatch {
             max_nodes: nodes,
             sequences: AtomicUsize::new(0),
             nodes: AtomicUsize::new(0),
+            drafted_sequences: AtomicUsize::new(0),
+            drafted_nodes: AtomicUsize::new(0),
+            context: AtomicU64::new(0),
         })
     }
 
@@ -164,6 +172,24 @@ impl PyDraftBatch {
     #[getter]
     fn offsets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         view(py, &self.offsets, self.sequences.load(Ordering::Relaxed) + 1)
+    }
+
+    /// Sequences that drafts were made for, which takes time even where nothing of them is left.
+    #[getter]
+    fn drafted_sequences(&self) -> usize {
+        self.drafted_sequences.load(Ordering::Relaxed)
+    }
+
+    /// Nodes of these drafts before any was cut to what pays or to what others left.
+    #[getter]
+    fn drafted_nodes(&self) -> usize {
+        self.drafted_nodes.load(Ordering::Relaxed)
+    }
+
+    /// Mean length of the sequences, in tokens.
+    #[getter]
+    fn context(&self) -> f64 {
+        f64::from_bits(self.context.load(Ordering::Relaxed))
     }
 
     fn __len__(&self) -> usize {
@@ -298,7 +324,15 @@ impl PyDraftBatch {
         });
         self.sequences.store(sequences, Ordering::Relaxed);
         self.nodes.store(end, Ordering::Relaxed);
+        self.tell(sequences, end, 0.0);
         Ok(())
+    }
+
+    /// Says what was drafted for the trees, of requests that are `context` tokens long.
+    fn tell(&self, sequences: usize, nodes: usize, context: f64) {
+        self.drafted_sequences.store(sequences, Ordering::Relaxed);
+        self.drafted_nodes.store(nodes, Ordering::Relaxed);
+        self.context.store(context.to_bits(), Ordering::Relaxed);
     }
 }
 
@@ -311,6 +345,7 @@ struct Asked<'a, 'py> {
     min_prob: f32,
     cost: Option<&'a Bound<'py, PyAny>>,
     rate: Option<f64>,
+    rule: Option<&'a Bound<'py, PySizingRule>>,
     out: Option<&'a Bound<'py, PyDraftBatch>>,
 }
 
@@ -320,6 +355,8 @@ struct Produced<'a, 'py> {
     offsets: &'a Bound<'py, PyAny>,
     topk_ids: Option<&'a Bound<'py, PyAny>>,
     topk_probs: Option<&'a Bound<'py, PyAny>>,
+    feedback_ids: Option<&'a Bound<'py, PyAny>>,
+    feedback_probs: Option<&'a Bound<'py, PyAny>>,
 }
 
 #[pymethods]
@@ -344,7 +381,8 @@ impl PyDrafter {
         topk_ids: Option<&Bound<'_, PyAny>>,
         topk_probs: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let produced = Produced { token_ids, offsets, topk_ids, topk_probs };
+        let produced =
+            Produced { token_ids, offsets, topk_ids, topk_probs, feedback_ids: None, feedback_probs: None };
         self.run(sequences, Some(&produced), None).map(|_| ())
     }
 
@@ -352,16 +390,19 @@ impl PyDrafter {
     ///
     /// Args:
     ///     sequences: n sequences of this drafter, none twice.
-    ///     max_nodes: the most nodes of each tree, 0 to 1024: one number or integers [n]. 0 turns a sequence off.
+    ///     max_nodes: the most nodes of each tree, 0 to 1024: one number or integers [n]. 0 turns a sequence off. By
+    ///         default 32, or what the ``rule`` says.
     ///     total_nodes: the most nodes of all trees together. They go to the most probable nodes, whichever sequences
     ///         these belong to. Without it every tree gets what ``Sequence.draft`` gives it.
     ///     min_nodes: nodes that a tree gets before others are considered, if it can have so many; one number or [n].
     ///     max_depth: no node is deeper; one number or [n]. ``max_length`` of a sequence holds as well.
-    ///     min_prob: least probability of a node.
+    ///     min_prob: least probability of a node. A ``rule`` has its own.
     ///     cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then all trees together are as large as pays, as
     ///         ``PassCosts.allocate`` has it, with at most ``max_nodes`` each; not together with ``total_nodes``. A
     ///         curve is read at this number of sequences and their mean length.
     ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
+    ///     rule: a ``SizingRule`` in place of the two: it says how much to draft for each sequence, shares the pass out,
+    ///         and learns from both.
     ///     out: where to put the trees; by default a new ``DraftBatch``.
     ///
     /// Returns:
@@ -372,7 +413,7 @@ impl PyDrafter {
     ///         drafted.
     ///     BatchError: sequences are closed or met an internal error. Its ``batch`` has the trees of the others.
     #[pyo3(signature = (sequences, max_nodes=None, *, total_nodes=None, min_nodes=None, max_depth=None,
-                        min_prob=0.001, cost=None, rate=None, out=None))]
+                        min_prob=0.001, cost=None, rate=None, rule=None, out=None))]
     #[allow(clippy::too_many_arguments)]
     fn draft_batch<'py>(
         &self,
@@ -384,19 +425,29 @@ impl PyDrafter {
         min_prob: f32,
         cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
+        rule: Option<&Bound<'py, PySizingRule>>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
-        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, out };
+        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, rule, out };
         self.run(sequences, None, Some(&asked))?.ok_or_else(|| unreachable(sequences.py()))
     }
 
-    /// One engine step in one call: ``extend_batch``, then ``draft_batch``, for each sequence in one go.
+    /// One engine step in one call: the target's probabilities after the last drafts, ``extend_batch``, then
+    /// ``draft_batch``, for each sequence in one go.
     ///
-    /// Args, Returns, Raises:
+    /// Args:
+    ///     feedback_ids: the target's k most probable tokens after every node of the last drafts, verified and accepted or
+    ///         not, integers [n, rows, k]: row 0 of a sequence after its last token (the root), row i + 1 after node i of
+    ///         its last draft; further rows are not looked at. As ``Sequence.feedback``; ``topk_ids`` are not needed then.
+    ///     feedback_probs: their probabilities, floats [n, rows, k].
+    ///
+    ///     The others are those of the two.
+    ///
+    /// Returns, Raises:
     ///     As the two.
     #[pyo3(signature = (sequences, token_ids, offsets, max_nodes=None, *, total_nodes=None, min_nodes=None,
-                        max_depth=None, min_prob=0.001, cost=None, rate=None, topk_ids=None, topk_probs=None,
-                        out=None))]
+                        max_depth=None, min_prob=0.001, cost=None, rate=None, rule=None, topk_ids=None,
+                        topk_probs=None, feedback_ids=None, feedback_probs=None, out=None))]
     #[allow(clippy::too_many_arguments)]
     fn step<'py>(
         &self,
@@ -410,12 +461,15 @@ impl PyDrafter {
         min_prob: f32,
         cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
+        rule: Option<&Bound<'py, PySizingRule>>,
         topk_ids: Option<&Bound<'py, PyAny>>,
         topk_probs: Option<&Bound<'py, PyAny>>,
+        feedback_ids: Option<&Bound<'py, PyAny>>,
+        feedback_probs: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
-        let produced = Produced { token_ids, offsets, topk_ids, topk_probs };
-        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, out };
+        let produced = Produced { token_ids, offsets, topk_ids, topk_probs, feedback_ids, feedback_probs };
+        let asked = Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, rule, out };
         self.run(sequences, Some(&produced), Some(&asked))?.ok_or_else(|| unreachable(sequences.py()))
     }
 }
@@ -454,6 +508,8 @@ impl PyDrafter {
         let work = step.lock();
         if let Some(out) = &out {
             out.get().fill(py, work.requests.len(), |act| work.trees(act))?;
+            let (sequences, nodes) = work.drafted();
+            out.get().tell(sequences, nodes, work.context());
         }
         let failures: Vec<_> = work.failures().collect();
         drop(work);
@@ -516,17 +572,13 @@ impl PyDrafter {
         if let Some(top) = top(produced.topk_ids, produced.topk_probs, m, self.vocab_size)? {
             (work.k, work.top_ids, work.top_probs) = top.into_parts();
         }
+        let feedback = blocks(produced.feedback_ids, produced.feedback_probs, n, self.vocab_size)?;
+        if let Some((rows, feedback)) = feedback {
+            work.feedback_rows = rows;
+            (work.feedback_k, work.feedback_ids, work.feedback_probs) = feedback.into_parts();
+        }
         Ok(())
     }
-}
-
-/// Mean length of the requests that nobody else holds, in tokens.
-fn mean_length(requests: &[std::sync::Arc<Request>]) -> f64 {
-    let free = requests.iter().filter(|request| !request.is_busy());
-    let lengths =
-        free.filter_map(|request| request.with_ready(|sequence| sequence.tokens().len()).ok().flatten());
-    let (sum, count) = lengths.fold((0, 0), |(sum, count), length| (sum + length, count + 1));
-    sum as f64 / f64::from(count.max(1))
 }
 
 /// Reads what is to be drafted, and returns the most nodes that may come of it.
@@ -535,7 +587,8 @@ fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResul
     work.draft = true;
     let n = work.requests.len();
     let min_prob = probability(py, "min_prob", asked.min_prob)?;
-    let limits = Limits { max_nodes: 32, max_depth: usize::MAX, min_prob };
+    let max_nodes = if asked.rule.is_some() { MAX_NODES } else { Limits::DEFAULT.max_nodes };
+    let limits = Limits { max_nodes, min_prob, ..Limits::DEFAULT };
     work.plans.resize(n, Plan { min_nodes: 0, limits });
     each(asked.max_nodes, "max_nodes", work, |plan, nodes| {
         plan.limits.max_nodes = node_budget(py, "max_nodes", nodes)?;
@@ -552,10 +605,10 @@ fn read_plans(py: Python<'_>, asked: &Asked<'_, '_>, work: &mut Work) -> PyResul
     let sum: usize = work.plans.iter().map(|plan| plan.limits.max_nodes).sum();
     let least: usize = work.plans.iter().map(|plan| plan.min_nodes.min(plan.limits.max_nodes)).sum();
     let most = work.plans.iter().map(|plan| plan.limits.max_nodes).max().unwrap_or(0);
-    work.sizing = read_sizing(py, asked.cost, asked.rate, n, || mean_length(&work.requests), most)?;
+    work.sizing = read_sizing(py, asked.cost, asked.rate, asked.rule, most)?;
     if work.sizing.is_some() {
         return match asked.total_nodes {
-            Some(_) => Err(refuse("give total_nodes or cost, not both".into())),
+            Some(_) => Err(refuse("give total_nodes, or cost or rule, not both".into())),
             None => Ok(sum),
         };
     }

@@ -15,7 +15,7 @@ use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
 };
 
-use crate::drafter::enter;
+use crate::boundary::enter;
 use crate::errors::error;
 use crate::tokens::{int32, tokens};
 

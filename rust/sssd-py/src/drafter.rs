@@ -1,29 +1,23 @@
-//! `sssd.Drafter` and `sssd.Sequence`.
+//! `sssd.Drafter`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Corpus, Limits, MAX_NODES, MAX_TOKEN, MemoryFull, Model, Namespace, SOURCES, Sequence};
-use sssd_engine::{Engine, Options, Request, RequestError, gate};
+use sssd_core::{Corpus, Limits, MAX_TOKEN, Model, Namespace, SOURCES};
+use sssd_engine::{Engine, Options, Request};
 
+use crate::boundary::{call, memory_full, not_negative, watch_forks};
 use crate::datastore::PyDatastore;
 use crate::errors::error;
-use crate::shutdown;
-use crate::sizing::read_sizing;
-use crate::tokens::{history, int32, shown, tokens, top};
-use crate::tree::PyDraftTree;
+use crate::sequence::{PySequence, WEIGHTS, state_dict};
+use crate::tokens::{history, int32, tokens};
 
-/// Longer extensions release the GIL; for a few tokens that would cost more than the work.
-const DETACH_TOKENS: usize = 256;
-
-/// The key of the weights in a state dict; names what they fit.
-const WEIGHTS: &str = "weights.v2";
+/// The defaults in Python's signatures are the core's.
+const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_prob == 0.001);
 
 /// Drafts continuations of token sequences. One drafter serves any number of sequences and threads.
 ///
@@ -62,8 +56,8 @@ pub struct PyDrafter {
 impl PyDrafter {
     #[new]
     #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap",
-                        live_bytes=64 << 20, soft_bytes=16 << 20, max_bytes=None, max_sequence_bytes=None,
-                        threads=None, namespace_ttl=None))]
+                        live_bytes=67_108_864, soft_bytes=16_777_216, max_bytes=None,
+                        max_sequence_bytes=None, threads=None, namespace_ttl=None))]
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         py: Python<'_>,
@@ -254,6 +248,14 @@ impl PyDrafter {
         call(py, true, || drafter.live_len().0)
     }
 
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| Arc::ptr_eq(&self.engine, &other.get().engine))
+    }
+
+    fn __hash__(&self) -> usize {
+        Arc::as_ptr(&self.engine).addr()
+    }
+
     /// Number of token ids, or None if not given.
     #[getter]
     fn vocab_size(&self) -> Option<u32> {
@@ -291,12 +293,6 @@ const MOST_DEFAULT_THREADS: usize = 8;
 /// No machine has more, and sums of it do not overflow.
 const MOST_BYTES: usize = 1 << 40;
 
-fn state_dict<'py>(py: Python<'py>, model: &Model) -> PyResult<Bound<'py, PyDict>> {
-    let state = PyDict::new(py);
-    state.set_item(WEIGHTS, PyBytes::new(py, &model.to_bytes()))?;
-    Ok(state)
-}
-
 /// The corpus of an open datastore, or of one opened from paths.
 fn corpus(datastore: &Bound<'_, PyAny>, load: &str, vocab_size: Option<u32>) -> PyResult<Arc<dyn Corpus>> {
     let py = datastore.py();
@@ -319,390 +315,11 @@ fn corpus(datastore: &Bound<'_, PyAny>, load: &str, vocab_size: Option<u32>) -> 
     }
 }
 
-/// One request's tokens and their index. Made by ``Drafter.begin``; a context manager that finishes the sequence, or
-/// closes it on an exception.
-///
-/// Calls from several threads are safe and take turns.
-#[pyclass(frozen, name = "Sequence", module = "sssd")]
-pub struct PySequence {
-    pub request: Arc<Request>,
-    pub engine: Arc<Engine>,
-    vocab_size: Option<u32>,
-}
-
 #[pymethods]
 impl PySequence {
-    /// Appends tokens that the target model has produced. They are matched from the next draft on.
-    ///
-    /// Args:
-    ///     token_ids: any one-dimensional sequence or array of n integers.
-    ///     topk_ids: the target's k most probable tokens at each of them, integers [n, k]: row i is the distribution
-    ///         that token i came from. The eight most probable ones are kept.
-    ///     topk_probs: their probabilities, floats [n, k].
-    ///
-    /// Raises:
-    ///     InvalidTokenError: an id is not an integer; nothing is appended.
-    ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
-    ///         1; nothing is appended.
-    ///     MemoryLimitError: the sequence would not fit into the limits; nothing is appended.
-    ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (token_ids, topk_ids=None, topk_probs=None))]
-    fn extend(
-        &self,
-        token_ids: &Bound<'_, PyAny>,
-        topk_ids: Option<&Bound<'_, PyAny>>,
-        topk_probs: Option<&Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        let tokens = history(token_ids, self.vocab_size)?;
-        let top = top(topk_ids, topk_probs, tokens.len(), self.vocab_size)?;
-        let soft = top.as_ref().map(|top| top.view());
-        let py = token_ids.py();
-        let detach = tokens.len() > DETACH_TOKENS || self.request.is_busy();
-        let done = call(py, detach, || self.engine.extend(&self.request, &tokens, soft))?;
-        done.map_err(|failure| request_error(py, &failure))
-    }
-
-    /// Appends tokens that the target model has not produced: more of the prompt, as it is prefilled in pieces, or
-    /// what a user or a tool adds later. For the prompt it makes no difference how many pieces it comes in.
-    ///
-    /// Args:
-    ///     token_ids: any one-dimensional sequence or array of integers.
-    ///
-    /// Raises:
-    ///     As ``extend``.
-    fn prefill(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tokens = history(token_ids, self.vocab_size)?;
-        let detach = tokens.len() > DETACH_TOKENS;
-        let py = token_ids.py();
-        let done = self.with(py, detach, |sequence| sequence.prefill(&tokens))?;
-        done.map_err(|full| memory_full(py, &full))
-    }
-
-    /// Takes the newest tokens back, as if they had never come: a rejected overlap step, a beam that is given up.
-    /// What the weights, the live store and the target's probabilities have learned stays learned. Takes time
-    /// proportional to the number of tokens taken back.
-    ///
-    /// Args:
-    ///     length: tokens that remain, at most as many as there are.
-    ///
-    /// Raises:
-    ///     InvalidArgumentError: there are fewer tokens.
-    ///     MemoryLimitError: tokens shared with a fork cannot be taken back within the limits; nothing changes.
-    ///     ClosedError: the sequence is closed.
-    fn truncate(&self, py: Python<'_>, length: i128) -> PyResult<()> {
-        let done = self.with(py, true, |sequence| {
-            let held = sequence.tokens().len();
-            match usize::try_from(length) {
-                Ok(length) if length <= held => sequence.truncate(length).map_err(Ok),
-                _ => Err(Err(held)),
-            }
-        })?;
-        done.map_err(|refused| match refused {
-            Ok(full) => memory_full(py, &full),
-            Err(held) => {
-                let message =
-                    format!("length must be between 0 and the sequence's {held} tokens, got {length}");
-                error(py, "InvalidArgumentError", message)
-            }
-        })
-    }
-
-    /// Another sequence with the same tokens, weights and namespace: a beam, a further sample of the same prompt. The
-    /// two share the index of what they have in common; the time is proportional to what was appended or taken
-    /// back since the last fork, and four bytes per token are copied. What came of the last draft is learned by
-    /// this sequence only.
-    ///
-    /// Raises:
-    ///     MemoryLimitError: the fork does not fit into the limits.
-    ///     ClosedError: the sequence is closed.
-    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
-        let fork = call(py, true, || self.engine.fork(&self.request))?;
-        let request = fork.map_err(|failure| request_error(py, &failure))?;
-        Ok(Self { request, engine: Arc::clone(&self.engine), vocab_size: self.vocab_size })
-    }
-
-    /// Whether the prompt is indexed; see ``Drafter.begin(background=True)``.
-    ///
-    /// Raises:
-    ///     ClosedError: the sequence is closed.
+    /// The drafter that it belongs to.
     #[getter]
-    fn ready(&self, py: Python<'_>) -> PyResult<bool> {
-        let ready = call(py, true, || self.request.with_ready(|_| ()))?;
-        ready.map(|ready| ready.is_some()).map_err(|failure| request_error(py, &failure))
+    fn drafter(&self) -> PyDrafter {
+        PyDrafter { engine: Arc::clone(&self.engine), vocab_size: self.vocab_size }
     }
-
-    /// Compares everything the sequence holds with what it should hold. For tests; takes milliseconds per thousand
-    /// tokens.
-    ///
-    /// Raises:
-    ///     InternalError: something is wrong; the message says what.
-    ///     ClosedError: the sequence is closed.
-    fn check_integrity(&self, py: Python<'_>) -> PyResult<()> {
-        let checked = self.with(py, true, |sequence| sequence.check())?;
-        checked.map_err(|problem| error(py, "InternalError", problem))
-    }
-
-    /// Hands over the target's probabilities after every node of a verified tree, accepted or not.
-    ///
-    /// Rejected nodes count too: they are distributions of the target for real contexts. Call it before ``extend``;
-    /// ``extend`` then needs no ``topk_ids``.
-    ///
-    /// Args:
-    ///     tree: the tree of n nodes that was verified after the sequence's last token.
-    ///     topk_ids: the target's k most probable tokens, integers [n+1, k]: row 0 after the root, row i+1 after node i.
-    ///     topk_probs: their probabilities, floats [n+1, k].
-    ///
-    /// Raises:
-    ///     InvalidTokenError: an id of `topk_ids` is not an integer or outside the vocabulary; nothing is learned.
-    ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
-    ///         1; nothing is learned.
-    ///     ClosedError: the sequence is closed.
-    fn feedback(
-        &self,
-        tree: &Bound<'_, PyDraftTree>,
-        topk_ids: &Bound<'_, PyAny>,
-        topk_probs: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
-        let tree_ref = &tree.get().0;
-        match top(Some(topk_ids), Some(topk_probs), tree_ref.len() + 1, self.vocab_size)? {
-            Some(top) => self.with(tree.py(), false, |sequence| sequence.feedback(tree_ref, top.view())),
-            None => Ok(()),
-        }
-    }
-
-    /// Drafts continuations of the sequence.
-    ///
-    /// Args:
-    ///     max_nodes: the node budget, 0 to 1024. The tree has fewer nodes if fewer are worth drafting.
-    ///     min_prob: least probability of a node, 0 to 1.
-    ///     max_depth: no node is deeper; the longest path that is of use.
-    ///     cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then the tree is as large as pays, as
-    ///         ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
-    ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
-    ///
-    /// Raises:
-    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
-    ///         neither, or there is a ``rate`` without it.
-    ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None))]
-    #[allow(clippy::too_many_arguments)]
-    fn draft(
-        &self,
-        py: Python<'_>,
-        max_nodes: i128,
-        min_prob: f32,
-        max_depth: Option<i128>,
-        cost: Option<&Bound<'_, PyAny>>,
-        rate: Option<f64>,
-    ) -> PyResult<PyDraftTree> {
-        let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
-        let min_prob = probability(py, "min_prob", min_prob)?;
-        let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
-        let limits = Limits { max_nodes, max_depth, min_prob };
-        // of a closed sequence drafting tells, and of one whose prompt is being indexed there is nothing to size
-        let length = || {
-            let length = || self.request.with_ready(|sequence| sequence.tokens().len());
-            let length = call(py, self.request.is_busy(), length).ok().and_then(Result::ok);
-            length.flatten().unwrap_or(0) as f64
-        };
-        let sizing = read_sizing(py, cost, rate, 1, length, max_nodes)?;
-        let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
-        tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
-    }
-
-    /// Cuts the last draft to its first ``nodes`` nodes; does nothing if it has no more. For callers who verify less
-    /// than they have drafted, to be called before ``extend``: the sequence then learns what a draft of that size
-    /// teaches, and ``Drafter.stats`` and ``Drafter.metrics`` count those nodes only.
-    ///
-    /// Args:
-    ///     nodes: the number of nodes that are verified, as in ``DraftTree.first``.
-    ///
-    /// Raises:
-    ///     InvalidArgumentError: ``nodes`` is negative.
-    ///     ClosedError: the sequence is closed.
-    fn cut_draft(&self, py: Python<'_>, nodes: i128) -> PyResult<()> {
-        let nodes = not_negative(py, "nodes", nodes)?;
-        self.with(py, false, |sequence| sequence.cut_draft(nodes))
-    }
-
-    /// Hands the tokens so far to the live store, for other sequences of the drafter. ``finish`` does it by itself.
-    ///
-    /// Raises:
-    ///     ClosedError: the sequence is closed.
-    fn commit(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, true, Sequence::commit)
-    }
-
-    /// Ends the request and frees the sequence. Later sequences of the drafter learn from it: its tokens go to the
-    /// live store and what the predictor has learned is merged. Finishing or closing again does nothing.
-    fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        let done = call(py, true, || self.engine.finish(&self.request))?;
-        done.map_err(|failure| request_error(py, &failure))
-    }
-
-    /// Frees the sequence; nothing is learned from it, as after an abort. Further calls raise ``ClosedError``; closing
-    /// again does nothing.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        call(py, true, || self.request.close())
-    }
-
-    /// Whether ``close`` has been called.
-    #[getter]
-    fn closed(&self, py: Python<'_>) -> PyResult<bool> {
-        call(py, true, || self.request.closed())
-    }
-
-    /// All tokens so far, int32 [len].
-    #[getter]
-    fn token_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i32>>> {
-        let ids: Vec<i32> =
-            self.with(py, true, |sequence| sequence.tokens().iter().map(|&token| shown(token)).collect())?;
-        Ok(PyArray1::from_vec(py, ids))
-    }
-
-    /// What the predictor has learned so far in this sequence, for ``Drafter.load_state_dict``.
-    fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let model = self.with(py, true, |sequence| sequence.model().clone())?;
-        state_dict(py, &model)
-    }
-
-    /// Bytes of memory that the sequence holds.
-    #[getter]
-    fn memory_bytes(&self, py: Python<'_>) -> PyResult<usize> {
-        self.with(py, false, |sequence| sequence.memory_bytes())
-    }
-
-    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
-        self.with(py, false, |sequence| sequence.tokens().len())
-    }
-
-    fn __enter__(this: Py<Self>) -> Py<Self> {
-        this
-    }
-
-    #[pyo3(signature = (kind, error, trace, /))]
-    fn __exit__(
-        &self,
-        py: Python<'_>,
-        kind: &Bound<'_, PyAny>,
-        error: &Bound<'_, PyAny>,
-        trace: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
-        let _ = (error, trace);
-        if kind.is_none() {
-            return self.finish(py);
-        }
-        self.close(py)
-    }
-
-    fn __repr__(&self, py: Python<'_>) -> String {
-        match self.with(py, false, |sequence| sequence.tokens().len()) {
-            Ok(length) => format!("Sequence({length} tokens)"),
-            Err(_) => "Sequence(closed)".into(),
-        }
-    }
-}
-
-impl PySequence {
-    /// Runs `work` on the sequence, without the GIL if `detach` or if another thread has the sequence.
-    fn with<T: Send>(
-        &self,
-        py: Python<'_>,
-        detach: bool,
-        work: impl FnOnce(&mut Sequence) -> T + Send,
-    ) -> PyResult<T> {
-        let result = call(py, detach || self.request.is_busy(), || self.request.with(work))?;
-        result.map_err(|failure| request_error(py, &failure))
-    }
-}
-
-/// The exception for what is wrong with a request.
-pub fn request_error(py: Python<'_>, failure: &RequestError) -> PyErr {
-    match failure {
-        RequestError::Closed => error(py, "ClosedError", failure.to_string()),
-        RequestError::Failed(_) => error(py, "InternalError", failure.to_string()),
-        RequestError::Memory(full) => memory_full(py, full),
-    }
-}
-
-pub fn memory_full(py: Python<'_>, full: &MemoryFull) -> PyErr {
-    error(py, "MemoryLimitError", full.to_string())
-}
-
-/// A node budget.
-pub fn node_budget(py: Python<'_>, name: &str, nodes: i128) -> PyResult<usize> {
-    usize::try_from(nodes).ok().filter(|&nodes| nodes <= MAX_NODES).ok_or_else(|| {
-        let message = format!("{name} must be between 0 and {MAX_NODES}, got {nodes}");
-        error(py, "InvalidArgumentError", message)
-    })
-}
-
-/// A number that says how many.
-pub fn not_negative(py: Python<'_>, name: &str, value: i128) -> PyResult<usize> {
-    usize::try_from(value)
-        .map_err(|_| error(py, "InvalidArgumentError", format!("{name} must not be negative, got {value}")))
-}
-
-/// A probability.
-pub fn probability(py: Python<'_>, name: &str, value: f32) -> PyResult<f32> {
-    if (0.0..=1.0).contains(&value) {
-        return Ok(value);
-    }
-    Err(error(py, "InvalidArgumentError", format!("{name} must be between 0 and 1, got {value}")))
-}
-
-/// Runs `work` on a drafter: as `enter`, and not while the process forks.
-pub fn call<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
-    if !detach && let Some(_pass) = gate::try_enter() {
-        return enter(py, false, work);
-    }
-    enter(py, true, || {
-        let _pass = gate::enter();
-        work()
-    })
-}
-
-/// From the first drafter on, forks wait for calls in other threads.
-fn watch_forks(py: Python<'_>) -> PyResult<()> {
-    static WATCHED: PyOnceLock<()> = PyOnceLock::new();
-    WATCHED.get_or_try_init(py, || {
-        let hooks = PyDict::new(py);
-        hooks.set_item("before", wrap_pyfunction!(before_fork, py)?)?;
-        hooks.set_item("after_in_parent", wrap_pyfunction!(after_fork, py)?)?;
-        hooks.set_item("after_in_child", wrap_pyfunction!(after_fork_in_child, py)?)?;
-        let os = py.import("os")?;
-        // not on Windows
-        if os.hasattr("register_at_fork")? {
-            os.call_method("register_at_fork", (), Some(&hooks))?;
-        }
-        Ok::<(), PyErr>(())
-    })?;
-    Ok(())
-}
-
-#[pyfunction]
-fn before_fork(py: Python<'_>) {
-    py.detach(gate::close);
-}
-
-#[pyfunction]
-fn after_fork() {
-    gate::open();
-}
-
-#[pyfunction]
-fn after_fork_in_child() {
-    gate::open_in_child();
-    shutdown::reset_in_child();
-}
-
-/// Runs `work`, without the GIL if `detach`. A panic becomes `InternalError` and poisons what `work` had locked.
-pub fn enter<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
-    let guarded = || catch_unwind(AssertUnwindSafe(work));
-    let result = if detach { py.detach(guarded) } else { guarded() };
-    result.map_err(|panic| {
-        let reason = panic.downcast_ref::<String>().map(String::as_str);
-        let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-        error(py, "InternalError", format!("internal error, please report it: {reason}"))
-    })
 }

@@ -1,11 +1,13 @@
 //! The Python extension module `sssd._core`: conversion, errors and GIL release, no logic.
 
 mod batch;
+mod boundary;
 mod datastore;
 mod drafter;
 mod errors;
 mod logits;
 mod pass;
+mod sequence;
 mod shutdown;
 mod sizing;
 mod state;
@@ -25,13 +27,15 @@ mod _core {
     #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
-    use drafter::{PyDrafter, PySequence};
+    use drafter::PyDrafter;
     #[pymodule_export]
     use logits::top_k;
     #[pymodule_export]
     use pass::PyPassBlock;
     #[pymodule_export]
-    use sizing::PyPassCosts;
+    use sequence::PySequence;
+    #[pymodule_export]
+    use sizing::{PyCostGrid, PyPace, PyPassCosts, PySizingRule};
     #[pymodule_export]
     use tree::PyDraftTree;
 
@@ -42,8 +46,11 @@ mod _core {
 
     const _: () = {
         fits::<PyDraftBatch>();
+        fits::<PyCostGrid>();
+        fits::<PyPace>();
         fits::<PyPassBlock>();
         fits::<PyPassCosts>();
+        fits::<PySizingRule>();
         fits::<PyBuildSummary>();
         fits::<PyDatastore>();
         fits::<PyDatastoreBuilder>();

@@ -5,7 +5,7 @@ use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use sssd_core::TOP_K;
 
-use crate::drafter::call;
+use crate::boundary::call;
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use sssd_core::{FlatTrees, PassBlock, PassError, Shape, Token};
 
 use crate::batch::{Array, PyDraftBatch, buffer, view};
-use crate::drafter::{call, not_negative};
+use crate::boundary::{call, not_negative};
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 use crate::tokens::{integers_into, tokens_into};

@@ -8,8 +8,9 @@ use pyo3::types::{PyDict, PyList};
 use sssd_core::MAX_TOKEN;
 use sssd_engine::{Histogram, State, StateError};
 
+use crate::boundary::{call, memory_full};
 use crate::datastore::{PyDatastoreBuilder, os_error};
-use crate::drafter::{PyDrafter, call, memory_full};
+use crate::drafter::PyDrafter;
 use crate::errors::error;
 use crate::tokens::int32;
 
@@ -148,10 +149,10 @@ impl PyDrafter {
         }
         let drafter = py.get_type::<Self>().call((), Some(&options))?.cast_into::<Self>()?;
         let (engine, limit) = (&drafter.get().engine, drafter.get().vocab_size.unwrap_or(MAX_TOKEN + 1));
-        let same_soft = engine.options().soft_bytes as u64 == state.soft_bytes;
+        let same_feedback = engine.options().soft_bytes as u64 == state.soft_bytes;
         for mut namespace in state.namespaces {
-            if !same_soft {
-                namespace.soft.clear();
+            if !same_feedback {
+                namespace.feedback.clear();
             }
             let restored = call(py, true, || engine.restore(&namespace, limit))?;
             if !restored.map_err(|full| memory_full(py, &full))? {

@@ -141,6 +141,46 @@ pub fn top(
     Ok(Some(Top { k, ids, probs }))
 }
 
+/// Reads `feedback_ids` and `feedback_probs`, arrays [n, rows, k], and returns `rows` as well.
+pub fn blocks(
+    ids: Option<&Bound<'_, PyAny>>,
+    probs: Option<&Bound<'_, PyAny>>,
+    n: usize,
+    vocab_size: Option<u32>,
+) -> PyResult<Option<(usize, Top)>> {
+    let (ids, probs) = match (ids, probs) {
+        (Some(ids), Some(probs)) => (ids, probs),
+        (None, None) => return Ok(None),
+        (Some(given), None) | (None, Some(given)) => {
+            let message = "feedback_ids and feedback_probs belong together: give both or neither";
+            return Err(error(given.py(), "InvalidArgumentError", message));
+        }
+    };
+    let py = ids.py();
+    let _deferred = defer_shutdown(py);
+    let flat = |values: &Bound<'_, PyAny>, name: &str| {
+        let refuse = |got: String| {
+            let message = format!("{name} must be an array of shape [{n}, rows, k], got {got}");
+            error(py, "InvalidArgumentError", message)
+        };
+        let array = py.import("numpy")?.call_method1("asarray", (values,));
+        let array = array.map_err(|problem| refuse(problem.to_string()))?;
+        match array.getattr("shape")?.extract::<Vec<usize>>()?[..] {
+            [held, rows, k] if held == n => {
+                Ok((rows, array.call_method1("reshape", ((n * rows, k),))?.unbind()))
+            }
+            ref shape => Err(refuse(format!("{shape:?}"))),
+        }
+    };
+    let ((rows, ids), (rows_probs, probs)) = (flat(ids, "feedback_ids")?, flat(probs, "feedback_probs")?);
+    if rows != rows_probs {
+        let message = format!("feedback_ids has {rows} rows a sequence and feedback_probs {rows_probs}");
+        return Err(error(py, "InvalidArgumentError", message));
+    }
+    let top = top(Some(ids.bind(py)), Some(probs.bind(py)), n * rows, vocab_size)?;
+    Ok(top.filter(|_| rows > 0).map(|top| (rows, top)))
+}
+
 /// An array of `rows` rows whose numpy kind is one of `kinds`, and its number of columns.
 fn matrix<'py>(
     values: &Bound<'py, PyAny>,

@@ -7,7 +7,6 @@
 use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use sssd_core::Token;
 use xxhash_rust::xxh3::xxh3_128;
@@ -16,6 +15,7 @@ use crate::format::{Header, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, symbol_bits
 use crate::index::write_index;
 use crate::output::Output;
 use crate::packed::PackedWriter;
+use crate::progress::Progress;
 use crate::{Error, Fingerprint, Result};
 
 /// The sorter takes 32-bit signed positions, and wants a little room.
@@ -75,34 +75,6 @@ pub struct BuildSummary {
     pub segments: u64,
     /// Bytes of the file.
     pub file_bytes: u64,
-}
-
-/// Watches and cancels [`Builder::finish`] from another thread.
-#[derive(Debug, Default)]
-pub struct Progress {
-    done: AtomicU64,
-    cancelled: AtomicBool,
-}
-
-impl Progress {
-    /// Symbols (tokens and document ends) indexed so far.
-    pub fn done(&self) -> u64 {
-        self.done.load(Ordering::Relaxed)
-    }
-
-    /// Makes the build fail with [`Error::Cancelled`] at the next occasion (not while a segment is being sorted).
-    pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn advance(&self, symbols: u64) -> io::Result<()> {
-        self.done.fetch_add(symbols, Ordering::Relaxed);
-        if self.cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
-    }
-
-    fn cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
-    }
 }
 
 /// Writes a datastore file. The target appears, or is replaced, only when [`Builder::finish`] succeeds;

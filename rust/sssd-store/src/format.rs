@@ -186,6 +186,31 @@ impl Header {
 /// reading the body.
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
     let corrupt = |problem: &str| Error::corrupt(path, problem);
+    let header = read_header(path, bytes)?;
+    let trailer_at = header.file_length - TRAILER.min(header.file_length);
+    let table_length = header.segments.checked_mul(SEGMENT_ENTRY as u64);
+    let blocks = header.checksums_at.checked_sub(PAGE).map(|body| body.div_ceil(BLOCK));
+    let in_order = blocks.and_then(|blocks| header.checksums_at.checked_add(blocks.checked_mul(8)?))
+        == Some(header.table_at)
+        && table_length.and_then(|length| header.table_at.checked_add(length)) == Some(trailer_at);
+    if !in_order {
+        return Err(corrupt("the parts of the file overlap"));
+    }
+    if bytes[trailer_at as usize..] != header.trailer() {
+        return Err(corrupt("the trailer does not belong to the header"));
+    }
+    let table_bytes = &bytes[header.table_at as usize..trailer_at as usize];
+    if xxh3_64(table_bytes) != header.table_hash {
+        return Err(corrupt("the segment table does not match its checksum"));
+    }
+    let table: Vec<_> = table_bytes.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode).collect();
+    check_table(&header, &table).map_err(corrupt)?;
+    Ok((header, table))
+}
+
+/// The header, if it is one of a file of this length.
+fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
+    let corrupt = |problem: &str| Error::corrupt(path, problem);
     let page = bytes.get(..PAGE as usize).filter(|page| page.starts_with(&MAGIC));
     let page = page.ok_or_else(|| corrupt("not a datastore file, or a truncated one"))?;
     let mut fields = Fields(&page[MAGIC.len()..]);
@@ -218,26 +243,14 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
     if header.vocab_size == 0 || header.vocab_size > MAX_VOCAB {
         return Err(corrupt("the vocabulary size is out of range"));
     }
-    let trailer_at = header.file_length - TRAILER.min(header.file_length);
-    let table_length = header.segments.checked_mul(SEGMENT_ENTRY as u64);
-    let blocks = header.checksums_at.checked_sub(PAGE).map(|body| body.div_ceil(BLOCK));
-    let in_order = blocks.and_then(|blocks| header.checksums_at.checked_add(blocks.checked_mul(8)?))
-        == Some(header.table_at)
-        && table_length.and_then(|length| header.table_at.checked_add(length)) == Some(trailer_at);
-    if !in_order {
-        return Err(corrupt("the parts of the file overlap"));
-    }
-    if bytes[trailer_at as usize..] != header.trailer() {
-        return Err(corrupt("the trailer does not belong to the header"));
-    }
-    let table_bytes = &bytes[header.table_at as usize..trailer_at as usize];
-    if xxh3_64(table_bytes) != header.table_hash {
-        return Err(corrupt("the segment table does not match its checksum"));
-    }
-    let table: Vec<_> = table_bytes.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode).collect();
+    Ok(header)
+}
+
+/// What is wrong with the segments: each by itself, where they lie, or what they come to.
+fn check_table(header: &Header, table: &[SegmentEntry]) -> std::result::Result<(), &'static str> {
     let (mut tokens, mut documents) = (0, 0);
-    for entry in &table {
-        entry.check(header.vocab_size).map_err(corrupt)?;
+    for entry in table {
+        entry.check(header.vocab_size)?;
         tokens += entry.suffixes;
         documents += entry.documents;
     }
@@ -246,14 +259,14 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
     let mut end = PAGE;
     for place in places {
         if place.start % PAGE != 0 || place.start < end || place.end > header.checksums_at {
-            return Err(corrupt("a section lies outside its place"));
+            return Err("a section lies outside its place");
         }
         end = place.end;
     }
     if (tokens, documents) != (header.tokens, header.documents) {
-        return Err(corrupt("the segments do not add up to the counts of the header"));
+        return Err("the segments do not add up to the counts of the header");
     }
-    Ok((header, table))
+    Ok(())
 }
 
 /// The byte ranges of `bytes`, which [`parse`] has accepted, that changed since they were written.

@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use libsais::SuffixArrayConstruction;
 
-use crate::Progress;
 use crate::format::{FENCE, MAX_SUCCESSORS, SegmentEntry, symbol_bits};
 use crate::output::Output;
 use crate::packed::{Packed, PackedWriter};
+use crate::progress::Progress;
 use crate::segment::{encode_share, key};
 
 /// Symbols read back or written between two looks at the progress.

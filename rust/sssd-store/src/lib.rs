@@ -12,15 +12,17 @@ mod format;
 mod index;
 mod output;
 mod packed;
+mod progress;
 mod segment;
 #[cfg(test)]
 mod tests;
 
-pub use builder::{BuildOptions, BuildSummary, Builder, Progress};
+pub use builder::{BuildOptions, BuildSummary, Builder};
 pub use bytes::Load;
 pub use datastore::{Datastore, FileInfo};
 pub use error::{Error, Result};
 pub use format::VERSION;
+pub use progress::Progress;
 
 /// Identifies a tokenizer, so that a store is not queried with the ids of another one. All zero: unknown.
 pub type Fingerprint = [u8; 32];

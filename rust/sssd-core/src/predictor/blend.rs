@@ -4,7 +4,7 @@
 use crate::Token;
 use crate::predictor::arena::{Candidate, Expansion, Tally, Vote};
 use crate::predictor::weights::{EscapeCell, Model};
-use crate::sources::feedback::{SOFT_ORDERS, Soft};
+use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
 use crate::sources::{CLASSES, FEEDBACK, SAMPLED, SOURCES};
 
 /// Class and cell of the escape of each context, source after source, longest first.
@@ -76,7 +76,7 @@ fn weigh_votes(
 /// Blends what the target held probable after contexts of several lengths, and what it lately held probable anywhere
 /// (`recent`, most probable first), which counts as a context of no tokens.
 pub fn blend_feedback(
-    found: &[Option<Soft>; SOFT_ORDERS.len()],
+    found: &[Option<Distribution>; FEEDBACK_ORDERS.len()],
     recent: &[(Token, f32)],
     model: &Model,
     said: &mut Vec<(Token, f32, u8)>,
@@ -98,10 +98,10 @@ pub fn blend_feedback(
             rest *= escape;
             contexts.push((class, cell));
         };
-    for (class, soft) in found.iter().enumerate().rev() {
-        if let Some(soft) = soft {
-            let cell = Model::feedback_cell(class + 1, soft.writes, soft.probs[0]);
-            blend(class as u8 + 1, cell, soft.probs.iter().sum(), &mut soft.tokens());
+    for (class, known) in found.iter().enumerate().rev() {
+        if let Some(known) = known {
+            let cell = Model::feedback_cell(class + 1, known.writes, known.probs[0]);
+            blend(class as u8 + 1, cell, known.probs.iter().sum(), &mut known.tokens());
         }
     }
     if let Some(&(_, peak)) = recent.first() {
@@ -159,13 +159,13 @@ mod tests {
     #[test]
     fn feedback_is_blended_in_the_same_way_and_recent_tokens_come_last() {
         let model = Model::default();
-        let soft = |ids: [Token; 2], probs: [f32; 2]| {
-            let mut soft = Soft { writes: 3, ..Soft::default() };
-            soft.ids[..2].copy_from_slice(&ids);
-            soft.probs[..2].copy_from_slice(&probs);
-            Some(soft)
+        let known = |ids: [Token; 2], probs: [f32; 2]| {
+            let mut known = Distribution { writes: 3, ..Distribution::default() };
+            known.ids[..2].copy_from_slice(&ids);
+            known.probs[..2].copy_from_slice(&probs);
+            Some(known)
         };
-        let found = [soft([1, 2], [0.5, 0.3]), None, soft([2, 3], [0.6, 0.2]), None];
+        let found = [known([1, 2], [0.5, 0.3]), None, known([2, 3], [0.6, 0.2]), None];
         let (mut said, mut contexts, mut expansion) = (vec![(9, 0.1, 0)], Vec::new(), Expansion::default());
         blend_feedback(&found, &[(4, 0.5)], &model, &mut said, &mut contexts, &mut expansion);
         let cells = [

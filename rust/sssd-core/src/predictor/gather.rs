@@ -6,11 +6,11 @@ use crate::index::{Index, NONE};
 use crate::predictor::arena::{Candidate, Sample, Scratch};
 use crate::predictor::inputs::Inputs;
 use crate::sources::corpus::Corpus;
-use crate::sources::feedback::{SOFT_ORDERS, Soft};
+use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
 use crate::sources::{ALIGNED, Evidence, LOWER, LookedUp, NO_CLASS, REQUEST, SOURCES, lower, request};
 
 /// Less probable nodes are not worth a look-up of short contexts. (At every node: +0.3 % at 64 nodes, 1.7 times the time;
-/// at nodes of at least 0.02: +0.2 %, a tenth more time. A bound that follows the budget breaks the promise that trees
+/// at nodes of at least 0.02: +0.2 %, a tenth more time. A bound that follows `max_nodes` breaks the promise that trees
 /// are prefixes of larger ones.)
 const WORTH_LOWER: f32 = 0.04;
 /// Class of matches that need no shorter contexts beside them.
@@ -89,8 +89,8 @@ pub fn feedback(
     mut node: u32,
     candidates: &[Candidate],
     inputs: &Inputs,
-) -> [Option<Soft>; SOFT_ORDERS.len()] {
-    let mut found = [None; SOFT_ORDERS.len()];
+) -> [Option<Distribution>; FEEDBACK_ORDERS.len()] {
+    let mut found = [None; FEEDBACK_ORDERS.len()];
     let path = std::iter::from_fn(|| {
         // the root is the sequence's last token
         let candidate = candidates.get(node as usize).filter(|_| node != 0)?;
@@ -98,7 +98,7 @@ pub fn feedback(
         Some(candidate.token)
     });
     let before = inputs.index.tokens()[inputs.predicted..].iter().rev().copied();
-    inputs.soft.find(path.chain(before), &mut found);
+    inputs.feedback.find(path.chain(before), &mut found);
     found
 }
 

@@ -6,7 +6,7 @@ use crate::predictor::correct::Calibration;
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
-use crate::sources::feedback::{Recent, SoftTable};
+use crate::sources::feedback::{FeedbackTable, Recent};
 use crate::sources::live::LiveStore;
 use crate::sources::{LIVE, STORE};
 
@@ -19,7 +19,7 @@ pub struct Inputs<'a> {
     pub aligned: &'a Aligned,
     pub store: Option<&'a dyn Corpus>,
     pub live: &'a LiveStore,
-    pub soft: &'a SoftTable,
+    pub feedback: &'a FeedbackTable,
     pub recent: &'a Recent,
     pub model: &'a Model,
     pub calibration: &'a Calibration,
@@ -44,7 +44,7 @@ impl Inputs<'_> {
 /// What one draft may come to.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// The node budget.
+    /// The most nodes.
     pub max_nodes: usize,
     /// No node is deeper.
     pub max_depth: usize,
@@ -52,8 +52,17 @@ pub struct Limits {
     pub min_prob: f32,
 }
 
+impl Default for Limits {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 impl Limits {
-    /// A node budget alone.
+    /// What a draft may come to unless somebody says so.
+    pub const DEFAULT: Self = Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001 };
+
+    /// A number of nodes alone.
     pub fn nodes(max_nodes: usize) -> Self {
         Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }
     }
@@ -68,7 +77,7 @@ pub mod tests {
         pub index: Index,
         pub aligned: Aligned,
         live: LiveStore,
-        soft: SoftTable,
+        feedback: FeedbackTable,
         recent: Recent,
         model: Model,
         pub calibration: Calibration,
@@ -86,7 +95,7 @@ pub mod tests {
                 index,
                 aligned,
                 live: LiveStore::new(0),
-                soft: SoftTable::new(0),
+                feedback: FeedbackTable::new(0),
                 recent,
                 model,
                 calibration,
@@ -100,7 +109,7 @@ pub mod tests {
                 aligned: &self.aligned,
                 store: None,
                 live: &self.live,
-                soft: &self.soft,
+                feedback: &self.feedback,
                 recent: &self.recent,
                 model: &self.model,
                 calibration: &self.calibration,

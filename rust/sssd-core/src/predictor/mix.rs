@@ -6,7 +6,7 @@ use crate::predictor::weights::{GateCell, Model};
 use crate::sources;
 
 /// Tokens of a list (successors, feedback) become candidates from this probability of their path on. The bound must not
-/// follow the budget: a sibling that is left out is missing from the sum by which the others are scaled, so a node's
+/// follow `max_nodes`: a sibling that is left out is missing from the sum by which the others are scaled, so a node's
 /// probability would depend on how many are drafted.
 const WORTH_OFFERING: f32 = 0.0006;
 

@@ -40,7 +40,7 @@ pub struct Predictor {
     /// The newest node, until it is expanded: there may be no room for its children.
     newest: Option<u32>,
     /// What the tree and its learning are to come to: those of a draft of so many nodes.
-    budget: usize,
+    max_nodes: usize,
     /// Tokens of output before the draft.
     age: usize,
     /// The candidate that the target's output has followed so far.
@@ -70,7 +70,7 @@ impl Predictor {
         scratch.start();
         scratch.frontier.reset(max_nodes, min_prob);
         (self.newest, self.followed) = (None, None);
-        (self.budget, self.age) = (max_nodes, inputs.age);
+        (self.max_nodes, self.age) = (max_nodes, inputs.age);
         if let Some(&last) = inputs.index.tokens().last()
             && max_nodes > 0
             && max_depth > 0
@@ -95,7 +95,7 @@ impl Predictor {
         let mut tally = Tally::default();
         vote::vote(node, candidates, inputs, scratch, &mut tally);
         blend::blend(&scratch.votes, &tally, model, candidates, contexts, &mut expansion);
-        if !inputs.soft.is_empty() {
+        if !inputs.feedback.is_empty() {
             let found = gather::feedback(node, candidates, inputs);
             blend::blend_feedback(&found, &inputs.recent.tokens, model, said, contexts, &mut expansion);
         }
@@ -147,7 +147,7 @@ impl Predictor {
         if nodes >= self.tree.len() {
             return;
         }
-        self.budget = nodes;
+        self.max_nodes = nodes;
         self.tree.truncate(nodes);
         if nodes == 0 {
             self.followed = None;
@@ -211,8 +211,8 @@ impl Predictor {
     /// Learns from one token, and returns the candidate for it.
     fn follow(&self, token: Token, model: &mut Model, calibration: &mut Calibration) -> Option<u32> {
         let expanded = &self.arena.candidates[self.followed? as usize];
-        // a draft of this budget does not expand its last node; a larger one that was cut did, and must not learn more
-        if i32::from(expanded.node) >= self.budget as i32 - 1 {
+        // a draft of this size does not expand its last node; a larger one that was cut did, and must not learn more
+        if i32::from(expanded.node) >= self.max_nodes as i32 - 1 {
             return None;
         }
         let expansion = self.arena.expansions.get(expanded.expansion as usize)?;

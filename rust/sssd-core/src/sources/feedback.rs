@@ -10,7 +10,7 @@ use crate::sync::{AtomicU64, Ordering};
 use crate::{MAX_TOKEN, Token};
 
 /// Numbers of last tokens by which entries are found, shortest first.
-pub const SOFT_ORDERS: [usize; 4] = [1, 2, 3, 5];
+pub const FEEDBACK_ORDERS: [usize; 4] = [1, 2, 3, 5];
 /// Tokens kept of each distribution.
 pub const TOP_K: usize = 8;
 
@@ -72,7 +72,7 @@ impl Best {
 
 /// A distribution as read from the table, most probable token first.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Soft {
+pub struct Distribution {
     pub ids: [Token; TOP_K],
     /// Zero from the first unused place on.
     pub probs: [f32; TOP_K],
@@ -80,7 +80,7 @@ pub struct Soft {
     pub writes: u8,
 }
 
-impl Soft {
+impl Distribution {
     /// Tokens and their probabilities, without the unused places.
     pub fn tokens(&self) -> impl Iterator<Item = (Token, f32)> {
         self.ids.into_iter().zip(self.probs).take_while(|&(_, prob)| prob > 0.0)
@@ -118,13 +118,13 @@ impl Recent {
 }
 
 /// A bounded table of distributions. The memory is taken with the first entry.
-pub struct SoftTable {
+pub struct FeedbackTable {
     slots: OnceLock<Box<[AtomicU64]>>,
     buckets: usize,
     clock: AtomicU64,
 }
 
-impl SoftTable {
+impl FeedbackTable {
     /// A table of at most `bytes` bytes; 0 keeps nothing.
     pub fn new(bytes: usize) -> Self {
         let buckets = bytes / (WAYS * WORDS * size_of::<u64>());
@@ -199,8 +199,12 @@ impl SoftTable {
     }
 
     /// The distributions known for the ends of `context` (newest first), by order.
-    pub fn find(&self, context: impl Iterator<Item = Token>, out: &mut [Option<Soft>; SOFT_ORDERS.len()]) {
-        *out = [None; SOFT_ORDERS.len()];
+    pub fn find(
+        &self,
+        context: impl Iterator<Item = Token>,
+        out: &mut [Option<Distribution>; FEEDBACK_ORDERS.len()],
+    ) {
+        *out = [None; FEEDBACK_ORDERS.len()];
         let Some(slots) = self.slots.get() else { return };
         for_each_order(context, |order, key| {
             out[order] = read(&slots[self.bucket(key)..][..WAYS * WORDS], tag(order, key));
@@ -218,10 +222,10 @@ fn for_each_order(context: impl Iterator<Item = Token>, mut act: impl FnMut(usiz
     let mut hash = Hash::default();
     let (mut known, mut order) = (0, 0);
     let usual = |token: &Token| *token <= MAX_TOKEN;
-    for token in context.take(SOFT_ORDERS[SOFT_ORDERS.len() - 1]).take_while(usual) {
+    for token in context.take(FEEDBACK_ORDERS[FEEDBACK_ORDERS.len() - 1]).take_while(usual) {
         hash.add(token);
         known += 1;
-        if SOFT_ORDERS[order] == known {
+        if FEEDBACK_ORDERS[order] == known {
             act(order, hash.wide());
             order += 1;
         }
@@ -242,15 +246,15 @@ fn write(bucket: &[AtomicU64], tag: u32, words: &[u64; WORDS]) {
     }
 }
 
-fn read(bucket: &[AtomicU64], tag: u32) -> Option<Soft> {
+fn read(bucket: &[AtomicU64], tag: u32) -> Option<Distribution> {
     let entry = bucket.chunks_exact(WORDS).find(|entry| seqlock::tag(entry) == tag)?;
     let words = seqlock::read(entry).filter(|words| (words[0] >> 32) as u32 == tag)?;
-    let mut soft = Soft { writes: seqlock::writes(&words), ..Soft::default() };
+    let mut found = Distribution { writes: seqlock::writes(&words), ..Distribution::default() };
     for place in 0..TOP_K {
-        soft.ids[place] = (words[1 + place / 2] >> (32 * (place % 2))) as u32;
-        soft.probs[place] = f32::from((words[5 + place / 4] >> (16 * (place % 4))) as u16) / SCALE;
+        found.ids[place] = (words[1 + place / 2] >> (32 * (place % 2))) as u32;
+        found.probs[place] = f32::from((words[5 + place / 4] >> (16 * (place % 4))) as u16) / SCALE;
     }
-    Some(soft)
+    Some(found)
 }
 
 #[cfg(test)]
@@ -258,25 +262,25 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn find(table: &SoftTable, context: &[Token]) -> [Option<Soft>; SOFT_ORDERS.len()] {
-        let mut out = [None; SOFT_ORDERS.len()];
+    fn find(table: &FeedbackTable, context: &[Token]) -> [Option<Distribution>; FEEDBACK_ORDERS.len()] {
+        let mut out = [None; FEEDBACK_ORDERS.len()];
         table.find(context.iter().rev().copied(), &mut out);
         out
     }
 
-    fn insert(table: &SoftTable, context: &[Token], ids: &[Token], probs: &[f32]) {
+    fn insert(table: &FeedbackTable, context: &[Token], ids: &[Token], probs: &[f32]) {
         let best = TopK { k: ids.len(), ids, probs }.best(0);
         table.insert(context.iter().rev().copied(), &best);
     }
 
     #[test]
     fn the_last_distribution_wins_and_is_sorted() {
-        let table = SoftTable::new(1 << 16);
+        let table = FeedbackTable::new(1 << 16);
         insert(&table, &[1, 2, 3], &[7, 8], &[0.5, 0.25]);
         insert(&table, &[9, 2, 3], &[8, 7, 6], &[0.125, 0.75, 0.0]);
         let found = find(&table, &[1, 2, 3]);
         assert_eq!(
-            found.map(|soft| soft.map(|s| (s.ids[0], s.writes))),
+            found.map(|found| found.map(|s| (s.ids[0], s.writes))),
             [Some((7, 2)), Some((7, 2)), Some((7, 1)), None]
         );
         let newest = found[0].unwrap();
@@ -286,14 +290,14 @@ mod tests {
 
     #[test]
     fn no_memory_keeps_nothing() {
-        let table = SoftTable::new(0);
+        let table = FeedbackTable::new(0);
         insert(&table, &[1], &[7], &[0.5]);
         assert_eq!((find(&table, &[1])[0], table.memory_bytes()), (None, 0));
     }
 
     #[test]
     fn readers_never_see_halves_of_two_entries() {
-        let table = SoftTable::new(WAYS * WORDS * 8);
+        let table = FeedbackTable::new(WAYS * WORDS * 8);
         std::thread::scope(|scope| {
             for writer in 1..3u32 {
                 let table = &table;
@@ -304,10 +308,10 @@ mod tests {
                 });
             }
             for _ in 0..20_000 {
-                if let Some(soft) = find(&table, &[5])[0] {
-                    let writer = soft.ids[0];
-                    assert_eq!(soft.ids[..3], [writer, writer + 2, writer + 4]);
-                    assert!(soft.probs[..3].iter().all(|prob| (prob - writer as f32 / 16.0).abs() < 1e-4));
+                if let Some(found) = find(&table, &[5])[0] {
+                    let writer = found.ids[0];
+                    assert_eq!(found.ids[..3], [writer, writer + 2, writer + 4]);
+                    assert!(found.probs[..3].iter().all(|prob| (prob - writer as f32 / 16.0).abs() < 1e-4));
                 }
             }
         });
@@ -316,13 +320,13 @@ mod tests {
     proptest! {
         #[test]
         fn a_small_table_stays_bounded_and_finds_the_newest(contexts in prop::collection::vec(0u32..1000, 1..300)) {
-            let table = SoftTable::new(16 * WAYS * WORDS * 8);
+            let table = FeedbackTable::new(16 * WAYS * WORDS * 8);
             for &context in &contexts {
                 insert(&table, &[context], &[context + 1], &[1.0]);
             }
             prop_assert_eq!(table.memory_bytes(), 16 * WAYS * WORDS * 8);
             let last = contexts[contexts.len() - 1];
-            prop_assert_eq!(find(&table, &[last])[0].map(|soft| soft.ids[0]), Some(last + 1));
+            prop_assert_eq!(find(&table, &[last])[0].map(|found| found.ids[0]), Some(last + 1));
         }
     }
 }

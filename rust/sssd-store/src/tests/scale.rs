@@ -11,10 +11,7 @@ use crate::{BuildOptions, Builder, Datastore, Error, Load, Progress};
 
 /// A segment of 2^32 symbols whose only document with tokens stands at its end; all before are empty. The
 /// file is sparse: it takes a few pages on disk.
-#[test]
-fn a_document_beyond_position_2_to_the_31_is_found() {
-    let vocab_size = 3;
-    let document = [2u32, 0, 1, 2, 0, 1, 1];
+fn sparse_file(vocab_size: u32, document: &[u32]) -> tempfile::NamedTempFile {
     let mut entry =
         SegmentEntry { symbols: MAX_SYMBOLS, suffixes: document.len() as u64, ..Default::default() };
     entry.documents = entry.symbols - entry.suffixes;
@@ -28,7 +25,8 @@ fn a_document_beyond_position_2_to_the_31_is_found() {
     let first = MAX_SYMBOLS - document.len() as u64 - 1;
     let mut order: Vec<usize> = (0..document.len()).collect();
     order.sort_by_key(|&start| &document[start..]);
-    let buckets = [0, 2, 5, 7];
+    let mut buckets =
+        (0..=vocab_size).map(|token| document.iter().filter(|&&held| held < token).count() as u64);
 
     let mut file = tempfile::NamedTempFile::new().unwrap();
     let mut write = |at: u64, bits: u32, values: &mut dyn Iterator<Item = u64>| {
@@ -47,7 +45,7 @@ fn a_document_beyond_position_2_to_the_31_is_found() {
         entry.position_bits(),
         &mut order.iter().map(|&start| first + start as u64),
     );
-    write(entry.sections[2].start, entry.rank_bits(), &mut buckets.into_iter());
+    write(entry.sections[2].start, entry.rank_bits(), &mut buckets);
     let fence = key(bits, document[order[0] + 1..].iter().map(|&token| u64::from(token) + 1));
     file.seek(SeekFrom::Start(entry.sections[3].start)).unwrap();
     file.write_all(&fence.to_le_bytes()).unwrap();
@@ -64,7 +62,12 @@ fn a_document_beyond_position_2_to_the_31_is_found() {
     file.write_all(&tail).unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();
     file.write_all(&header).unwrap();
+    file
+}
 
+#[test]
+fn a_document_beyond_position_2_to_the_31_is_found() {
+    let file = sparse_file(3, &[2, 0, 1, 2, 0, 1, 1]);
     let store = Datastore::open(&[file.path()], Load::Mmap).unwrap();
     assert_eq!(store.count(&[0, 1]).unwrap(), 2);
     assert_eq!(store.count(&[2, 0, 1, 2]).unwrap(), 1);

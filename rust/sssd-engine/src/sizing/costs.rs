@@ -3,7 +3,6 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -62,109 +61,41 @@ impl PassCosts {
         Ok(Self { sizes, seconds, layout })
     }
 
+    /// Costs that are known to be sound.
+    pub(super) fn trusted(sizes: Vec<usize>, seconds: Vec<f64>, layout: Layout) -> Self {
+        debug_assert!(Self::new(sizes.clone(), seconds.clone(), layout).is_ok(), "{sizes:?} {seconds:?}");
+        Self { sizes, seconds, layout }
+    }
+
+    /// The sizes to choose from.
+    pub fn sizes(&self) -> &[usize] {
+        &self.sizes
+    }
+
+    /// Seconds of each size.
+    pub fn seconds(&self) -> &[f64] {
+        &self.seconds
+    }
+
+    /// Tokens per second of so many requests without drafts.
+    pub fn plain_rate(&self, requests: usize) -> f64 {
+        requests as f64 / self.seconds[0]
+    }
+
+    /// Seconds of the pass that holds so many nodes, beyond one without drafts.
+    pub(super) fn extra(&self, size: usize) -> f64 {
+        let index = self.sizes.partition_point(|&held| held < size).min(self.sizes.len() - 1);
+        self.seconds[index] - self.seconds[0]
+    }
+
+    /// Whether sizes count the nodes of each row or of the pass.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// What the drafts of a pass of the size at `index` have to bring in, in tokens.
     fn price(&self, index: usize, rate: f64) -> f64 {
         (self.seconds[index] - self.seconds[0]) * rate
-    }
-}
-
-/// What passes cost and what their time is worth: trees are as large as pays.
-///
-/// Maximises expected accepted tokens minus the rate times the seconds that they take beyond a pass without drafts.
-/// With the throughput of decoding at large as the rate, the choices of all passes together maximise that throughput
-/// (Dinkelbach's method for ratios). With at least the throughput without drafts, no pass is expected to do worse than
-/// that.
-#[derive(Clone, Debug)]
-pub struct Sizing {
-    costs: Arc<PassCosts>,
-    rate: f64,
-}
-
-impl Sizing {
-    /// `rate` is what a second is worth, in tokens; by default what so many requests decode in it without drafts.
-    pub fn new(costs: Arc<PassCosts>, rate: Option<f64>, requests: usize) -> Result<Self, CostError> {
-        let rate = rate.unwrap_or(requests as f64 / costs.seconds[0]);
-        if !(rate.is_finite() && rate >= 0.0) {
-            return Err(CostError::Rate(rate));
-        }
-        Ok(Self { costs, rate })
-    }
-
-    /// The number of nodes to verify of each tree, most probable first over all trees.
-    pub fn allocate<'a>(&self, trees: &'a mut Allocation) -> &'a [usize] {
-        trees.counts.clear();
-        match self.costs.layout {
-            Layout::Padded => self.allocate_padded(trees),
-            Layout::Packed => self.allocate_packed(trees),
-        }
-        &trees.counts
-    }
-
-    /// The number of nodes to verify of the only tree.
-    pub(crate) fn nodes(&self, probs: &[f32]) -> usize {
-        let mut trees = Allocation::default();
-        trees.push(probs);
-        self.allocate(&mut trees)[0]
-    }
-
-    fn allocate_padded(&self, trees: &mut Allocation) {
-        let PassCosts { sizes, .. } = &*self.costs;
-        let Allocation { probs, trees, counts, .. } = trees;
-        let widest = trees.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
-        let (mut gain, mut best) = (0.0, (0.0, 0));
-        for index in 1..sizes.len() {
-            let (from, to) = (sizes[index - 1], sizes[index]);
-            if from >= widest {
-                break;
-            }
-            for tree in &*trees {
-                let tree = &probs[tree.clone()];
-                let more = &tree[from.min(tree.len())..to.min(tree.len())];
-                gain += more.iter().map(|&prob| f64::from(prob)).sum::<f64>();
-            }
-            let value = gain - self.costs.price(index, self.rate);
-            if value > best.0 {
-                best = (value, to);
-            }
-        }
-        counts.extend(trees.iter().map(|tree| tree.len().min(best.1)));
-    }
-
-    fn allocate_packed(&self, trees: &mut Allocation) {
-        let PassCosts { sizes, .. } = &*self.costs;
-        let Allocation { probs, trees, candidates, order, counts } = trees;
-        let candidate = |row: usize, node: usize| {
-            let prob = *probs[trees[row].clone()].get(node)?;
-            Some(Candidate { prob, row, node })
-        };
-        let largest = sizes[sizes.len() - 1];
-        order.clear();
-        candidates.clear();
-        candidates.extend((0..trees.len()).filter_map(|row| candidate(row, 0)));
-        let (mut gain, mut best) = (0.0, (0.0, 0));
-        let mut index = 1;
-        while let Some(top) = candidates.pop() {
-            if order.len() >= largest {
-                break;
-            }
-            // even if all further nodes were as probable and free, none of them would help
-            let most = gain + f64::from(top.prob) * (largest - order.len()) as f64;
-            if most - self.costs.price(index, self.rate) <= best.0 {
-                break;
-            }
-            order.push(top.row);
-            gain += f64::from(top.prob);
-            candidates.extend(candidate(top.row, top.node + 1));
-            if order.len() == sizes[index] || candidates.is_empty() {
-                let value = gain - self.costs.price(index, self.rate);
-                if value > best.0 {
-                    best = (value, order.len());
-                }
-                index += usize::from(order.len() == sizes[index]);
-            }
-        }
-        counts.resize(trees.len(), 0);
-        order[..best.1].iter().for_each(|&row| counts[row] += 1);
     }
 }
 
@@ -192,6 +123,98 @@ impl Allocation {
         let start = self.probs.len();
         self.probs.extend_from_slice(probs);
         self.trees.push(start..self.probs.len());
+    }
+
+    /// The number of trees.
+    pub fn len(&self) -> usize {
+        self.trees.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.trees.is_empty()
+    }
+
+    /// The number of nodes that were given to each tree last.
+    pub fn counts(&self) -> &[usize] {
+        &self.counts
+    }
+
+    /// Each tree's path probabilities, and how many of its nodes were given out last.
+    pub(super) fn given(&self) -> impl Iterator<Item = (&[f32], usize)> {
+        let trees = self.trees.iter().map(|tree| &self.probs[tree.clone()]);
+        trees.zip(self.counts.iter().copied())
+    }
+
+    /// The number of nodes to verify of each tree, most probable first over all trees, where a second is worth `rate`
+    /// tokens, which is not negative.
+    pub fn allocate(&mut self, costs: &PassCosts, rate: f64) -> &[usize] {
+        self.counts.clear();
+        match costs.layout {
+            Layout::Padded => self.allocate_padded(costs, rate),
+            Layout::Packed => self.allocate_packed(costs, rate),
+        }
+        &self.counts
+    }
+
+    fn allocate_padded(&mut self, costs: &PassCosts, rate: f64) {
+        let sizes = &costs.sizes;
+        let Self { probs, trees, counts, .. } = self;
+        let widest = trees.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
+        let (mut gain, mut best) = (0.0, (0.0, 0));
+        for index in 1..sizes.len() {
+            let (from, to) = (sizes[index - 1], sizes[index]);
+            if from >= widest {
+                break;
+            }
+            for tree in &*trees {
+                let tree = &probs[tree.clone()];
+                let more = &tree[from.min(tree.len())..to.min(tree.len())];
+                gain += more.iter().map(|&prob| f64::from(prob)).sum::<f64>();
+            }
+            let value = gain - costs.price(index, rate);
+            if value > best.0 {
+                best = (value, to);
+            }
+        }
+        counts.extend(trees.iter().map(|tree| tree.len().min(best.1)));
+    }
+
+    fn allocate_packed(&mut self, costs: &PassCosts, rate: f64) {
+        let sizes = &costs.sizes;
+        let Self { probs, trees, candidates, order, counts } = self;
+        let candidate = |row: usize, node: usize| {
+            let prob = *probs[trees[row].clone()].get(node)?;
+            Some(Candidate { prob, row, node })
+        };
+        let largest = sizes[sizes.len() - 1];
+        order.clear();
+        candidates.clear();
+        candidates.extend((0..trees.len()).filter_map(|row| candidate(row, 0)));
+        let (mut gain, mut best) = (0.0, (0.0, 0));
+        let mut index = 1;
+        while let Some(top) = candidates.pop() {
+            if order.len() >= largest {
+                break;
+            }
+            // even if all further nodes were as probable and free, none of them would help
+            let most = gain + f64::from(top.prob) * (largest - order.len()) as f64;
+            if most - costs.price(index, rate) <= best.0 {
+                break;
+            }
+            order.push(top.row);
+            gain += f64::from(top.prob);
+            candidates.extend(candidate(top.row, top.node + 1));
+            if order.len() == sizes[index] || candidates.is_empty() {
+                let value = gain - costs.price(index, rate);
+                if value > best.0 {
+                    best = (value, order.len());
+                }
+                index += usize::from(order.len() == sizes[index]);
+            }
+        }
+        counts.resize(trees.len(), 0);
+        order[..best.1].iter().for_each(|&row| counts[row] += 1);
     }
 }
 
@@ -234,11 +257,10 @@ mod tests {
         let mut trees = Allocation::default();
         // what it held before is forgotten
         trees.push(&[1.0; 9]);
-        let sizing = Sizing::new(Arc::new(costs), Some(rate), 0).unwrap();
-        sizing.allocate(&mut trees);
+        trees.allocate(&costs, rate);
         trees.clear();
         probs.iter().for_each(|probs| trees.push(probs));
-        sizing.allocate(&mut trees).to_vec()
+        trees.allocate(&costs, rate).to_vec()
     }
 
     #[test]
@@ -279,11 +301,6 @@ mod tests {
         assert_eq!(new(&[0, 1], &[2.0, 1.0]), Err(CostError::Seconds(1, 1.0)));
         for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             assert!(matches!(new(&[0], &[bad]), Err(CostError::Seconds(0, _))));
-        }
-        let costs = Arc::new(new(&[0], &[1.0]).unwrap());
-        for bad in [-1.0, f64::NAN, f64::INFINITY] {
-            let sizing = Sizing::new(Arc::clone(&costs), Some(bad), 1);
-            assert!(matches!(sizing, Err(CostError::Rate(_))));
         }
     }
 }

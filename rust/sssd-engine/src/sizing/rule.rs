@@ -1,0 +1,302 @@
+//! The rule: how much to draft, and how much of it to verify, at each step.
+//!
+//! Nodes of all trees compete, the most probable first. What maximises tokens per second over many steps is to maximise,
+//! in each, *expected tokens - rate * seconds*, with the rate at which tokens come at large. The rate is learned, and at
+//! least that of decoding without drafts.
+//!
+//! When times show that the whole machine has become slower or faster, those before are forgotten and some steps without
+//! drafts are asked for, as only times of the same period can be compared.
+//!
+//! Three things keep speculation from costing more than it brings: the rate never falls below plain decoding's; measured
+//! times count only relative to one another and within bounds, kept monotone in the width; and when tokens that drafts
+//! brought, minus those that plain decoding would have made in the extra time, sink below a bound, drafting pauses,
+//! longer every time.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::clock::Clock;
+use super::costs::{Allocation, Layout, PassCosts};
+use super::curve::{CostCurve, DraftCost, context_key, context_of};
+use super::options::RuleOptions;
+
+/// Costs of more batches and contexts are not kept.
+const MOST_KEPT: usize = 256;
+
+/// Sizes the drafts of batches by a cost curve, and corrects the curve by the times of steps. One rule serves any number
+/// of requests, batches and threads.
+pub struct SizingRule {
+    curve: Arc<CostCurve>,
+    max_nodes: usize,
+    options: RuleOptions,
+    state: Mutex<State>,
+}
+
+/// What the rule remembers of a request.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// Nodes worth drafting: twice what was verified lately.
+    pub limit: usize,
+    /// Steps until the next draft.
+    pub wait: usize,
+    /// Steps to wait after the next draft that is not worth its own time.
+    pub pause: usize,
+}
+
+/// What came of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepTimes {
+    /// Requests of the step.
+    pub batch: usize,
+    /// Nodes that the pass had room for: of each row, or of all where rows are packed.
+    pub size: usize,
+    /// Mean length of the requests, tokens.
+    pub context: f64,
+    /// Time of the verify pass.
+    pub seconds: f64,
+    /// Tokens that the step produced, at least one per request.
+    pub tokens: f64,
+    /// Time of drafting.
+    pub draft_seconds: f64,
+}
+
+struct State {
+    clock: Clock,
+    /// Tokens per second at large, over those of plain decoding.
+    speedup: f64,
+    /// Somewhat below the least probability of a node that was verified lately.
+    min_prob: f64,
+    plain_due: usize,
+    since_plain: usize,
+    since_change: f64,
+    /// What drafts have brought in, less what they have cost, in tokens per request.
+    account: f64,
+    pause: usize,
+    paused: usize,
+    /// Corrected costs by batch and context key.
+    known: HashMap<(usize, i64), Arc<PassCosts>>,
+}
+
+/// What nodes were given out at, to judge by whether a draft was worth its time.
+pub struct Prices<'a> {
+    rule: &'a SizingRule,
+    rate: f64,
+    /// Seconds of the pass beyond one without drafts, for each node in it.
+    extra: f64,
+    requests: usize,
+}
+
+impl SizingRule {
+    /// By default as many nodes of a request are verified as the options say, or the widest pass that is ready has room
+    /// for.
+    pub fn new(curve: Arc<CostCurve>, max_nodes: Option<usize>, options: RuleOptions) -> Self {
+        let ready = curve.ready().last().map_or(options.most_nodes, |widest| widest - 1);
+        let max_nodes = max_nodes.unwrap_or(options.most_nodes.min(ready));
+        let state = State {
+            clock: Clock::new(),
+            speedup: 1.0,
+            min_prob: options.first_min_prob,
+            plain_due: options.plain_at_once,
+            since_plain: 0,
+            since_change: f64::INFINITY,
+            account: 0.0,
+            pause: options.shortest_pause,
+            paused: 0,
+            known: HashMap::new(),
+        };
+        Self { curve, max_nodes, options, state: Mutex::new(state) }
+    }
+
+    /// The most nodes of a request.
+    pub fn max_nodes(&self) -> usize {
+        self.max_nodes
+    }
+
+    /// Tokens per second at large, over those of plain decoding.
+    pub fn speedup(&self) -> f64 {
+        self.lock().speedup
+    }
+
+    /// Least probability of a node worth drafting.
+    pub fn min_prob(&self) -> f64 {
+        self.lock().min_prob
+    }
+
+    /// What is remembered of a new request.
+    pub fn pace(&self) -> Pace {
+        Pace { limit: self.options.first_limit.min(self.max_nodes), wait: 0, pause: 1 }
+    }
+
+    /// Begins a step: the least probability of a node worth drafting, or none if nothing is to be drafted.
+    pub fn begin_step(&self) -> Option<f32> {
+        let mut state = self.lock();
+        if state.paused > 0 {
+            state.paused -= 1;
+            return None;
+        }
+        // without the time of a plain step nobody knows what drafts cost
+        (state.plain_due == 0).then_some(state.min_prob as f32)
+    }
+
+    /// The number of nodes to draft for a request in a step in which drafts are made; 0 where it would not pay.
+    pub fn limit(&self, pace: &mut Pace) -> usize {
+        if pace.wait > 0 {
+            pace.wait -= 1;
+            return 0;
+        }
+        pace.limit.min(self.max_nodes)
+    }
+
+    /// What passes cost and the rate for the next step.
+    pub fn costs(&self, batch: usize, context: f64) -> (Arc<PassCosts>, f64) {
+        let mut state = self.lock();
+        let costs = self.known(&mut state, batch, context);
+        let rate = state.rate(&costs, batch);
+        (costs, rate)
+    }
+
+    /// Gives the nodes of all trees out, most probable first. `context` is the mean length of the requests.
+    pub fn allocate(&self, context: f64, trees: &mut Allocation) -> Prices<'_> {
+        let requests = trees.len();
+        let (costs, rate) = self.costs(requests.max(1), context);
+        trees.allocate(&costs, rate);
+        self.learn_min_prob(trees);
+        let (total, widest) = trees.given().fold((0, 0), |(total, widest), (_, count)| {
+            let count: usize = count;
+            (total + count, widest.max(count))
+        });
+        let size = if costs.layout() == Layout::Packed { total } else { widest };
+        let extra = if total > 0 { costs.extra(size) / total as f64 } else { 0.0 };
+        Prices { rule: self, rate, extra, requests }
+    }
+
+    fn learn_min_prob(&self, trees: &Allocation) {
+        let RuleOptions { min_prob_margin, min_prob_memory, least_min_prob, most_min_prob, .. } =
+            self.options;
+        let mut state = self.lock();
+        let last = trees.given().filter_map(|(probs, count)| probs.get(count.checked_sub(1)?));
+        let least = last.copied().min_by(f32::total_cmp).map_or(state.min_prob, f64::from);
+        let cut = trees.given().any(|(probs, count)| count < probs.len());
+        let target = min_prob_margin * if cut { least } else { least.min(state.min_prob) };
+        // down at once, up slowly: the next step's drafts may be poorer than this one's
+        let rise = if target < state.min_prob { 1.0 } else { min_prob_memory };
+        let moved = state.min_prob + rise * (target - state.min_prob);
+        state.min_prob = moved.max(least_min_prob).min(most_min_prob);
+    }
+
+    /// Learns from a step. Values that no step has are ignored.
+    pub fn observe(&self, step: &StepTimes) {
+        let StepTimes { batch, size, context, seconds, tokens, draft_seconds } = *step;
+        if !(seconds.is_finite() && seconds > 0.0) || batch < 1 || tokens.is_nan() || tokens < batch as f64 {
+            return;
+        }
+        let options = &self.options;
+        let mut state = self.lock();
+        let expected = self.curve.size_time(batch, size as f64, context);
+        let width = if self.curve.layout() == Layout::Packed { size.div_ceil(batch) } else { size };
+        let strangest = options.strangest.max(1.0).ln();
+        let log = (seconds.ln() - expected.ln()).clamp(-strangest, strangest);
+        let changed = state.clock.tick(width, log, options);
+        state.watch(size == 0, options);
+        if changed {
+            state.known.clear();
+        }
+        // the medians speak for the pass, not its own time: a busy machine is not the draft's fault
+        let costs = self.known(&mut state, batch, context);
+        let (plain, extra) = (costs.seconds()[0], costs.extra(size));
+        let drafted = if draft_seconds > 0.0 { draft_seconds.min(plain) } else { 0.0 };
+        let spent = plain + extra + drafted;
+        let made = tokens / batch as f64;
+        let speedup = (made * plain / spent).min(options.most_speedup);
+        state.speedup += options.rate_memory * (speedup - state.speedup);
+        if size > 0 || drafted > 0.0 {
+            // of a step without nodes only the drafting was in vain
+            let lost = if size > 0 { spent - plain } else { drafted };
+            state.settle(made - 1.0 - lost / plain, options);
+        }
+    }
+
+    /// Corrected costs, for contexts within a few percent.
+    fn known(&self, state: &mut State, batch: usize, context: f64) -> Arc<PassCosts> {
+        let key = (batch, context_key(context));
+        if let Some(known) = state.known.get(&key) {
+            return Arc::clone(known);
+        }
+        if state.known.len() >= MOST_KEPT {
+            state.known.clear();
+        }
+        let context = context_of(key.1);
+        let sizes = self.curve.sizes(batch, self.max_nodes + 1);
+        let mut seconds: Vec<f64> =
+            sizes.iter().map(|&size| self.curve.size_time(batch, size as f64, context)).collect();
+        let layout = self.curve.layout();
+        let width = |&size: &usize| if layout == Layout::Packed { size.div_ceil(batch) } else { size };
+        state.clock.correct(sizes.iter().map(width), &mut seconds);
+        let costs = Arc::new(PassCosts::trusted(sizes, seconds, layout));
+        state.known.insert(key, Arc::clone(&costs));
+        costs
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn rate(&self, costs: &PassCosts, batch: usize) -> f64 {
+        costs.plain_rate(batch) * self.speedup.max(1.0)
+    }
+
+    /// Asks for steps without drafts where their time is not known, or no longer.
+    fn watch(&mut self, plain: bool, options: &RuleOptions) {
+        self.since_plain = if plain { 0 } else { self.since_plain + 1 };
+        self.since_change += 1.0;
+        if plain {
+            self.plain_due = self.plain_due.saturating_sub(1);
+        }
+        if self.since_plain >= options.plain_every {
+            self.plain_due = 1;
+        }
+        let apart = options.changes_apart * self.speedup.max(1.0);
+        if self.since_change >= apart && self.clock.has_changed {
+            // drafts and plain steps slow down together when others use the machine, so only times of the same
+            // period can be compared
+            self.clock.forget(options);
+            (self.plain_due, self.since_change) = (options.plain_at_once, 0.0);
+        }
+    }
+
+    /// Puts on the account what a step has gained, and pauses drafting where it is overdrawn.
+    fn settle(&mut self, gained: f64, options: &RuleOptions) {
+        self.account = (self.account + gained).min(options.debt);
+        if self.account == options.debt {
+            self.pause = options.shortest_pause;
+        } else if self.account < -options.debt {
+            (self.paused, self.account) = (self.pause, 0.0);
+            self.pause = (2 * self.pause).min(options.longest_pause);
+        }
+    }
+}
+
+impl Prices<'_> {
+    /// Learns from what was given to a request of the nodes that were drafted for it.
+    pub fn judge(&self, pace: &mut Pace, probs: &[f32], given: usize) {
+        let options = &self.rule.options;
+        if given == probs.len() && given == pace.limit {
+            pace.limit = (2 * pace.limit).min(self.rule.max_nodes);
+        } else {
+            let fallen = (pace.limit as f64 * options.limit_fall) as usize;
+            pace.limit = (given + given / 4 + options.spare_nodes).max(fallen);
+        }
+        let DraftCost { request, node, threads, .. } = *self.rule.curve.draft();
+        let expected: f64 = probs[..given].iter().map(|&prob| f64::from(prob)).sum();
+        let gain = expected - self.rate * self.extra * given as f64;
+        let spent = (request + node * probs.len() as f64) / threads.min(self.requests) as f64;
+        if gain > self.rate * spent {
+            pace.pause = 1;
+        } else {
+            pace.wait = pace.pause;
+            pace.pause = (2 * pace.pause).min(options.longest_wait);
+        }
+    }
+}

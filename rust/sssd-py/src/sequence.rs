@@ -1,0 +1,320 @@
+//! `sssd.Sequence`.
+
+use std::sync::Arc;
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use sssd_core::{Limits, Model, Sequence};
+use sssd_engine::{Engine, Request};
+
+use crate::boundary::{call, memory_full, node_budget, not_negative, probability, request_error};
+use crate::errors::error;
+use crate::sizing::{PySizingRule, read_sizing};
+use crate::tokens::{history, shown, top};
+use crate::tree::PyDraftTree;
+
+/// Longer extensions release the GIL; for a few tokens that would cost more than the work.
+const DETACH_TOKENS: usize = 256;
+
+/// The key of the weights in a state dict; names what they fit.
+pub const WEIGHTS: &str = "weights.v2";
+
+pub fn state_dict<'py>(py: Python<'py>, model: &Model) -> PyResult<Bound<'py, PyDict>> {
+    let state = PyDict::new(py);
+    state.set_item(WEIGHTS, PyBytes::new(py, &model.to_bytes()))?;
+    Ok(state)
+}
+
+/// One request's tokens and their index. Made by ``Drafter.begin``; a context manager that finishes the sequence, or
+/// closes it on an exception.
+///
+/// Calls from several threads are safe and take turns.
+#[pyclass(frozen, name = "Sequence", module = "sssd")]
+pub struct PySequence {
+    pub request: Arc<Request>,
+    pub engine: Arc<Engine>,
+    pub vocab_size: Option<u32>,
+}
+
+#[pymethods]
+impl PySequence {
+    /// Appends tokens that the target model has produced. They are matched from the next draft on.
+    ///
+    /// Args:
+    ///     token_ids: any one-dimensional sequence or array of n integers.
+    ///     topk_ids: the target's k most probable tokens at each of them, integers [n, k]: row i is the distribution
+    ///         that token i came from. The eight most probable ones are kept.
+    ///     topk_probs: their probabilities, floats [n, k].
+    ///
+    /// Raises:
+    ///     InvalidTokenError: an id is not an integer; nothing is appended.
+    ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
+    ///         1; nothing is appended.
+    ///     MemoryLimitError: the sequence would not fit into the limits; nothing is appended.
+    ///     ClosedError: the sequence is closed.
+    #[pyo3(signature = (token_ids, topk_ids=None, topk_probs=None))]
+    fn extend(
+        &self,
+        token_ids: &Bound<'_, PyAny>,
+        topk_ids: Option<&Bound<'_, PyAny>>,
+        topk_probs: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let tokens = history(token_ids, self.vocab_size)?;
+        let top = top(topk_ids, topk_probs, tokens.len(), self.vocab_size)?;
+        let top = top.as_ref().map(|top| top.view());
+        let py = token_ids.py();
+        let detach = tokens.len() > DETACH_TOKENS || self.request.is_busy();
+        let done = call(py, detach, || self.engine.extend(&self.request, &tokens, top))?;
+        done.map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Appends tokens that the target model has not produced: more of the prompt, as it is prefilled in pieces, or
+    /// what a user or a tool adds later. For the prompt it makes no difference how many pieces it comes in.
+    ///
+    /// Args:
+    ///     token_ids: any one-dimensional sequence or array of integers.
+    ///
+    /// Raises:
+    ///     As ``extend``.
+    fn prefill(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tokens = history(token_ids, self.vocab_size)?;
+        let detach = tokens.len() > DETACH_TOKENS;
+        let py = token_ids.py();
+        let done = self.with(py, detach, |sequence| sequence.prefill(&tokens))?;
+        done.map_err(|full| memory_full(py, &full))
+    }
+
+    /// Takes the newest tokens back, as if they had never come: a rejected overlap step, a beam that is given up.
+    /// What the weights, the live store and the target's probabilities have learned stays learned. Takes time
+    /// proportional to the number of tokens taken back.
+    ///
+    /// Args:
+    ///     length: tokens that remain, at most as many as there are.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: there are fewer tokens.
+    ///     MemoryLimitError: tokens shared with a fork cannot be taken back within the limits; nothing changes.
+    ///     ClosedError: the sequence is closed.
+    fn truncate(&self, py: Python<'_>, length: i128) -> PyResult<()> {
+        let done = self.with(py, true, |sequence| {
+            let held = sequence.tokens().len();
+            match usize::try_from(length) {
+                Ok(length) if length <= held => sequence.truncate(length).map_err(Ok),
+                _ => Err(Err(held)),
+            }
+        })?;
+        done.map_err(|refused| match refused {
+            Ok(full) => memory_full(py, &full),
+            Err(held) => {
+                let message =
+                    format!("length must be between 0 and the sequence's {held} tokens, got {length}");
+                error(py, "InvalidArgumentError", message)
+            }
+        })
+    }
+
+    /// Another sequence with the same tokens, weights and namespace: a beam, a further sample of the same prompt. The
+    /// two share the index of what they have in common; the time is proportional to what was appended or taken
+    /// back since the last fork, and four bytes per token are copied. What came of the last draft is learned by
+    /// this sequence only.
+    ///
+    /// Raises:
+    ///     MemoryLimitError: the fork does not fit into the limits.
+    ///     ClosedError: the sequence is closed.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        let fork = call(py, true, || self.engine.fork(&self.request))?;
+        let request = fork.map_err(|failure| request_error(py, &failure))?;
+        Ok(Self { request, engine: Arc::clone(&self.engine), vocab_size: self.vocab_size })
+    }
+
+    /// Whether the prompt is indexed; see ``Drafter.begin(background=True)``.
+    ///
+    /// Raises:
+    ///     ClosedError: the sequence is closed.
+    #[getter]
+    fn ready(&self, py: Python<'_>) -> PyResult<bool> {
+        let ready = call(py, true, || self.request.with_ready(|_| ()))?;
+        ready.map(|ready| ready.is_some()).map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Compares everything the sequence holds with what it should hold. For tests; takes milliseconds per thousand
+    /// tokens.
+    ///
+    /// Raises:
+    ///     InternalError: something is wrong; the message says what.
+    ///     ClosedError: the sequence is closed.
+    fn check_integrity(&self, py: Python<'_>) -> PyResult<()> {
+        let checked = self.with(py, true, |sequence| sequence.check())?;
+        checked.map_err(|problem| error(py, "InternalError", problem))
+    }
+
+    /// Hands over the target's probabilities after every node of a verified tree, accepted or not.
+    ///
+    /// Rejected nodes count too: they are distributions of the target for real contexts. Call it before ``extend``;
+    /// ``extend`` then needs no ``topk_ids``.
+    ///
+    /// Args:
+    ///     tree: the tree of n nodes that was verified after the sequence's last token.
+    ///     topk_ids: the target's k most probable tokens, integers [n+1, k]: row 0 after the root, row i+1 after node i.
+    ///     topk_probs: their probabilities, floats [n+1, k].
+    ///
+    /// Raises:
+    ///     InvalidTokenError: an id of `topk_ids` is not an integer or outside the vocabulary; nothing is learned.
+    ///     InvalidArgumentError: shapes do not fit, or a row of probabilities is not within 0..1 and sums to at most
+    ///         1; nothing is learned.
+    ///     ClosedError: the sequence is closed.
+    fn feedback(
+        &self,
+        tree: &Bound<'_, PyDraftTree>,
+        topk_ids: &Bound<'_, PyAny>,
+        topk_probs: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let tree_ref = &tree.get().0;
+        match top(Some(topk_ids), Some(topk_probs), tree_ref.len() + 1, self.vocab_size)? {
+            Some(top) => self.with(tree.py(), false, |sequence| sequence.feedback(tree_ref, top.view())),
+            None => Ok(()),
+        }
+    }
+
+    /// Drafts continuations of the sequence.
+    ///
+    /// Args:
+    ///     max_nodes: the most nodes, 0 to 1024. The tree has fewer if fewer are worth drafting.
+    ///     min_prob: least probability of a node, 0 to 1. A ``rule`` has its own.
+    ///     max_depth: no node is deeper; the longest path that is of use.
+    ///     cost: what passes cost, ``PassCosts`` or a ``CostCurve``: then the tree is as large as pays, as
+    ///         ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
+    ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
+    ///     rule: a ``SizingRule`` in place of the two, which learns them.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
+    ///         neither, there is a ``rate`` without it, or a ``rule`` as well.
+    ///     ClosedError: the sequence is closed.
+    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None, rule=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn draft<'py>(
+        &self,
+        py: Python<'py>,
+        max_nodes: i128,
+        min_prob: f32,
+        max_depth: Option<i128>,
+        cost: Option<&Bound<'py, PyAny>>,
+        rate: Option<f64>,
+        rule: Option<&Bound<'py, PySizingRule>>,
+    ) -> PyResult<PyDraftTree> {
+        let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
+        let min_prob = probability(py, "min_prob", min_prob)?;
+        let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
+        let limits = Limits { max_nodes, max_depth, min_prob };
+        let sizing = read_sizing(py, cost, rate, rule, max_nodes)?;
+        let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
+        tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Cuts the last draft to its first ``nodes`` nodes; does nothing if it has no more. For callers who verify less
+    /// than they have drafted, to be called before ``extend``: the sequence then learns what a draft of that size
+    /// teaches, and ``Drafter.stats`` and ``Drafter.metrics`` count those nodes only.
+    ///
+    /// Args:
+    ///     nodes: the number of nodes that are verified, as in ``DraftTree.first``.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``nodes`` is negative.
+    ///     ClosedError: the sequence is closed.
+    fn cut_draft(&self, py: Python<'_>, nodes: i128) -> PyResult<()> {
+        let nodes = not_negative(py, "nodes", nodes)?;
+        self.with(py, false, |sequence| sequence.cut_draft(nodes))
+    }
+
+    /// Hands the tokens so far to the live store, for other sequences of the drafter. ``finish`` does it by itself.
+    ///
+    /// Raises:
+    ///     ClosedError: the sequence is closed.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, true, Sequence::commit)
+    }
+
+    /// Ends the request and frees the sequence. Later sequences of the drafter learn from it: its tokens go to the
+    /// live store and what the predictor has learned is merged. Finishing or closing again does nothing.
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        let done = call(py, true, || self.engine.finish(&self.request))?;
+        done.map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Frees the sequence; nothing is learned from it, as after an abort. Further calls raise ``ClosedError``; closing
+    /// again does nothing.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        call(py, true, || self.request.close())
+    }
+
+    /// Whether ``close`` has been called.
+    #[getter]
+    fn closed(&self, py: Python<'_>) -> PyResult<bool> {
+        call(py, true, || self.request.closed())
+    }
+
+    /// All tokens so far, int32 [len].
+    #[getter]
+    fn token_ids<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<i32>>> {
+        let ids: Vec<i32> =
+            self.with(py, true, |sequence| sequence.tokens().iter().map(|&token| shown(token)).collect())?;
+        Ok(PyArray1::from_vec(py, ids))
+    }
+
+    /// What the predictor has learned so far in this sequence, for ``Drafter.load_state_dict``.
+    fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let model = self.with(py, true, |sequence| sequence.model().clone())?;
+        state_dict(py, &model)
+    }
+
+    /// Bytes of memory that the sequence holds.
+    #[getter]
+    fn memory_bytes(&self, py: Python<'_>) -> PyResult<usize> {
+        self.with(py, false, |sequence| sequence.memory_bytes())
+    }
+
+    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
+        self.with(py, false, |sequence| sequence.tokens().len())
+    }
+
+    fn __enter__(this: Py<Self>) -> Py<Self> {
+        this
+    }
+
+    #[pyo3(signature = (kind, error, trace, /))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        kind: &Bound<'_, PyAny>,
+        error: &Bound<'_, PyAny>,
+        trace: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let _ = (error, trace);
+        if kind.is_none() {
+            return self.finish(py);
+        }
+        self.close(py)
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        match self.with(py, false, |sequence| sequence.tokens().len()) {
+            Ok(length) => format!("Sequence({length} tokens)"),
+            Err(_) => "Sequence(closed)".into(),
+        }
+    }
+}
+
+impl PySequence {
+    /// Runs `work` on the sequence, without the GIL if `detach` or if another thread has the sequence.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        detach: bool,
+        work: impl FnOnce(&mut Sequence) -> T + Send,
+    ) -> PyResult<T> {
+        let result = call(py, detach || self.request.is_busy(), || self.request.with(work))?;
+        result.map_err(|failure| request_error(py, &failure))
+    }
+}

@@ -1,0 +1,32 @@
+//! How far a build is, and whether it is still wanted.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Watches and cancels [`crate::Builder::finish`] from another thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    done: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// Symbols (tokens and document ends) indexed so far.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Makes the build fail with [`crate::Error::Cancelled`] at the next occasion (not while a segment is being sorted).
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn advance(&self, symbols: u64) -> io::Result<()> {
+        self.done.fetch_add(symbols, Ordering::Relaxed);
+        if self.cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
+    }
+
+    pub(crate) fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}

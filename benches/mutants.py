@@ -1,6 +1,6 @@
-"""Breaks the predictor, or the sizing of drafts, one line at a time and asks the tests whether they notice.
+"""Breaks the predictor, the sizing or the engine, one line at a time, and asks the tests whether they notice.
 
-Usage: mutants.py predictor|sizing FOLDER OUT.md
+Usage: mutants.py predictor|sizing|engine FOLDER OUT.md
 
 FOLDER is a copy of this repository that may be broken (`git worktree add --detach FOLDER`); builds are made
 there, hardly optimised. A mutant that does not apply is an error: the list follows the code.
@@ -284,25 +284,25 @@ SIZING = [
     ),
     Mutant(
         "a second is worth what one request makes of it",
-        f"{ENGINE}/src/sizing.rs",
-        "requests as f64 / costs.seconds[0]",
-        "requests.min(1) as f64 / costs.seconds[0]",
+        f"{ENGINE}/src/sizing/costs.rs",
+        "requests as f64 / self.seconds[0]",
+        "requests.min(1) as f64 / self.seconds[0]",
     ),
     Mutant(
         "padding stays empty",
-        f"{ENGINE}/src/sizing.rs",
+        f"{ENGINE}/src/sizing/costs.rs",
         "tree.len().min(best.1)",
         "tree.len().min(best.1.saturating_sub(1))",
     ),
     Mutant(
         "the price of a pass is that of the size before",
-        f"{ENGINE}/src/sizing.rs",
-        "self.seconds[index] - self.seconds[0]",
-        "self.seconds[index.saturating_sub(1)] - self.seconds[0]",
+        f"{ENGINE}/src/sizing/costs.rs",
+        "(self.seconds[index] - self.seconds[0]) * rate",
+        "(self.seconds[index.saturating_sub(1)] - self.seconds[0]) * rate",
     ),
     Mutant(
         "trees of the step before are priced too",
-        f"{ENGINE}/src/sizing.rs",
+        f"{ENGINE}/src/sizing/costs.rs",
         "        self.trees.clear();",
         "",
     ),
@@ -311,6 +311,66 @@ SIZING = [
         f"{ENGINE}/src/batch.rs",
         "allocation.clear();",
         "*allocation = Allocation::default();",
+    ),
+    Mutant(
+        "the rule forgets what it has learned of a request",
+        f"{ENGINE}/src/batch.rs",
+        "        *request.pace() = pace;\n",
+        "",
+    ),
+    Mutant(
+        "requests that were not drafted for are judged",
+        f"{ENGINE}/src/batch.rs",
+        "if plan.limits.max_nodes == 0 || slot.drafted.is_none() {",
+        "if false {",
+    ),
+    Mutant(
+        "rows of a draft that is gone teach",
+        f"{CORE}/sequence.rs",
+        "        self.drafted_at = usize::MAX;\n",
+        "",
+    ),
+    Mutant(
+        "the rule drafts before it knows plain steps",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "(state.plain_due == 0).then_some(",
+        "true.then_some(",
+    ),
+    Mutant(
+        "the rate may sink below plain decoding's",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "costs.plain_rate(batch) * self.speedup.max(1.0)",
+        "costs.plain_rate(batch) * self.speedup",
+    ),
+    Mutant(
+        "drafting that loses goes on",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "} else if self.account < -options.debt {",
+        "} else if false {",
+    ),
+    Mutant(
+        "what a draft cost is not held against it",
+        f"{ENGINE}/src/sizing/rule.rs",
+        "if gain > self.rate * spent {",
+        "if gain > 0.0 * spent {",
+    ),
+    Mutant(
+        "a change of the machine's speed goes unnoticed",
+        f"{ENGINE}/src/sizing/clock.rs",
+        "self.has_changed |= surprise.abs() > options.change;",
+        "",
+    ),
+    Mutant(
+        "corrected times may fall with the width",
+        f"{ENGINE}/src/sizing/clock.rs",
+        "*time = (above + below) / 2.0;",
+        "let _ = (above, below);",
+    ),
+    Mutant(
+        "curves end where they were measured",
+        f"{ENGINE}/src/sizing/curve.rs",
+        "low + share * (values(index + 1) - low)",
+        "low + share.min(1.0) * (values(index + 1) - low)",
     ),
     Mutant(
         "trees of a batch have no sources",
@@ -327,11 +387,192 @@ SIZING = [
 ]
 
 
+ENGINE_MUTANTS = [
+    Mutant(
+        "a new namespace begins with what the default one has learned",
+        f"{ENGINE}/src/engine.rs",
+        "Knowledge::new(Model::default(), *live_bytes, *soft_bytes)",
+        'Knowledge::new(namespaces.get("").map_or_else(Model::default, |tenant| '
+        "Model::clone(&tenant.namespace.model())), *live_bytes, *soft_bytes)",
+    ),
+    Mutant(
+        "names that differ in case are one",
+        f"{ENGINE}/src/engine.rs",
+        "if let Some(tenant) = namespaces.get_mut(name) {",
+        "if let Some((_, tenant)) = namespaces.iter_mut().find(|held| held.0.eq_ignore_ascii_case(name)) {",
+    ),
+    Mutant(
+        "time to live counts from the last begin",
+        f"{ENGINE}/src/engine.rs",
+        "                tenant.used = now;\n            }\n            name.is_empty() ||",
+        "                return true;\n            }\n            name.is_empty() ||",
+    ),
+    Mutant(
+        "what is restored comes on top of what was there",
+        f"{ENGINE}/src/engine.rs",
+        "            self.remove_namespace(&name);\n",
+        "",
+    ),
+    Mutant(
+        "nobody may interrupt a long prompt",
+        f"{ENGINE}/src/engine.rs",
+        "if piece.len() == PIECE && interrupted() {",
+        "if piece.len() > PIECE && interrupted() {",
+    ),
+    Mutant(
+        "a fork is not counted",
+        f"{ENGINE}/src/engine.rs",
+        "        Metrics::count(&self.metrics.begun, 1);\n        Ok(Arc::new(Request::new(fork)))",
+        "        Ok(Arc::new(Request::new(fork)))",
+    ),
+    Mutant(
+        "a panic is not counted",
+        f"{ENGINE}/src/engine.rs",
+        "        if let Err(RequestError::Failed(_)) = &done {",
+        "        if let Err(RequestError::Closed) = &done {",
+    ),
+    Mutant(
+        "a request that is there twice is served twice",
+        f"{ENGINE}/src/request.rs",
+        "self.batch.swap(batch, Ordering::Relaxed) != batch",
+        "self.batch.swap(batch, Ordering::Relaxed) <= batch",
+    ),
+    Mutant(
+        "a prompt in the background comes backwards",
+        f"{ENGINE}/src/request.rs",
+        "            self.backlog[rest..].reverse();\n",
+        "",
+    ),
+    Mutant(
+        "a prompt that is indexed stays charged",
+        f"{ENGINE}/src/request.rs",
+        "            self.reservation = None;\n",
+        "",
+    ),
+    Mutant(
+        "a prompt that does not fit leaves its request half indexed",
+        f"{ENGINE}/src/request.rs",
+        "Err(full @ RequestError::Memory(_)) if indexing =>",
+        "Err(full @ RequestError::Memory(_)) if indexing && full.to_string().is_empty() =>",
+    ),
+    Mutant(
+        "a request that panicked goes on",
+        f"{ENGINE}/src/request.rs",
+        "Err(failure @ RequestError::Failed(_)) => Self::end(&mut state, failure.clone()),",
+        "Err(RequestError::Failed(_)) => {}",
+    ),
+    Mutant(
+        "a shared budget is one node larger",
+        f"{ENGINE}/src/batch.rs",
+        "            keys.truncate(left);",
+        "            keys.truncate(left + 1);",
+    ),
+    Mutant(
+        "trees that could grow are left as they are",
+        f"{ENGINE}/src/batch.rs",
+        "if stopped && slot.nodes == slot.tree.len() && slot.nodes > 0 {",
+        "if stopped && slot.nodes > slot.tree.len() {",
+    ),
+    Mutant(
+        "what went wrong in a step is said of the next one too",
+        f"{ENGINE}/src/batch.rs",
+        "(slot.failure, slot.outcome, slot.nodes, slot.drafted) = (None, None, 0, None);",
+        "(slot.outcome, slot.nodes, slot.drafted) = (None, 0, None);",
+    ),
+    Mutant(
+        "values are counted one power of two too high",
+        f"{ENGINE}/src/metrics.rs",
+        "(u64::BITS - value.leading_zeros()) as usize)",
+        "(u64::BITS - value.leading_zeros()) as usize + 1)",
+    ),
+    Mutant(
+        "how often documents were of use is not saved",
+        f"{ENGINE}/src/state.rs",
+        "out.number((*used).into());",
+        "out.number(u64::from(*used) & 0);",
+    ),
+    Mutant(
+        "two fields of the saved state are swapped",
+        f"{ENGINE}/src/state.rs",
+        "        out.number(self.live_bytes);\n        out.number(self.soft_bytes);",
+        "        out.number(self.soft_bytes);\n        out.number(self.live_bytes);",
+    ),
+    Mutant(
+        "a state is not written out before it takes the old one's place",
+        f"{ENGINE}/src/state.rs",
+        "            file.as_file().sync_all()?;\n",
+        "",
+    ),
+    Mutant(
+        "a state is written over the old one",
+        f"{ENGINE}/src/state.rs",
+        "            file.persist(folder.join(FILE)).map_err(|failure| failure.error)?;",
+        "            std::fs::copy(file.path(), folder.join(FILE))?;",
+    ),
+    Mutant(
+        "the checksum of a state is not compared",
+        f"{ENGINE}/src/state.rs",
+        "if xxh3_64(sealed).to_le_bytes() != *sum {",
+        "if sum.is_empty() {",
+    ),
+    Mutant(
+        "nothing is kept for requests that run",
+        f"{CORE}/memory.rs",
+        "if entering { self.limit - self.limit / KEPT }",
+        "if entering { self.limit - self.limit / usize::MAX }",
+    ),
+    Mutant(
+        "bytes that are handed over are held twice",
+        f"{CORE}/memory.rs",
+        "        self.bytes -= bytes;\n        Self {",
+        "        Self {",
+    ),
+    Mutant(
+        "uses of documents are not restored",
+        f"{CORE}/sources/live.rs",
+        "*document.used.get_mut() = *used;",
+        "*document.used.get_mut() = *used & 0;",
+    ),
+    Mutant(
+        "a tree that is cut keeps its sources",
+        f"{CORE}/tree.rs",
+        "        self.probs.truncate(nodes);\n        self.sources.truncate(nodes);",
+        "        self.probs.truncate(nodes);",
+    ),
+    Mutant(
+        "one node too deep is drafted at the end of a request",
+        f"{CORE}/sequence.rs",
+        "self.predicted + 1);",
+        "self.predicted);",
+    ),
+    Mutant(
+        "what an output copies is not taken back with its tokens",
+        f"{CORE}/sequence.rs",
+        "                self.aligned = aligned;",
+        "                drop(aligned);",
+    ),
+    Mutant(
+        "a fork holds no memory of its own",
+        f"{CORE}/sequence.rs",
+        "        fork.reserve()?;\n",
+        "        fork.reservation.try_resize(0)?;\n",
+    ),
+    Mutant(
+        "a draft keeps the GIL while it waits",
+        "rust/sssd-py/src/sequence.rs",
+        "let tree = call(py, true, || self.engine.draft(",
+        "let tree = call(py, false, || self.engine.draft(",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Part:
     mutants: list[Mutant]
     rust: tuple[str, ...]
     tests: tuple[str, ...]
+    both: bool = True
+    """Whether the tests in Python are asked even when those in Rust have noticed."""
 
 
 PARTS = {
@@ -346,7 +587,17 @@ PARTS = {
             *("--no-fail-fast", "-p", "sssd-core", "-p", "sssd-engine", "--lib"),
             *("--test", "batches", "--test", "allocation"),
         ),
-        ("tests/test_cost.py", "tests/serving/test_batch.py"),
+        ("tests/test_cost.py", "tests/test_rule.py", "tests/test_hardware.py", "tests/serving/test_batch.py"),
+        both=False,
+    ),
+    "engine": Part(
+        ENGINE_MUTANTS,
+        (
+            *("--no-fail-fast", "-p", "sssd-core", "-p", "sssd-engine", "--lib"),
+            *("--test", "batches", "--test", "engine"),
+        ),
+        ("tests/serving/test_state.py", "tests/test_threads.py"),
+        both=False,
     ),
 }
 
@@ -371,6 +622,9 @@ def killers(folder: Path, part: Part) -> list[str]:
     """The tests in Rust that fail, and the first one in Python that does."""
     rust = run(folder, "cargo", "test", "--locked", *part.rust)
     found = set(re.findall(r"^test (\S+) \.\.\. FAILED$", rust.stdout, re.MULTILINE))
+    if found and not part.both:
+        return sorted(found)
+    build(folder)
     command = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *part.tests)
     tests = run(folder, *command, PYTHONPATH=str(folder / "python"))
     failed = re.findall(r"^FAILED \S+?::([^\s\[]+)", tests.stdout, re.MULTILINE)
@@ -381,7 +635,6 @@ def killers(folder: Path, part: Part) -> list[str]:
 
 def main(name: str, folder: Path, out: Path) -> None:
     part = PARTS[name]
-    build(folder)
     if broken := killers(folder, part):
         raise SystemExit(f"tests fail without any mutant: {broken}")
     rows = []
@@ -392,7 +645,6 @@ def main(name: str, folder: Path, out: Path) -> None:
             raise SystemExit(f"{mutant.file} has this {whole.count(mutant.line)} times: {mutant.line}")
         try:
             path.write_text(whole.replace(mutant.line, mutant.instead))
-            build(folder)
             found = killers(folder, part)
         finally:
             path.write_text(whole)

@@ -62,9 +62,9 @@ class OneByOne:
     count=st.integers(1, 5),
     per_node=st.sampled_from([1e-4, 0.02, 0.2, 5.0]),
     packed=st.booleans(),
-    soft=st.booleans(),
+    feeds=st.booleans(),
 )
-def test_a_step_is_what_single_calls_are(seed, count, per_node, packed, soft):
+def test_a_step_is_what_single_calls_are(seed, count, per_node, packed, feeds):
     """Trees, what is learned, what is counted and what the rule makes of it."""
     rng = np.random.default_rng(seed)
     known = curve(per_node, packed)
@@ -78,7 +78,7 @@ def test_a_step_is_what_single_calls_are(seed, count, per_node, packed, soft):
     widest = 0
     for _ in range(40):
         shape = count, 1 + widest + int(rng.integers(3)), 4
-        feedback = (rng.integers(0, 64, shape), probabilities(rng, shape)) if soft else None
+        feedback = (rng.integers(0, 64, shape), probabilities(rng, shape)) if feeds else None
         given_back = {} if feedback is None else dict(zip(KEYS, feedback, strict=True))
         flat = [token for tokens in produced for token in tokens]
         offsets = np.cumsum([0, *map(len, produced)])

@@ -63,6 +63,35 @@ def test_begin_lets_other_threads_run():
     assert after > before
 
 
+def test_a_draft_that_waits_lets_other_threads_run():
+    """It waits for a prompt that another thread is indexing."""
+    sequence, counted, done = Drafter().begin([1, 2, 1]), [0], threading.Event()
+
+    def count():
+        while not done.wait(1e-4):
+            counted[0] += 1
+
+    tokens = np.random.default_rng(0).integers(0, 50_000, 2_000_000)
+    prefill = threading.Thread(target=sequence.prefill, args=(tokens,))
+    counter = threading.Thread(target=count)
+    interval = sys.getswitchinterval()
+    counter.start()
+    try:
+        prefill.start()
+        time.sleep(0.1)
+        # from here on a thread runs only when this one gives the lock away
+        sys.setswitchinterval(1000)
+        before = counted[0]
+        sequence.draft()
+        after = counted[0]
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        counter.join()
+        prefill.join()
+    assert after > before + 10
+
+
 def test_threads_take_turns_on_one_sequence():
     ids = [1, 2, 3, 1, 2, 4, 1, 2]
     sequence, barrier = Drafter().begin(ids), threading.Barrier(THREADS)

@@ -130,6 +130,14 @@ class Model:
         """Tokens of this namespace's kind."""
         return [token if token == END else self.first + token for token in tokens]
 
+    def append(self, tokens, probable):
+        """Appends tokens, at each of which the target held some others probable."""
+        for token, likely in zip(tokens, probable, strict=True):
+            if self.tokens:
+                self.namespace.follows[self.tokens[-1]].update(likely)
+            self.namespace.probable.update(likely)
+            self.tokens.append(token)
+
     def check(self, stored, tree, max_nodes, max_depth=None):
         """Whether the tree holds only what the sequence may know, and the datastore, ``stored``."""
         check_form(tree, max_nodes)
@@ -441,11 +449,7 @@ class Serving(RuleBasedStateMachine):
         assert batch is None or limits["total_nodes"] is None or batch.offsets[-1] <= total
         for at, ((_, model), added, row) in enumerate(zip(rows, tokens, probable, strict=True)):
             if at not in failures:
-                for token, likely in zip(added, row, strict=True):
-                    if model.tokens:
-                        model.namespace.follows[model.tokens[-1]].update(likely)
-                    model.namespace.probable.update(likely)
-                    model.tokens.append(token)
+                model.append(added, row)
         for at, ((name, model), budget, tree) in enumerate(zip(rows, budgets, trees, strict=True)):
             if at in failures:
                 assert type(failures[at]) is MemoryLimitError
@@ -454,11 +458,10 @@ class Serving(RuleBasedStateMachine):
             elif tree is not None:
                 model.check(self.stored, tree, budget)
                 model.tree = tree
-        if twins:
-            if self.drafter.memory["refused"] == refused:
-                self.single(rows, tokens, limits, trees, twins, chance, refused)
-            for twin in twins:
-                twin.close()
+        if twins and self.drafter.memory["refused"] == refused:
+            self.single(rows, tokens, limits, trees, twins, chance, refused)
+        for twin in twins:
+            twin.close()
 
     def single(self, rows, tokens, limits, trees, twins, chance, refused):
         """Single calls give the trees of the batch as far as they go, and learn the same from them."""

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +159,24 @@ print(drafter.begin([1, 2], namespace="ä").draft(64).probs.tolist())
         Drafter.load(tmp_path / "new", vocab_size=200)
     with pytest.raises(MemoryLimitError):
         Drafter.load(tmp_path / "new", max_bytes=1 << 20)
+
+
+def test_saving_syncs_the_file_before_the_rename_and_the_folder_after(tmp_path):
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("needs strace")
+    trace, folder = tmp_path / "trace", tmp_path / "state"
+    command = [strace, "-f", "-y", "-o", str(trace), "-e", "trace=fsync,fdatasync,rename,renameat,renameat2"]
+    code = f"from sssd import Drafter; Drafter().save({str(folder)!r})"
+    subprocess.run([*command, sys.executable, "-c", code], check=True, capture_output=True)
+    calls = [
+        (name, arguments)
+        for name, arguments in re.findall(r"(fsync|rename)\w*\((.*)", trace.read_text())
+        if str(folder) in arguments
+    ]
+    assert [name for name, _ in calls] == ["fsync", "rename", "fsync"]
+    assert ".tmp>" in calls[0][1]
+    assert f"<{folder}>" in calls[2][1]
 
 
 def test_damaged_states_are_refused(tmp_path):

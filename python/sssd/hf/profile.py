@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from sssd._core import DraftBatch, DraftTree, SizingRule
@@ -26,6 +27,8 @@ from sssd.hf.passes import STATIC_DEVICES, Passes
 from sssd.hf.static import WIDTHS
 
 BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
+
+_Axis = Sequence[int] | None
 
 _logger = logging.getLogger(__name__)
 _rules: "WeakKeyDictionary[Any, dict[tuple[Any, ...], SizingRule]]" = WeakKeyDictionary()
@@ -68,8 +71,41 @@ def profile(
             model or the memory, or ``repeats`` is not positive.
     """
     check_model(model)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     asked = {"batches": batches, "tokens": widths, "contexts": contexts}
+    axes = _axes(model, batches, widths, contexts)
+    if repeats < 1:
+        raise InvalidArgumentError(f"repeats must be at least 1, got {repeats}")
+    path = cache_file(model, fast_path)
+    if not refresh:
+        known = load_cached(path)
+        if known is not None and all(
+            axis is None or np.array_equal(axis, getattr(known, name)) for name, axis in asked.items()
+        ):
+            return known
+    _check_memory(model, *(axis[-1] for axis in axes))
+    curve = CostCurve.fit(
+        *axes,
+        _measure(model, *axes, repeats, fast_path, progress),
+        ready=_ready(model, axes[1]),
+        draft=_DRAFT,
+        device=_device_name(model),
+        model=Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=_attention(model, fast_path),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    curve.save(temporary)
+    temporary.replace(path)
+    _rules.pop(model, None)
+    return curve
+
+
+def _axes(
+    model: Any, batches: _Axis, widths: _Axis, contexts: _Axis
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """The batches, widths and contexts to measure, checked."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     batches = BATCHES if batches is None else tuple(batches)
     widths = WIDTHS if widths is None else tuple(widths)
     if contexts is None:
@@ -84,16 +120,19 @@ def profile(
             f"contexts must leave room for {widths[-1]} more tokens below the model's {limit} positions, "
             f"got {contexts[-1]}"
         )
-    if repeats < 1:
-        raise InvalidArgumentError(f"repeats must be at least 1, got {repeats}")
-    path = cache_file(model, fast_path)
-    if not refresh:
-        known = load_cached(path)
-        if known is not None and all(
-            axis is None or np.array_equal(axis, getattr(known, name)) for name, axis in asked.items()
-        ):
-            return known
-    _check_memory(model, batches[-1], widths[-1], contexts[-1])
+    return batches, widths, contexts
+
+
+def _measure(
+    model: Any,
+    batches: Sequence[int],
+    widths: Sequence[int],
+    contexts: Sequence[int],
+    repeats: int,
+    fast_path: bool,
+    progress: Callable[[int, int], object],
+) -> NDArray[np.float64]:
+    """Median seconds of a pass, float64 [batches, widths, contexts]."""
     seconds = np.empty((len(batches), len(widths), len(contexts)))
     total, done = seconds.size * (repeats + 1), 0
     progress(0, total)
@@ -110,24 +149,7 @@ def profile(
                             done += 1
                             progress(done, total)
                 seconds[i, :, k] = np.median(times[1:], axis=0)
-    curve = CostCurve.fit(
-        batches,
-        widths,
-        contexts,
-        seconds,
-        ready=_ready(model, widths),
-        draft=_DRAFT,
-        device=_device_name(model),
-        model=Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name,
-        dtype=str(model.dtype).removeprefix("torch."),
-        attention=_attention(model, fast_path),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    curve.save(temporary)
-    temporary.replace(path)
-    _rules.pop(model, None)
-    return curve
+    return seconds
 
 
 _DRAFT = DraftCost(step=20e-6, request=10e-6, node=0.6e-6)

@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use sssd_core::{
-    Corpus, DraftTree, Knowledge, Limits, MemoryFull, MemoryPool, Model, Namespace, Reservation, Sequence,
-    Token, TopK,
+    Corpus, DraftTree, Knowledge, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation,
+    Sequence, Token, TopK,
 };
 
 use crate::batch::Step;
 use crate::metrics::Metrics;
 use crate::request::{Request, RequestError};
 use crate::sizing::{Allocation, Sizing};
-use crate::state::NamespaceState;
+use crate::state::{NamespaceState, State};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::thread_pool::ThreadPool;
 
@@ -24,6 +24,8 @@ const PIECE: usize = 1 << 16;
 
 /// What an engine is made with.
 pub struct Options {
+    /// Number of token ids, if known. Others are refused before they come here.
+    pub vocab_size: Option<u32>,
     /// Nothing is drafted after these.
     pub end_tokens: Vec<Token>,
     /// A corpus that all namespaces see.
@@ -46,6 +48,7 @@ impl Default for Options {
     /// One thread, nothing learned from others, no limits.
     fn default() -> Self {
         Self {
+            vocab_size: None,
             end_tokens: Vec::new(),
             store: None,
             live_bytes: 0,
@@ -152,8 +155,8 @@ impl Engine {
         namespaces.get(name).map(|tenant| Arc::clone(&tenant.namespace))
     }
 
-    /// What all namespaces have learned.
-    pub fn state(&self) -> Vec<NamespaceState> {
+    /// What all namespaces have learned, to be saved.
+    pub fn state(&self) -> State {
         let namespaces = lock(&self.namespaces);
         let held: Vec<_> =
             namespaces.iter().map(|(name, tenant)| (name.clone(), Arc::clone(&tenant.namespace))).collect();
@@ -164,16 +167,26 @@ impl Engine {
             documents: namespace.documents(),
             feedback: namespace.feedback_entries(),
         };
-        held.into_iter().map(state).collect()
+        State {
+            vocab_size: self.options.vocab_size.unwrap_or(0).into(),
+            end_tokens: self.options.end_tokens.clone(),
+            live_bytes: self.options.live_bytes as u64,
+            soft_bytes: self.options.soft_bytes as u64,
+            namespaces: held.into_iter().map(state).collect(),
+        }
     }
 
-    /// Makes a namespace with what one has learned, in place of what it knew; ids are below `limit`. False if the
-    /// weights are not those of this release.
-    pub fn restore(&self, state: &NamespaceState, limit: Token) -> Result<bool, MemoryFull> {
-        let Ok(model) = Model::from_bytes(&state.weights) else { return Ok(false) };
-        self.remove_namespace(&state.name);
-        let namespace = self.namespace(&state.name)?;
-        namespace.restore(model, &state.documents, &state.feedback, limit);
+    /// Makes the namespaces of a state, in place of those of their names. False if weights are not those of this
+    /// release. The target's probabilities are left out where there is other room for them.
+    pub fn restore(&self, state: State) -> Result<bool, MemoryFull> {
+        let limit = self.options.vocab_size.unwrap_or(MAX_TOKEN + 1);
+        let same_room = self.options.soft_bytes as u64 == state.soft_bytes;
+        for NamespaceState { name, weights, documents, feedback } in state.namespaces {
+            let Ok(model) = Model::from_bytes(&weights) else { return Ok(false) };
+            self.remove_namespace(&name);
+            let feedback = if same_room { &feedback[..] } else { &[] };
+            self.namespace(&name)?.restore(model, &documents, feedback, limit);
+        }
         Ok(true)
     }
 

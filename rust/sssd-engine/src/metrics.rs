@@ -82,3 +82,19 @@ impl Metrics {
         histogram.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_counted_by_powers_of_two() {
+        let histogram = Histogram::default();
+        for value in [0, 1, 2, 3, 4, u64::MAX >> 1] {
+            histogram.add(value);
+        }
+        let (counts, sum) = histogram.read();
+        assert_eq!((&counts[..4], counts[Histogram::BUCKETS - 1]), (&[1, 1, 2, 1][..], 1));
+        assert_eq!(sum, 10 + (u64::MAX >> 1));
+    }
+}

@@ -273,6 +273,24 @@ mod tests {
     }
 
     #[test]
+    fn another_layout_is_another_version() {
+        // of bytes that some release has written; a change needs a new VERSION, and then a new sum
+        assert_eq!((VERSION, xxh3_64(&state().to_bytes())), (1, 5_718_229_632_276_512_962));
+    }
+
+    #[test]
+    fn the_old_file_is_replaced_and_never_written_to() {
+        let folder = tempfile::tempdir().unwrap();
+        State::default().save(folder.path()).unwrap();
+        let (file, old) = (folder.path().join(FILE), folder.path().join("old"));
+        let before = std::fs::read(&file).unwrap();
+        std::fs::hard_link(&file, &old).unwrap();
+        state().save(folder.path()).unwrap();
+        assert_eq!(std::fs::read(&old).unwrap(), before);
+        assert_ne!(std::fs::read(&file).unwrap(), before);
+    }
+
+    #[test]
     fn every_changed_byte_and_every_cut_is_noticed() {
         let bytes = state().to_bytes();
         for at in 0..bytes.len() {

@@ -31,6 +31,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+#[allow(clippy::unwrap_used)]
 /// A rule that has seen what steps without drafts take.
 fn rule() -> SizingRule {
     let axes = [vec![1.0, 16.0], vec![1.0, 512.0], vec![0.0]];

@@ -556,7 +556,7 @@ impl PyDrafter {
     fn read_tokens(&self, produced: &Produced<'_, '_>, work: &mut Work) -> PyResult<()> {
         let py = produced.token_ids.py();
         work.extend = true;
-        history_into(produced.token_ids, self.vocab_size, &mut work.tokens)?;
+        history_into(produced.token_ids, self.engine.options().vocab_size, &mut work.tokens)?;
         let (n, m) = (work.requests.len(), work.tokens.len());
         let offsets = &mut work.offsets;
         let mut sound = true;
@@ -569,10 +569,11 @@ impl PyDrafter {
             let message = format!("offsets must be {} numbers that rise from 0 to the {m} tokens", n + 1);
             return Err(error(py, "InvalidArgumentError", message));
         }
-        if let Some(top) = top(produced.topk_ids, produced.topk_probs, m, self.vocab_size)? {
+        if let Some(top) = top(produced.topk_ids, produced.topk_probs, m, self.engine.options().vocab_size)? {
             (work.k, work.top_ids, work.top_probs) = top.into_parts();
         }
-        let feedback = blocks(produced.feedback_ids, produced.feedback_probs, n, self.vocab_size)?;
+        let feedback =
+            blocks(produced.feedback_ids, produced.feedback_probs, n, self.engine.options().vocab_size)?;
         if let Some((rows, feedback)) = feedback {
             work.feedback_rows = rows;
             (work.feedback_k, work.feedback_ids, work.feedback_probs) = feedback.into_parts();

@@ -49,7 +49,6 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 #[pyclass(frozen, name = "Drafter", module = "sssd")]
 pub struct PyDrafter {
     pub engine: Arc<Engine>,
-    pub vocab_size: Option<u32>,
 }
 
 #[pymethods]
@@ -106,6 +105,7 @@ impl PyDrafter {
             }
         };
         let options = Options {
+            vocab_size,
             end_tokens,
             store,
             live_bytes: bytes("live_bytes", live_bytes)?,
@@ -117,7 +117,7 @@ impl PyDrafter {
         };
         let engine = Engine::new(options).map_err(|full| memory_full(py, &full))?;
         watch_forks(py)?;
-        Ok(Self { engine: Arc::new(engine), vocab_size })
+        Ok(Self { engine: Arc::new(engine) })
     }
 
     /// Starts a sequence (a request).
@@ -148,8 +148,9 @@ impl PyDrafter {
         background: bool,
     ) -> PyResult<PySequence> {
         let py = prompt_ids.py();
-        let prompt = history(prompt_ids, self.vocab_size)?;
-        let prediction = prediction.map_or(Ok(Vec::new()), |ids| history(ids, self.vocab_size))?;
+        let prompt = history(prompt_ids, self.engine.options().vocab_size)?;
+        let prediction =
+            prediction.map_or(Ok(Vec::new()), |ids| history(ids, self.engine.options().vocab_size))?;
         let max_length = max_length.map(|length| not_negative(py, "max_length", length)).transpose()?;
         let engine = &self.engine;
         let request = if background {
@@ -259,7 +260,7 @@ impl PyDrafter {
     /// Number of token ids, or None if not given.
     #[getter]
     fn vocab_size(&self) -> Option<u32> {
-        self.vocab_size
+        self.engine.options().vocab_size
     }
 
     /// Tokens that end a sequence, int32 [n].
@@ -269,7 +270,7 @@ impl PyDrafter {
     }
 
     fn __repr__(&self) -> String {
-        match self.vocab_size {
+        match self.engine.options().vocab_size {
             Some(size) => format!("Drafter(vocab_size={size})"),
             None => "Drafter()".into(),
         }
@@ -282,7 +283,7 @@ impl PyDrafter {
     }
 
     fn sequence(&self, request: Arc<Request>) -> PySequence {
-        PySequence { request, engine: Arc::clone(&self.engine), vocab_size: self.vocab_size }
+        PySequence { request, engine: Arc::clone(&self.engine) }
     }
 }
 
@@ -320,6 +321,6 @@ impl PySequence {
     /// The drafter that it belongs to.
     #[getter]
     fn drafter(&self) -> PyDrafter {
-        PyDrafter { engine: Arc::clone(&self.engine), vocab_size: self.vocab_size }
+        PyDrafter { engine: Arc::clone(&self.engine) }
     }
 }

@@ -34,7 +34,6 @@ pub fn state_dict<'py>(py: Python<'py>, model: &Model) -> PyResult<Bound<'py, Py
 pub struct PySequence {
     pub request: Arc<Request>,
     pub engine: Arc<Engine>,
-    pub vocab_size: Option<u32>,
 }
 
 #[pymethods]
@@ -60,8 +59,8 @@ impl PySequence {
         topk_ids: Option<&Bound<'_, PyAny>>,
         topk_probs: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let tokens = history(token_ids, self.vocab_size)?;
-        let top = top(topk_ids, topk_probs, tokens.len(), self.vocab_size)?;
+        let tokens = history(token_ids, self.engine.options().vocab_size)?;
+        let top = top(topk_ids, topk_probs, tokens.len(), self.engine.options().vocab_size)?;
         let top = top.as_ref().map(|top| top.view());
         let py = token_ids.py();
         let detach = tokens.len() > DETACH_TOKENS || self.request.is_busy();
@@ -78,7 +77,7 @@ impl PySequence {
     /// Raises:
     ///     As ``extend``.
     fn prefill(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tokens = history(token_ids, self.vocab_size)?;
+        let tokens = history(token_ids, self.engine.options().vocab_size)?;
         let detach = tokens.len() > DETACH_TOKENS;
         let py = token_ids.py();
         let done = self.with(py, detach, |sequence| sequence.prefill(&tokens))?;
@@ -125,7 +124,7 @@ impl PySequence {
     fn fork(&self, py: Python<'_>) -> PyResult<Self> {
         let fork = call(py, true, || self.engine.fork(&self.request))?;
         let request = fork.map_err(|failure| request_error(py, &failure))?;
-        Ok(Self { request, engine: Arc::clone(&self.engine), vocab_size: self.vocab_size })
+        Ok(Self { request, engine: Arc::clone(&self.engine) })
     }
 
     /// Whether the prompt is indexed; see ``Drafter.begin(background=True)``.
@@ -171,7 +170,7 @@ impl PySequence {
         topk_probs: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let tree_ref = &tree.get().0;
-        match top(Some(topk_ids), Some(topk_probs), tree_ref.len() + 1, self.vocab_size)? {
+        match top(Some(topk_ids), Some(topk_probs), tree_ref.len() + 1, self.engine.options().vocab_size)? {
             Some(top) => self.with(tree.py(), false, |sequence| sequence.feedback(tree_ref, top.view())),
             None => Ok(()),
         }

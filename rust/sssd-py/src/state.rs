@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use sssd_core::MAX_TOKEN;
 use sssd_engine::{Histogram, State, StateError};
 
 use crate::boundary::{call, memory_full};
@@ -93,15 +92,7 @@ impl PyDrafter {
     /// Raises:
     ///     OSError: the folder cannot be written.
     fn save(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
-        let options = self.engine.options();
-        let namespaces = call(py, true, || self.engine.state())?;
-        let state = State {
-            vocab_size: self.vocab_size.unwrap_or(0).into(),
-            end_tokens: options.end_tokens.clone(),
-            live_bytes: options.live_bytes as u64,
-            soft_bytes: options.soft_bytes as u64,
-            namespaces,
-        };
+        let state = call(py, true, || self.engine.state())?;
         py.detach(|| state.save(&folder)).map_err(|failure| state_error(py, &failure))
     }
 
@@ -148,17 +139,11 @@ impl PyDrafter {
             }
         }
         let drafter = py.get_type::<Self>().call((), Some(&options))?.cast_into::<Self>()?;
-        let (engine, limit) = (&drafter.get().engine, drafter.get().vocab_size.unwrap_or(MAX_TOKEN + 1));
-        let same_feedback = engine.options().soft_bytes as u64 == state.soft_bytes;
-        for mut namespace in state.namespaces {
-            if !same_feedback {
-                namespace.feedback.clear();
-            }
-            let restored = call(py, true, || engine.restore(&namespace, limit))?;
-            if !restored.map_err(|full| memory_full(py, &full))? {
-                let message = format!("{}: the weights are not those of this release", folder.display());
-                return Err(error(py, "StateVersionError", message));
-            }
+        let engine = &drafter.get().engine;
+        let restored = call(py, true, || engine.restore(state))?;
+        if !restored.map_err(|full| memory_full(py, &full))? {
+            let message = format!("{}: the weights are not those of this release", folder.display());
+            return Err(error(py, "StateVersionError", message));
         }
         Ok(drafter)
     }

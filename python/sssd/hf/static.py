@@ -221,15 +221,10 @@ class StaticCache(TreeCache):
         self.moved = False
 
     def select(self, rows: list[int]) -> None:
-        """Keeps only the given rows, which are in ascending order, at the front of the fixed buffers."""
-        self.lengths = [self.lengths[row] for row in rows]
+        """As in :class:`TreeCache`: at the front of the fixed buffers."""
+        super().select(rows)
         if self.padding is not None:
-            self.padding = self.padding[rows]
             self.fixed.set_padding(self.padding)
-        for states in self.stack:
-            # one by one: the copy in between is as small as a layer's
-            states[: len(rows)] = states[rows]
-        self.restack(self.stack[:, : len(rows)])
 
 
 class Recorder:

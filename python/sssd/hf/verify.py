@@ -149,12 +149,16 @@ class TreeCache(Cache):  # type: ignore[misc]
                 buffer[rows, :, to] = buffer[rows, :, origin]
 
     def select(self, rows: list[int]) -> None:
-        """Keeps only the given rows of the batch."""
+        """Keeps only the given rows of the batch, in ascending order."""
         self.lengths = [self.lengths[row] for row in rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
         if self.stack is not None:
-            self.restack(self.stack[:, rows])
+            # in place, without a copy of the whole in between
+            for place, (row, length) in enumerate(zip(rows, self.lengths, strict=True)):
+                if place != row:
+                    self.stack[:, place, :, :length] = self.stack[:, row, :, :length]
+            self.restack(self.stack[:, : len(rows)])
             return
         for layer in self.layers:
             layer.buffers = [buffer[rows] for buffer in layer.buffers]

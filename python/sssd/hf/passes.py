@@ -43,7 +43,9 @@ class Passes:
         self.fast: FastPass | None = fast_pass(model) if fast_path else None
         self.overlaps = model.device.type in STATIC_DEVICES
         self.store: StaticStore | None = None
-        self.cache = TreeCache(batch, padding, room)
+        # layers of the known families are alike
+        alike = 0 if self.fast is None else len(self.fast.layers)
+        self.cache = TreeCache(batch, padding, room, alike)
         self.block = self._own_block = PassBlock()
         if self.fast is not None and self.overlaps:
             try:

@@ -82,9 +82,8 @@ class StaticStore:
         most = WIDTHS[-1]
         # whoever made them, later calls write to them, which inference tensors would not allow
         with torch.inference_mode(False):
-            self.buffers = [
-                [torch.zeros(shape, dtype=fast.dtype, device=device) for _ in range(2)] for _ in fast.layers
-            ]
+            self.stack = torch.zeros(2 * len(fast.layers), *shape, dtype=fast.dtype, device=device)
+            self.buffers = [list(self.stack[i : i + 2]) for i in range(0, len(self.stack), 2)]
             # ids, depths, positions, parents and ancestors of every entry, end to end; and each row's length
             self._host = torch.zeros(6, batch * most, dtype=torch.long, pin_memory=pin)
             self._device = self._host.to(device)
@@ -199,22 +198,16 @@ class StaticCache(TreeCache):
     """A tree cache in the fixed buffers of a store. Rows that leave make room at the front."""
 
     def __init__(self, store: StaticStore, batch_size: int, padding: Any = None) -> None:
-        super().__init__(batch_size, padding, store.capacity)
-        self.fixed = store
+        super().__init__(batch_size, padding, store.capacity, len(store.fast.layers))
+        self.fixed, self.stack = store, store.stack[:, :batch_size]
         self.moved = False
         store.set_padding(padding)
 
-    def make_buffers(self, layer: Any, *states: Any) -> list[Any]:
-        """The fixed buffers of the layer."""
-        index = next(i for i, known in enumerate(self.layers) if known is layer)
-        return [buffer[: len(self.lengths)] for buffer in self.fixed.buffers[index]]
-
     def has_room(self, width: int) -> bool:
         """Whether the fixed buffers hold so many more tokens of each row; longer texts lie elsewhere."""
-        first = self.layers[0].buffers[0]
         if max(self.lengths) + width > self.capacity:
             return False
-        return bool(first.data_ptr() == self.fixed.buffers[0][0].data_ptr())
+        return bool(self.stack.data_ptr() == self.fixed.stack.data_ptr())
 
     def _move(self, moves: Any) -> None:
         """As in :class:`TreeCache`, unless the pass has moved the states itself."""
@@ -227,15 +220,10 @@ class StaticCache(TreeCache):
         self.moved = False
 
     def select(self, rows: list[int]) -> None:
-        """Keeps only the given rows, which are in ascending order, at the front of the fixed buffers."""
-        self.lengths = [self.lengths[row] for row in rows]
+        """As in :class:`TreeCache`: at the front of the fixed buffers."""
+        super().select(rows)
         if self.padding is not None:
-            self.padding = self.padding[rows]
             self.fixed.set_padding(self.padding)
-        for layer in self.layers:
-            for i, buffer in enumerate(layer.buffers):
-                buffer[: len(rows)] = buffer[rows]
-                layer.buffers[i] = buffer[: len(rows)]
 
 
 class Recorder:

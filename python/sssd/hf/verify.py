@@ -40,8 +40,12 @@ class _TreeLayer(DynamicLayer):  # type: ignore[misc]
 
     def reserve(self, end: int) -> None:
         """Makes room for ``end`` tokens of each row, at least as many as the cache was made for."""
-        if end > self.buffers[0].shape[2]:
+        if end <= self.buffers[0].shape[2]:
+            return
+        if self.cache.stack is None:
             self.buffers = [_grown(buffer, end, self.cache.capacity) for buffer in self.buffers]
+        else:
+            self.cache.restack(_grown(self.cache.stack, end, self.cache.capacity))
 
     def _expose(self, end: int) -> None:
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -62,17 +66,37 @@ class TreeCache(Cache):  # type: ignore[misc]
         batch_size: Number of rows.
         padding: Bool [batch_size, prompt length], False at padding; None without padding.
         capacity: Tokens of each row to make room for at once; beyond, the buffers grow.
+        alike: Number of layers, if all are known to have keys and values of one shape on one device: these
+            lie in one tensor then, and are moved by one operation instead of two a layer.
+
+    Attributes:
+        stack: That tensor, [2 * alike, B, heads, slots, dim], once there is one.
     """
 
-    def __init__(self, batch_size: int, padding: Any = None, capacity: int = 0) -> None:
+    def __init__(self, batch_size: int, padding: Any = None, capacity: int = 0, alike: int = 0) -> None:
         super().__init__(layer_class_to_replicate=partial(_TreeLayer, self))
         self.lengths = [0] * batch_size
         self.capacity = capacity
         self.padding = padding
+        self.alike = alike
+        self.stack: Any = None
 
     def make_buffers(self, layer: Any, *states: Any) -> list[Any]:
         """Buffers for a layer's keys and values, [B, heads, slots, dim] each; they grow when needed."""
-        return [part.new_empty(*part.shape[:2], 0, part.shape[3]) for part in states]
+        if not self.alike:
+            return [part.new_empty(*part.shape[:2], 0, part.shape[3]) for part in states]
+        if self.stack is None:
+            batch, heads, _, dim = states[0].shape
+            self.stack = states[0].new_empty(2 * self.alike, batch, heads, 0, dim)
+        index = next(i for i, known in enumerate(self.layers) if known is layer)
+        return list(self.stack[2 * index : 2 * index + 2])
+
+    def restack(self, stack: Any) -> None:
+        """Lets the layers' buffers be those of another tensor."""
+        self.stack = stack
+        for index, layer in enumerate(self.layers):
+            if layer.buffers:
+                layer.buffers = list(stack[2 * index : 2 * index + 2])
 
     def write(self, buffer: Any, states: Any) -> None:
         """Copies ``states`` [B, heads, T, dim] to the first T free slots of every row."""
@@ -94,13 +118,15 @@ class TreeCache(Cache):  # type: ignore[misc]
                 1 + i for node i.
             offsets: Where each row starts in them, integers [B + 1].
         """
-        counts = np.diff(offsets)
-        places = np.arange(len(kept)) - np.repeat(offsets[:-1], counts)
-        moved = kept != places
-        if moved.any():
-            starts = np.repeat(np.array(self.lengths), counts)[moved]
-            rows = np.repeat(np.arange(len(counts)), counts)[moved]
-            self._move(torch.from_numpy(np.stack([rows, starts + places[moved], starts + kept[moved]])))
+        counts = offsets[1:] - offsets[:-1]
+        # roots stay where they are
+        if len(kept) > len(counts):
+            places = np.arange(len(kept)) - np.repeat(offsets[:-1], counts)
+            moved = kept != places
+            if moved.any():
+                starts = np.repeat(np.array(self.lengths), counts)[moved]
+                rows = np.repeat(np.arange(len(counts)), counts)[moved]
+                self._move(torch.from_numpy(np.stack([rows, starts + places[moved], starts + kept[moved]])))
         self.lengths = [length + count for length, count in zip(self.lengths, counts.tolist(), strict=True)]
 
     def _move(self, moves: Any) -> None:
@@ -108,6 +134,10 @@ class TreeCache(Cache):  # type: ignore[misc]
 
         All are read before any is written.
         """
+        if self.stack is not None:
+            rows, to, origin = moves.to(self.stack.device)
+            self.stack[:, rows, :, to] = self.stack[:, rows, :, origin]
+            return
         on_device: dict[Any, Any] = {}
         for layer in self.layers:
             if not layer.buffers:  # it shares those of another
@@ -119,10 +149,17 @@ class TreeCache(Cache):  # type: ignore[misc]
                 buffer[rows, :, to] = buffer[rows, :, origin]
 
     def select(self, rows: list[int]) -> None:
-        """Keeps only the given rows of the batch."""
+        """Keeps only the given rows of the batch, in ascending order."""
         self.lengths = [self.lengths[row] for row in rows]
         if self.padding is not None:
             self.padding = self.padding[rows]
+        if self.stack is not None:
+            # in place, without a copy of the whole in between
+            for place, (row, length) in enumerate(zip(rows, self.lengths, strict=True)):
+                if place != row:
+                    self.stack[:, place, :, :length] = self.stack[:, row, :, :length]
+            self.restack(self.stack[:, : len(rows)])
+            return
         for layer in self.layers:
             layer.buffers = [buffer[rows] for buffer in layer.buffers]
 
@@ -149,10 +186,10 @@ class TreeCache(Cache):  # type: ignore[misc]
 
 
 def _grown(buffer: Any, needed: int, capacity: int) -> Any:
-    batch, heads, size, dim = buffer.shape
+    *outer, size, dim = buffer.shape
     room = capacity if needed <= capacity else max(needed + 64, size * 3 // 2)
-    larger = buffer.new_zeros(batch, heads, room, dim)
-    larger[:, :, :size] = buffer
+    larger = buffer.new_zeros(*outer, room, dim)
+    larger[..., :size, :] = buffer
     return larger
 
 
@@ -192,6 +229,12 @@ class AttentionMasks:
             return None
         # rows of a mask are allocated in multiples, and only then cut
         aligned = -(-end // _KV_ALIGNMENT) * _KV_ALIGNMENT
+        if end <= self._narrowest and cache.padding is None and len(set(lengths)) == 1:
+            # everything that is cached, and the block behind it
+            mask = tree_mask.new_ones(len(lengths), 1, count, aligned)
+            mask[:, 0, :, lengths[0] : end] = tree_mask
+            mask = self._in_form(mask)[..., :end]
+            return dict.fromkeys(self._windows, mask) if isinstance(self._windows, dict) else mask
         starts = torch.tensor(lengths, device=depths.device)
         return self.assemble(aligned, starts, tree_mask, depths, cache.padding, end)
 
@@ -227,15 +270,17 @@ class AttentionMasks:
                 # The window counts positions: siblings share one, although each has a slot of its own.
                 keys = torch.where(in_block, starts + depths.gather(1, offsets), slots)
                 mask = mask & ((starts + depths)[:, :, None] - keys[:, None] < window)
-            if self._additive:
-                mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(
-                    ~mask, torch.finfo(self._dtype).min
-                )
-            return mask[:, None, :, :end]
+            return self._in_form(mask)[:, None, :, :end]
 
         if isinstance(self._windows, dict):
             return {kind: finish(window) for kind, window in self._windows.items()}
         return finish(self._windows)
+
+    def _in_form(self, mask: Any) -> Any:
+        """A bool mask in the form that the model takes."""
+        if not self._additive:
+            return mask
+        return torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, torch.finfo(self._dtype).min)
 
 
 def _windows(config: Any) -> dict[str, int | None] | int | None:

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use allocation_counter::measure;
 use sssd_core::{
-    Corpus, Knowledge, Limits, Match, MemoryPool, Model, Namespace, Reservation, Sequence, Token, TopK,
+    Corpus, FlatTrees, Knowledge, Limits, Match, MemoryPool, Model, Namespace, PassBlock, Reservation,
+    Sequence, Shape, Token, TopK,
 };
 
 /// A corpus in which everything is followed by a cycle.
@@ -55,4 +56,22 @@ fn drafts_allocate_nothing_once_warm() {
     }
     assert!(nodes > 1200 * 32, "trees must be of some size for this to mean anything");
     assert_eq!(most, 0);
+}
+
+#[test]
+fn blocks_and_choices_allocate_nothing_once_they_have_grown() {
+    let (token_ids, parents): (Vec<i32>, Vec<i32>) = (0..32).map(|node| (node, node - 1)).unzip();
+    let trees = FlatTrees { token_ids: &token_ids, parents: &parents, offsets: &[0, 32, 32] };
+    let mut block = PassBlock::default();
+    let (mut long, mut short, mut mask) = ([0; 66], [0; 3], [false; 2 * 33 * 33]);
+    let (mut kept, logits) = ([0; 34], [0.5; 5000]);
+    let mut step = |block: &mut PassBlock| {
+        block.set(&[1, 2], trees, Shape::Padded(None)).unwrap();
+        block.ids(&mut long).unwrap();
+        block.mask(&mut mask).unwrap();
+        block.accept(&[0_i32; 66], &mut kept, &mut long, &mut short).unwrap();
+        sssd_core::top_k(&logits, &mut [0; 8], &mut [0.0; 8]);
+    };
+    step(&mut block);
+    assert_eq!(measure(|| step(&mut block)).count_total, 0);
 }

@@ -2,7 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use numpy::{Element, PyArray1, PyArrayMethods, PyUntypedArrayMethods};
+use numpy::{
+    Element, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyReadwriteArray1, PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
 use sssd_core::{DraftTree, FlatTrees, Limits, MAX_NODES};
@@ -130,7 +132,8 @@ impl PyDraftBatch {
         let nodes = read.iter().flatten().map(|tree| tree.get().0.len()).sum();
         let out = output(py, out, read.len(), nodes)?;
         let none = DraftTree::default();
-        out.get().fill(py, read.len(), |act| {
+        let lent = out.get().lend(py)?;
+        out.get().fill(lent, read.len(), |act| {
             for (index, tree) in read.iter().enumerate() {
                 act(index, tree.as_ref().map_or(&none, |tree| &tree.get().0));
             }
@@ -270,6 +273,45 @@ pub fn view<'py, T: Element>(py: Python<'py>, array: &Array<T>, len: usize) -> P
     array.bind(py).get_item(PySlice::new(py, 0, len as isize, 1))
 }
 
+/// The buffers of a batch while it is drafted: nobody else can have them.
+struct Lent<'py> {
+    token_ids: PyReadwriteArray1<'py, i32>,
+    parents: PyReadwriteArray1<'py, i32>,
+    depths: PyReadwriteArray1<'py, i32>,
+    probs: PyReadwriteArray1<'py, f32>,
+    sources: PyReadwriteArray1<'py, i8>,
+    offsets: PyReadwriteArray1<'py, i32>,
+}
+
+fn writable<'py, T: Element>(
+    py: Python<'py>,
+    name: &str,
+    array: &Array<T>,
+    size: usize,
+) -> PyResult<PyReadwriteArray1<'py, T>> {
+    let array = array.bind(py);
+    let refuse = |problem: String| {
+        let message = format!("out cannot be written to: {name} {problem}; make a new DraftBatch");
+        error(py, "InvalidArgumentError", message)
+    };
+    if !T::get_dtype(py).is_equiv_to(&array.dtype()) {
+        return Err(refuse(format!("has become an array of {}", array.dtype())));
+    }
+    let Ok(lent) = array.try_readwrite() else {
+        return Err(refuse(
+            "is read-only, or another buffer of it or of another call overlaps with it".into(),
+        ));
+    };
+    if !array.is_contiguous() || array.len() < size {
+        return Err(refuse(format!(
+            "has become {} values, contiguous: {}",
+            array.len(),
+            array.is_contiguous()
+        )));
+    }
+    Ok(lent)
+}
+
 impl PyDraftBatch {
     fn nodes(&self) -> usize {
         self.nodes.load(Ordering::Relaxed)
@@ -289,20 +331,26 @@ impl PyDraftBatch {
         }))
     }
 
+    /// All buffers, to be written to: they are what they were when they were given, and nobody else has them.
+    fn lend<'py>(&self, py: Python<'py>) -> PyResult<Lent<'py>> {
+        Ok(Lent {
+            token_ids: writable(py, "token_ids", &self.token_ids, self.max_nodes)?,
+            parents: writable(py, "parents", &self.parents, self.max_nodes)?,
+            depths: writable(py, "depths", &self.depths, self.max_nodes)?,
+            probs: writable(py, "probs", &self.probs, self.max_nodes)?,
+            sources: writable(py, "sources", &self.sources, self.max_nodes)?,
+            offsets: writable(py, "offsets", &self.offsets, self.max_sequences + 1)?,
+        })
+    }
+
     /// Copies in the trees that `trees` hands to its argument, with their numbers from 0 to `sequences`.
     fn fill(
         &self,
-        py: Python<'_>,
+        lent: Lent<'_>,
         sequences: usize,
         trees: impl FnOnce(&mut dyn FnMut(usize, &DraftTree)),
     ) -> PyResult<()> {
-        let busy = |_| error(py, "InvalidArgumentError", "out is in use by another batch, or read-only");
-        let mut token_ids = self.token_ids.bind(py).try_readwrite().map_err(busy)?;
-        let mut parents = self.parents.bind(py).try_readwrite().map_err(busy)?;
-        let mut depths = self.depths.bind(py).try_readwrite().map_err(busy)?;
-        let mut probs = self.probs.bind(py).try_readwrite().map_err(busy)?;
-        let mut sources = self.sources.bind(py).try_readwrite().map_err(busy)?;
-        let mut offsets = self.offsets.bind(py).try_readwrite().map_err(busy)?;
+        let Lent { mut token_ids, mut parents, mut depths, mut probs, mut sources, mut offsets } = lent;
         let (token_ids, parents) = (token_ids.as_slice_mut()?, parents.as_slice_mut()?);
         let (depths, probs) = (depths.as_slice_mut()?, probs.as_slice_mut()?);
         let (sources, offsets) = (sources.as_slice_mut()?, offsets.as_slice_mut()?);
@@ -503,11 +551,13 @@ impl PyDrafter {
             let message = format!("sequences[{repeated}] is in the batch twice");
             return Err(error(py, "InvalidArgumentError", message));
         }
+        // whatever is wrong with `out` is found before anything changes, and nothing can go wrong with it later
+        let lent = out.as_ref().map(|out| out.get().lend(py)).transpose()?;
         drop(work);
         call(py, true, || self.engine.run(&step))?;
         let work = step.lock();
-        if let Some(out) = &out {
-            out.get().fill(py, work.requests.len(), |act| work.trees(act))?;
+        if let (Some(out), Some(lent)) = (&out, lent) {
+            out.get().fill(lent, work.requests.len(), |act| work.trees(act))?;
             let (sequences, nodes) = work.drafted();
             out.get().tell(sequences, nodes, work.context());
         }

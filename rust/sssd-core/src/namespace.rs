@@ -2,6 +2,7 @@
 //! target's distributions, the predictor's weights, and how the sources fared.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use crate::memory::{MemoryFull, Reservation};
 use crate::predictor::arena::Scratch;
@@ -23,6 +24,8 @@ pub(crate) struct Shared {
     pub knowledge: Knowledge,
     /// For those who draft at the same time.
     pub scratch: Mutex<Vec<Scratch>>,
+    /// When the last sequence of it ended, or it was made.
+    pub last_end: Mutex<Instant>,
     /// Pays for the knowledge.
     _reservation: Reservation,
 }
@@ -42,6 +45,7 @@ impl Namespace {
                 store,
                 knowledge,
                 scratch: Mutex::default(),
+                last_end: Mutex::new(Instant::now()),
                 _reservation: reservation,
             }),
         })
@@ -79,6 +83,11 @@ impl Namespace {
     /// How many sequences there are.
     pub fn sequences(&self) -> usize {
         Arc::strong_count(&self.shared) - 1
+    }
+
+    /// When the last sequence ended, or the namespace was made.
+    pub fn last_end(&self) -> Instant {
+        *lock(&self.shared.last_end)
     }
 
     /// Tokens after which nothing is drafted.

@@ -1,6 +1,7 @@
 //! One request: its tokens, their index, and what drafting for it has learned.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::index::{Index, Lookahead, grown};
 use crate::memory::{MemoryFull, Reservation};
@@ -425,6 +426,7 @@ impl Sequence {
 impl Drop for Sequence {
     fn drop(&mut self) {
         self.count();
+        *lock(&self.shared.last_end) = Instant::now();
     }
 }
 

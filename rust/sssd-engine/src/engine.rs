@@ -198,7 +198,8 @@ impl Engine {
             if tenant.namespace.sequences() > 0 {
                 tenant.used = now;
             }
-            name.is_empty() || now.duration_since(tenant.used) < ttl
+            let used = tenant.used.max(tenant.namespace.last_end());
+            name.is_empty() || now.saturating_duration_since(used) < ttl
         });
     }
 
@@ -269,7 +270,10 @@ impl Engine {
         reservation.try_resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(reservation)));
-        self.threads.fill(&request);
+        if !self.threads.fill(&request) {
+            // whoever asks for it indexes it piece by piece
+            request.leave_to_callers();
+        }
         Ok(request)
     }
 

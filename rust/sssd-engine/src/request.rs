@@ -44,6 +44,8 @@ struct Live {
     sequence: Sequence,
     /// Prompt tokens that are not indexed yet, last one first, and what they are charged with.
     backlog: Vec<Token>,
+    /// Whether no thread indexes them in the background.
+    unattended: bool,
     reservation: Option<Reservation>,
 }
 
@@ -77,7 +79,7 @@ impl Request {
         reservation: Option<Reservation>,
     ) -> Self {
         prompt.reverse();
-        let live = Live { sequence, backlog: prompt, reservation };
+        let live = Live { sequence, backlog: prompt, unattended: false, reservation };
         Self {
             state: Mutex::new(State::Live(Box::new(live))),
             batch: AtomicU64::new(0),
@@ -93,9 +95,21 @@ impl Request {
         })
     }
 
-    /// The same, unless the prompt is still being indexed.
+    /// The same, unless the prompt is still being indexed; if no thread does it, by a piece in each call.
     pub fn with_ready<T>(&self, work: impl FnOnce(&mut Sequence) -> T) -> Result<Option<T>, RequestError> {
-        self.guarded(|live| Ok(live.backlog.is_empty().then(|| work(&mut live.sequence))))
+        self.guarded(|live| {
+            if live.unattended {
+                live.fill(PIECE)?;
+            }
+            Ok(live.backlog.is_empty().then(|| work(&mut live.sequence)))
+        })
+    }
+
+    /// No thread has room for its prompt.
+    pub(crate) fn leave_to_callers(&self) {
+        if let State::Live(live) = &mut *self.lock() {
+            live.unattended = true;
+        }
     }
 
     /// Indexes a piece of the prompt and tells whether that was all.
@@ -155,9 +169,12 @@ impl Request {
         matches!(&*self.lock(), State::Over(_))
     }
 
-    /// Whether another thread has it.
+    /// Whether a call may take long: another thread has it, or its prompt is to be indexed first.
     pub fn is_busy(&self) -> bool {
-        self.state.try_lock().is_err()
+        match self.state.try_lock() {
+            Ok(state) => matches!(&*state, State::Live(live) if !live.backlog.is_empty()),
+            Err(_) => true,
+        }
     }
 
     /// Marks it as part of a batch; false if it is already.

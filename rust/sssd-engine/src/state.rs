@@ -74,6 +74,14 @@ pub struct NamespaceState {
     pub feedback: Vec<(u64, [u64; FEEDBACK_WORDS])>,
 }
 
+/// For its owner alone: it holds what users have said. As tempfile does it, but for errors that keep their number.
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.read(true).write(true).create_new(true).open(path)
+}
+
 impl State {
     /// Writes the file in `folder`, which is made if need be. Whatever happens, the file is the old one or the new
     /// one; after success the new one survives a loss of power.
@@ -81,8 +89,10 @@ impl State {
         let failed = |source| StateError::Io { path: folder.to_owned(), source };
         let write = || {
             std::fs::create_dir_all(folder)?;
-            let mut file = tempfile::Builder::new().prefix(".drafter.").suffix(".tmp").tempfile_in(folder)?;
-            file.write_all(&self.to_bytes())?;
+            let temporary =
+                tempfile::Builder::new().prefix(".drafter.").suffix(".tmp").make_in(folder, create);
+            let mut file = temporary?;
+            file.as_file_mut().write_all(&self.to_bytes())?;
             file.as_file().sync_all()?;
             file.persist(folder.join(FILE)).map_err(|failure| failure.error)?;
             // makes the rename durable; Windows has no such call
@@ -94,7 +104,12 @@ impl State {
     /// Reads the file in `folder`.
     pub fn load(folder: &Path) -> Result<Self, StateError> {
         let path = folder.join(FILE);
-        match std::fs::read(&path) {
+        let read = || {
+            // a pipe or an endless device is none, and to open a pipe waits for a writer
+            let kind = std::fs::metadata(&path)?;
+            if kind.is_file() { std::fs::read(&path) } else { Err(io::ErrorKind::InvalidInput.into()) }
+        };
+        match read() {
             Ok(bytes) => Self::from_bytes(&bytes).map_err(|problem| match problem {
                 Problem::Version(found) => StateError::Version { path, found },
                 Problem::Corrupt(problem) => StateError::Corrupt { path, problem },

@@ -167,6 +167,8 @@ impl PyDrafter {
             return Err(error(py, "InvalidArgumentError", format!("there is no namespace '{namespace}'")));
         };
         let documents = call(py, true, || drafter.documents())?;
+        // what users have said is for nobody else to read
+        builder.get().with(py, |builder| builder.make_private())?;
         builder
             .get()
             .with(py, |builder| documents.iter().try_for_each(|(tokens, _)| builder.add_document(tokens)))?;

@@ -132,6 +132,11 @@ impl Builder {
         self.output.temporary_path()
     }
 
+    /// Lets only the owner read the file.
+    pub fn make_private(&self) -> Result<()> {
+        self.output.make_private().map_err(Error::io(self.output.temporary_path()))
+    }
+
     /// Closes segments at `symbols`, for tests of stores with many.
     #[cfg(test)]
     pub(crate) fn limit_segments(&mut self, symbols: u64) {

@@ -29,6 +29,10 @@ pub enum Bytes {
 
 impl Bytes {
     pub fn open(path: &Path, load: Load) -> Result<Self> {
+        // before it is opened: that of a pipe waits for a writer
+        if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
+            return Err(Error::corrupt(path, "not a datastore file"));
+        }
         let mut file = File::open(path).map_err(Error::io(path))?;
         let metadata = file.metadata().map_err(Error::io(path))?;
         if !metadata.is_file() || metadata.len() == 0 {

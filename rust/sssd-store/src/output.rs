@@ -13,8 +13,9 @@ use crate::format::{BLOCK, Header, PAGE, SegmentEntry};
 /// The temporary file beside the target; removed when dropped before [`Output::seal`].
 pub struct Output {
     target: PathBuf,
-    temporary: TempPath,
-    file: BufWriter<Checksummed>,
+    path: PathBuf,
+    temporary: Own<TempPath>,
+    file: Own<BufWriter<Checksummed>>,
     position: u64,
 }
 
@@ -27,18 +28,23 @@ impl Output {
         let mut prefix = OsString::from(".");
         prefix.push(name);
         prefix.push(".");
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(&prefix).suffix(".tmp");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
-        let (mut file, temporary) = builder.tempfile_in(folder(target))?.into_parts();
+        let made = tempfile::Builder::new().prefix(&prefix).suffix(".tmp").make_in(folder(target), create)?;
+        let (mut file, temporary) = made.into_parts();
         file.seek(SeekFrom::Start(PAGE))?;
-        let file = BufWriter::with_capacity(BLOCK as usize, Checksummed::new(file));
-        Ok(Self { target: target.to_owned(), temporary, file, position: PAGE })
+        let file = Own::new(BufWriter::with_capacity(BLOCK as usize, Checksummed::new(file)));
+        let (target, path) = (target.to_owned(), temporary.to_path_buf());
+        Ok(Self { target, path, temporary: Own::new(temporary), file, position: PAGE })
     }
 
     pub fn temporary_path(&self) -> &Path {
-        &self.temporary
+        &self.path
+    }
+
+    /// Lets only the owner read the file: it holds what users have said.
+    pub fn make_private(&self) -> io::Result<()> {
+        #[cfg(unix)]
+        std::fs::set_permissions(&self.path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+        Ok(())
     }
 
     /// Bytes from the start of the file.
@@ -55,38 +61,77 @@ impl Output {
 
     /// What has been written, opened for reading.
     pub fn read_back(&mut self) -> io::Result<File> {
-        self.file.flush()?;
-        File::open(&self.temporary)
+        self.file.get()?.flush()?;
+        File::open(&self.path)
     }
 
     /// Writes the checksums, the segment table, the trailer and the header, syncs, and renames. Returns the
     /// bytes of the file.
     pub fn seal(self, header: Header, table: &[SegmentEntry]) -> io::Result<u64> {
         let body_end = self.position;
-        let Checksummed { mut file, checksums, .. } = self.file.into_inner()?.finish();
+        let Checksummed { mut file, checksums, .. } = self.file.take()?.into_inner()?.finish();
         let (header, tail) = header.seal(body_end, &checksums, table);
         file.write_all(&tail)?;
         file.seek(SeekFrom::Start(0))?;
         file.write_all(&header)?;
         file.sync_all()?;
         drop(file);
-        self.temporary.persist(&self.target)?;
+        self.temporary.take()?.persist(&self.target)?;
         sync_folder(folder(&self.target))?;
         Ok(body_end + tail.len() as u64)
+    }
+}
+
+/// What a forked child has a copy of, and must leave to its parent: not even to be dropped, which would remove the file
+/// or write what is buffered a second time.
+struct Own<T> {
+    value: Option<T>,
+    process: u32,
+}
+
+impl<T> Own<T> {
+    fn new(value: T) -> Self {
+        Self { value: Some(value), process: std::process::id() }
+    }
+
+    /// The value, in the process that made it.
+    fn get(&mut self) -> io::Result<&mut T> {
+        let own = self.process == std::process::id();
+        self.value.as_mut().filter(|_| own).ok_or_else(|| io::Error::other(FOREIGN))
+    }
+
+    fn take(mut self) -> io::Result<T> {
+        self.get()?;
+        self.value.take().ok_or_else(|| io::Error::other(FOREIGN))
+    }
+}
+
+const FOREIGN: &str = "the file belongs to the process that began it, not to a fork of it";
+
+impl<T> Drop for Own<T> {
+    fn drop(&mut self) {
+        if self.process != std::process::id() {
+            std::mem::forget(self.value.take());
+        }
     }
 }
 
 impl Write for Output {
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.file.write(bytes)?;
+        let written = self.file.get()?.write(bytes)?;
         self.position += written as u64;
         Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        self.file.get()?.flush()
     }
+}
+
+/// Readable as the umask says.
+fn create(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).open(path)
 }
 
 fn folder(target: &Path) -> &Path {

@@ -188,7 +188,7 @@ class TestCurves:
         assert len(long.draft(32, cost=curve, rate=0.0)) == len(long.draft(32)) > 0
 
     def test_a_prompt_that_is_indexed_in_the_background_is_not_waited_for(self):
-        sequence = Drafter(threads=1).begin(PROMPTS[0], background=True)
+        sequence = Drafter(threads=1).begin(PROMPTS[0] * 1000, background=True)
         assert len(sequence.draft(32, cost=self.curve())) == 0
         assert not sequence.ready
 

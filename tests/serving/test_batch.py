@@ -295,3 +295,63 @@ def test_one_batch_object_serves_one_batch_at_a_time():
     for thread in threads:
         thread.join(60)
     assert not problems
+
+
+def aliased(size):
+    buffer = np.zeros(size, np.int32)
+    return DraftBatch(2, size, token_ids=buffer, parents=buffer)
+
+
+def overlapping(size):
+    buffer = np.zeros(size + 8, np.int32)
+    return DraftBatch(2, size, token_ids=buffer[:size], depths=buffer[8:])
+
+
+def read_only(size):
+    buffer = np.zeros(size, np.float32)
+    out = DraftBatch(2, size, probs=buffer)
+    buffer.flags.writeable = False
+    return out
+
+
+def resized(size):
+    buffer = np.zeros(size, np.int8)
+    out = DraftBatch(2, size, sources=buffer)
+    buffer.resize(1, refcheck=False)
+    return out
+
+
+def retyped(size):
+    buffer = np.zeros(3, np.int32)
+    out = DraftBatch(2, size, offsets=buffer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        buffer.dtype = np.float32
+    return out
+
+
+@pytest.mark.parametrize("spoiled", [aliased, overlapping, read_only, resized, retyped])
+def test_buffers_that_cannot_be_written_to_are_found_before_anything_changes(spoiled):
+    drafter, out = private(), spoiled(64)
+    sequences = begin(drafter, 2)
+    lengths = [len(sequence) for sequence in sequences]
+    with pytest.raises(sssd.errors.InvalidArgumentError, match="out cannot be written to"):
+        drafter.step(sequences, [3, 3], [0, 1, 2], 8, out=out)
+    assert [len(sequence) for sequence in sequences] == lengths
+    with pytest.raises(sssd.errors.InvalidArgumentError, match="out cannot be written to"):
+        DraftBatch.from_trees([sssd.DraftTree([1], [-1])], out=out)
+
+
+@pytest.mark.parametrize(("threads", "count"), [(1, 3), (2, 300)])
+def test_prompts_that_no_thread_has_room_for_get_ready_when_asked_for(threads, count):
+    """One thread has nobody to leave them to, and a queue of 64 prompts is full."""
+    drafter = sssd.Drafter(threads=threads, live_bytes=0, soft_bytes=0)
+    prompt = np.arange(20_000) % 500
+    sequences = [drafter.begin(prompt, background=True) for _ in range(count)]
+    for sequence in sequences:
+        for _ in range(2000):
+            if len(sequence.draft(4)):
+                break
+            time.sleep(0.001)
+        assert sequence.ready
+        assert len(sequence) == len(prompt)

@@ -84,6 +84,18 @@ fn time_to_live_counts_from_when_a_namespace_was_last_seen_in_use() {
 }
 
 #[test]
+fn time_to_live_counts_from_the_end_of_the_last_request_if_nobody_has_looked_since() {
+    let ttl = Duration::from_millis(500);
+    let engine = Engine::new(Options { namespace_ttl: Some(ttl), ..Options::default() }).unwrap();
+    let request = begin(&engine, "long", &TEXT);
+    sleep(ttl + ttl / 5);
+    drop(request);
+    assert!(engine.namespaces().iter().any(|info| info.name == "long"));
+    sleep(ttl + ttl / 5);
+    assert!(engine.find_namespace("long").is_none());
+}
+
+#[test]
 fn whoever_interrupts_a_long_prompt_leaves_nothing() {
     let engine = learning();
     let mut asked = 0;

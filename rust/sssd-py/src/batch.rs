@@ -299,7 +299,7 @@ fn writable<'py, T: Element>(
     }
     let Ok(lent) = array.try_readwrite() else {
         return Err(refuse(
-            "is read-only, or another buffer of it or of another call overlaps with it".into(),
+            "is read-only, in use by another batch, or lies over another buffer".into(),
         ));
     };
     if !array.is_contiguous() || array.len() < size {

@@ -13,7 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from sssd.hardware.curve import CostCurve
 
 __all__ = [
+    "MAX_NODES",
     "SOURCES",
+    "TOP_K",
     "BuildSummary",
     "CostGrid",
     "Datastore",
@@ -33,7 +35,9 @@ __all__ = [
     "top_k",
 ]
 
+MAX_NODES: int
 SOURCES: tuple[str, ...]
+TOP_K: int
 __version__: str
 build_profile: str
 

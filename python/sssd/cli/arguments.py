@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from sssd._core import MAX_NODES
 from sssd.errors import InvalidArgumentError
 from sssd.replay import Tokenize
 
@@ -42,8 +43,8 @@ def budgets(text: str) -> list[int]:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
-    if not all(0 <= value <= 1024 for value in values):
-        raise argparse.ArgumentTypeError("budgets must be between 0 and 1024")
+    if not all(0 <= value <= MAX_NODES for value in values):
+        raise argparse.ArgumentTypeError(f"budgets must be between 0 and {MAX_NODES}")
     return values
 
 

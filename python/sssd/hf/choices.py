@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sssd._core import TOP_K
 from sssd._core import top_k as most_probable_tokens
-from sssd.hf.static import TOP_K
 
 _PIECE = 64
 """Tokens of the vocabulary that are looked at together."""

@@ -152,14 +152,14 @@ def generate(
         kwargs["input_ids"] = inputs.pop()
     loop = partial(_decode, options=options)
     loop.__signature__ = LoopSignature.from_callable(loop)  # type: ignore[attr-defined]
-    ending = _Ending(streamer)
-    with ending:
+    stream = _Stream(streamer)
+    with stream:
         return model.generate(
             *inputs,
             generation_config=generation_config,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
-            streamer=None if streamer is None else ending,
+            streamer=None if streamer is None else stream,
             custom_generate=loop,
             **kwargs,
         )
@@ -168,7 +168,7 @@ def generate(
 generate.__signature__ = LoopSignature.from_callable(generate)  # type: ignore[attr-defined]
 
 
-class _Ending:
+class _Stream:
     """A streamer that is ended whatever happens, or its reader would wait for ever."""
 
     def __init__(self, streamer: Any) -> None:
@@ -181,7 +181,7 @@ class _Ending:
         self.ended = True
         self.streamer.end()
 
-    def __enter__(self) -> "_Ending":
+    def __enter__(self) -> "_Stream":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,14 +205,14 @@ def _decode(
     names = ("tokenizer", "assistant_tokenizer", "assistant_model", "inputs_tensor")
     mode_inputs = {name: inputs.pop(name) for name in names if name in inputs}
     withheld = withheld or {}
-    with _Ending(streamer or withheld.get("streamer")) as ending:
+    with _Stream(streamer or withheld.get("streamer")) as stream:
         call = Call(
             model=model,
             input_ids=input_ids,
             config=generation_config,
             processors=logits_processor,
             criteria=stopping_criteria,
-            streamer=None if ending.streamer is None else ending,
+            streamer=None if stream.streamer is None else stream,
             synced_gpus=bool(withheld.get("synced_gpus")),
             mode_inputs=mode_inputs,
             inputs=inputs,

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from sssd._core import DraftBatch, PassBlock
+from sssd._core import TOP_K, DraftBatch, PassBlock
 from sssd.hf.fast import FastPass
 from sssd.hf.verify import AttentionMasks, TreeCache
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 """Tokens of each row that passes are prepared for."""
-TOP_K = 8
 _SMALLEST_SPAN = 256
 _KEPT_STORES = 2
 """Idle stores of a model: calls of two shapes may take turns."""

@@ -294,7 +294,8 @@ impl Work {
             let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
             slot.nodes = plan.min_nodes.min(slot.tree.len());
             left = left.saturating_sub(slot.nodes);
-            // most probable first, then in the order of requests and nodes: a tree's start comes before its rest
+            // most probable first, then in the order of requests and nodes: a tree's start comes before its rest; 11
+            // bits hold a tree of MAX_NODES nodes, the others more requests than a batch has
             let rest = slot.tree.probs.iter().skip(slot.nodes).enumerate();
             keys.extend(rest.map(|(node, prob)| {
                 u64::from(prob.to_bits()) << 32 | u64::from(!((item as u32) << 11 | node as u32))

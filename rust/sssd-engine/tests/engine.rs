@@ -59,16 +59,14 @@ fn what_was_learned_is_restored_exactly_and_takes_the_place_of_what_was_there() 
         teach(&engine, name);
     }
     let state = engine.state();
-    for namespace in &state {
+    for namespace in &state.namespaces {
         assert!(namespace.documents.iter().any(|document| document.1 > 0), "some text was of use");
         assert!(!namespace.feedback.is_empty());
     }
     let other = learning();
     begin(&other, "a", &[1, 2, 3, 4, 5]);
     teach(&other, "a");
-    for namespace in &state {
-        assert!(other.restore(namespace, 100).unwrap());
-    }
+    assert!(other.restore(engine.state()).unwrap());
     assert_eq!(other.state(), state);
 }
 

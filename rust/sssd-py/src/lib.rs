@@ -64,6 +64,8 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("SOURCES", PyTuple::new(module.py(), sssd_core::SOURCES)?)?;
+        module.add("MAX_NODES", sssd_core::MAX_NODES)?;
+        module.add("TOP_K", sssd_core::TOP_K)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("build_profile", if cfg!(debug_assertions) { "debug" } else { "release" })
     }

@@ -1,14 +1,14 @@
 """What each constant of the rule for the size of drafts is worth, in tokens per second.
 
-Usage: rule_constants.py OUT.md TRACE.jsonl ... [--tokens 4000] [--end-token-id N]
+Usage: rule_constants.py OUT.md TRACE.jsonl ... [--tokens 4000] [--longest 200] [--only NAME,...]
 
 Each constant of sssd.hardware.budget is halved, doubled, and made to do nothing where that can be said.
 Requests are served as `python -m sssd simulate` does it, at batches of 1, 4, 16 and 64, without a
-datastore: on a machine that keeps to its curve, and on one that does not (passes with drafts take half as
-long again, times scatter, some passes hang, and every so often the whole machine is half as fast for a
-while). What is drafted at each place of a response is recorded once, with what the request has told so
-far, so that all variants choose from the same drafts. A figure is the mean change over traces and batches,
-with its standard error.
+datastore: on a machine that keeps to its curve; on one that does not (passes with drafts take half as long
+again, times scatter, some passes hang, and every so often the whole machine is half as fast for a while);
+and on that one with drafts that never come true. What is drafted at each place of a response is recorded
+once, with what the request has told so far, so that all variants choose from the same drafts. A figure is
+the mean change over traces and batches, with its standard error.
 """
 
 import argparse
@@ -49,6 +49,7 @@ OFF = {
 }
 SLOWER_WITH_DRAFTS, SCATTER, HANGS, HANG, SLOW_FOR = 1.5, 0.1, 0.01, 4.0, 300
 SLOWER = 2.0
+MACHINES = ("as the curve says", "unlike the curve", "unlike it, all drafts wrong")
 LARGEST_MARGIN = 1.0
 
 
@@ -76,8 +77,8 @@ def middle(context: float) -> float:
 class Recorded:
     """A sequence that drafts what it did before."""
 
-    def __init__(self, drafts: list[tuple[DraftTree, np.ndarray]]) -> None:
-        self._drafts = drafts
+    def __init__(self, drafts: list[tuple[DraftTree, np.ndarray]], wrong: bool) -> None:
+        self._drafts, self._wrong = drafts, wrong
         self.position = 1
 
     def draft(self, max_nodes: int, min_prob: float) -> DraftTree:
@@ -88,7 +89,7 @@ class Recorded:
     def accept(self, tree: DraftTree | None) -> int:
         """Goes on as the response did; returns how many nodes were right."""
         _, path = self._drafts[self.position]
-        accepted = 0 if tree is None else int(np.searchsorted(path, len(tree)))
+        accepted = 0 if tree is None or self._wrong else int(np.searchsorted(path, len(tree)))
         self.position += accepted + 1
         return accepted
 
@@ -112,9 +113,10 @@ def record(request: Request, end_token_id: int) -> list[tuple[DraftTree, np.ndar
 class Machine(Adaptive):
     """The rule on a machine; ``seconds`` is what it really took."""
 
-    def __init__(self, drafts: dict, curve: Remembered, faithful: bool) -> None:
-        super().__init__(lambda request: Recorded(drafts[id(request)]), curve)
-        self.faithful, self.seconds = faithful, 0.0
+    def __init__(self, drafts: dict, curve: Remembered, machine: str) -> None:
+        wrong = machine == MACHINES[2]
+        super().__init__(lambda request: Recorded(drafts[id(request)], wrong), curve)
+        self.faithful, self.seconds = machine == MACHINES[0], 0.0
         self._steps, self._chance = 0, random.Random(0)
 
     def draft(self, rows, context: float):
@@ -137,12 +139,12 @@ class Machine(Adaptive):
         super().observe(batch, size, middle(context), seconds, tokens, drafting)
 
 
-def rates(traces, drafts: dict, curve: Remembered, faithful: bool) -> np.ndarray:
+def rates(traces, drafts: dict, curve: Remembered, machine: str) -> np.ndarray:
     """The log of tokens per second, by trace and batch."""
     logs = []
     for requests in traces:
         for batch in BATCHES:
-            rule = Machine(drafts, curve, faithful)
+            rule = Machine(drafts, curve, machine)
             outcome = simulate(requests, rule, curve, batch)
             logs.append(math.log(outcome.tokens / rule.seconds))
     return np.array(logs)
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=4000, help="of responses, of each trace")
     parser.add_argument("--longest", type=int, default=200, help="of which so many of each are served")
+    parser.add_argument("--only", default="", help="names of constants, with commas")
     parser.add_argument("--end-token-id", type=int, default=128009)
     arguments = parser.parse_args()
     curve = Remembered(CostCurve.load(CURVE))
@@ -183,23 +186,23 @@ def main() -> None:
         for name, value in vars(budget).items()
         if name.startswith("_") and name.isupper() and isinstance(value, (int, float))
     }
-    machines = {True: "as the curve says", False: "unlike the curve"}
-    standard = {faithful: rates(traces, drafts, curve, faithful) for faithful in machines}
+    standard = {machine: rates(traces, drafts, curve, machine) for machine in MACHINES}
     rows = []
-    for name, value in constants.items():
+    for name in arguments.only.split(",") if arguments.only else constants:
+        value = constants[name]
         for kind, other in values(name, value).items():
             setattr(budget, name, other)
             cells = []
-            for faithful in machines:
-                change = 100 * (rates(traces, drafts, curve, faithful) - standard[faithful])
+            for machine in MACHINES:
+                change = 100 * (rates(traces, drafts, curve, machine) - standard[machine])
                 error = change.std() / math.sqrt(len(change))
                 cells.append(f"{change.mean():+.2f} ± {error:.2f}")
             setattr(budget, name, value)
             rows.append(f"| `{name}` | {value:.4g} | {kind}: {other:.4g} | {' | '.join(cells)} |")
             print(rows[-1], flush=True)
     header = [
-        f"| constant | default | tried | {', % | '.join(machines.values())}, % |",
-        "| --- | --- | --- | --- | --- |",
+        f"| constant | default | tried | {', % | '.join(MACHINES)}, % |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     arguments.out.write_text("\n".join([*header, *rows]) + "\n", encoding="utf-8")
 

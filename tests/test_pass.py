@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sssd import DraftBatch, Drafter, DraftTree, PassBlock
@@ -47,6 +47,7 @@ def rows_of(batch, roots, positions, width):
         yield ids, parents, above, depths, [position + depth for depth in depths]
 
 
+@settings(deadline=None)
 @given(batches, st.booleans(), st.integers(0, 3), st.randoms(use_true_random=False))
 def test_arrays_are_those_of_the_trees(batch, packed, extra, random):
     roots = [random.randrange(100) for _ in batch]
@@ -91,6 +92,7 @@ def check_relatives(block, expected, starts, shape, packed):
             assert children == [i for i, parent in enumerate(parents) if parent == entry]
 
 
+@settings(deadline=None)
 @given(batches, st.booleans(), st.integers(0, 3), st.data())
 def test_acceptance_is_that_of_each_tree(batch, packed, extra, data):
     widest = max((1 + (0 if tree is None else len(tree)) for tree in batch), default=0)
@@ -225,6 +227,7 @@ def test_trees_that_were_written_to_are_refused():
     assert block.accept([[1, 2, 3, 4]])[1].tolist() == [1, 2, 3, 4]
 
 
+@settings(deadline=None)
 @given(batches)
 def test_batches_of_trees(batch):
     flat = DraftBatch.from_trees(batch)

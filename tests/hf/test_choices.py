@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from sssd import _core  # noqa: E402
@@ -13,6 +13,7 @@ from sssd.errors import InvalidArgumentError  # noqa: E402
 from sssd.hf.choices import choices, most_probable, top_k  # noqa: E402
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([1, 5, 64, 511, 512, 513, 3000, 49152]),

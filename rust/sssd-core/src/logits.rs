@@ -209,6 +209,7 @@ mod tests {
             logits[id] = 5.0;
         }
         assert_eq!(run(&logits, 6).0, [31, 700, 1500, 2999, 0, 1]);
+        assert_eq!(run(&[0.5; 100], 3).0, [0, 1, 2]);
     }
 
     #[test]

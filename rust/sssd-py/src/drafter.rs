@@ -80,15 +80,8 @@ impl PyDrafter {
         };
         let end_tokens = end_token_ids.map_or(Ok(Vec::new()), |ids| tokens(ids, vocab_size))?;
         let store = datastore.map(|datastore| corpus(datastore, load, vocab_size)).transpose()?;
-        let bytes = |name: &str, bytes: i128| match usize::try_from(bytes) {
-            Ok(bytes) if bytes <= MOST_BYTES => Ok(bytes),
-            _ => {
-                let message = format!("{name} must be between 0 and 2^40, got {bytes}");
-                Err(error(py, "InvalidArgumentError", message))
-            }
-        };
         let limit =
-            |name: &str, limit: Option<i128>| limit.map_or(Ok(usize::MAX), |limit| bytes(name, limit));
+            |name: &str, limit: Option<i128>| limit.map_or(Ok(usize::MAX), |limit| size(py, name, limit));
         let threads = match threads {
             None => thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_DEFAULT_THREADS)),
             Some(threads @ 1..=MOST_THREADS) => threads as usize,
@@ -108,8 +101,8 @@ impl PyDrafter {
             vocab_size,
             end_tokens,
             store,
-            live_bytes: bytes("live_bytes", live_bytes)?,
-            soft_bytes: bytes("soft_bytes", soft_bytes)?,
+            live_bytes: size(py, "live_bytes", live_bytes)?,
+            soft_bytes: size(py, "soft_bytes", soft_bytes)?,
             max_bytes: limit("max_bytes", max_bytes)?,
             max_request_bytes: limit("max_sequence_bytes", max_sequence_bytes)?,
             threads,
@@ -322,5 +315,16 @@ impl PySequence {
     #[getter]
     fn drafter(&self) -> PyDrafter {
         PyDrafter { engine: Arc::clone(&self.engine) }
+    }
+}
+
+/// A number of bytes.
+fn size(py: Python<'_>, name: &str, bytes: i128) -> PyResult<usize> {
+    match usize::try_from(bytes) {
+        Ok(bytes) if bytes <= MOST_BYTES => Ok(bytes),
+        _ => {
+            let message = format!("{name} must be between 0 and 2^40, got {bytes}");
+            Err(error(py, "InvalidArgumentError", message))
+        }
     }
 }

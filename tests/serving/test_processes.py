@@ -279,3 +279,26 @@ def test_a_full_memory_never_hangs_threads():
     held.close()
     assert set(problems) == {"MemoryLimitError"}
     assert drafter.memory["used"] == drafter.memory["shared"]
+
+
+@pytest.mark.parametrize(
+    "end", ["sys.exit(0)", "raise RuntimeError('child')", "os._exit(0)", "builder.finish()"]
+)
+def test_a_build_survives_the_end_of_a_forked_child(end, tmp_path):
+    """The child has a copy of the builder, and must leave its file alone: what is buffered there, too."""
+    code = f"""
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from sssd import Datastore, DatastoreBuilder
+with DatastoreBuilder({str(tmp_path / "x.sssd")!r}, vocab_size=100) as builder:
+    builder.add(range(50))
+    pid = os.fork()
+    if pid == 0:
+        {end}
+    os.waitpid(pid, 0)
+    builder.add(range(50))
+print(Datastore.open({str(tmp_path / "x.sssd")!r}).info.tokens)
+"""
+    done = run(code)
+    assert "100" in done.stdout.split(), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.sssd"]

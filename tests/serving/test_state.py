@@ -1,5 +1,6 @@
 """Namespaces, limits, and what is saved."""
 
+import errno
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from sssd import Datastore, DatastoreBuilder, Drafter
 from sssd.errors import (
+    CorruptDatastoreError,
     CorruptStateError,
     InvalidArgumentError,
     MemoryLimitError,
@@ -247,3 +249,47 @@ def test_a_live_store_becomes_a_datastore(tmp_path):
         assert (store.info.documents, store.info.tokens) == (1, len(SECRET))
         assert store.continuations(SECRET[:3], max_tokens=3)[0].tolist() == SECRET[3:6]
     assert drafted(Drafter(datastore=tmp_path / "live.sssd"), SECRET[:4])[0] == SECRET[4]
+
+
+def test_a_full_disk_has_its_number(tmp_path):
+    """Whoever serves must be able to tell it from other errors."""
+    code = f"""
+import resource, numpy as np
+from sssd import Drafter
+drafter = Drafter(live_bytes=1 << 20, soft_bytes=0)
+drafter.begin(np.arange(5000) % 999).finish()
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+try:
+    drafter.save({str(tmp_path)!r})
+except OSError as error:
+    print(error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{errno.EFBIG}\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
+    path = tmp_path / "drafter.sssd-state"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        Drafter.load(tmp_path)
+    with pytest.raises((CorruptDatastoreError, OSError)):
+        Datastore.open(path)
+
+
+def test_what_users_have_said_is_for_the_owner_alone(tmp_path):
+    drafter = Drafter()
+    learn(drafter)
+    with DatastoreBuilder(tmp_path / "learned.sssd", vocab_size=1000) as builder:
+        drafter.freeze(builder)
+        modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    drafter.save(tmp_path)
+    modes |= {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {0o600}

@@ -298,9 +298,7 @@ fn writable<'py, T: Element>(
         return Err(refuse(format!("has become an array of {}", array.dtype())));
     }
     let Ok(lent) = array.try_readwrite() else {
-        return Err(refuse(
-            "is read-only, in use by another batch, or lies over another buffer".into(),
-        ));
+        return Err(refuse("is read-only, in use by another batch, or lies over another buffer".into()));
     };
     if !array.is_contiguous() || array.len() < size {
         return Err(refuse(format!(

@@ -467,8 +467,13 @@ class Serving(RuleBasedStateMachine):
         """Single calls give the trees of the batch as far as they go, and learn the same from them."""
         alone = []
         for twin, added, budget in zip(twins, tokens, limits["max_nodes"], strict=True):
-            twin.extend(added)
+            try:
+                twin.extend(added)
+            except MemoryLimitError:
+                return self.full(twin)
             alone.append(twin.draft(budget))
+        if self.drafter.memory["refused"] != refused:
+            return None
         if limits["cost"] is not None and limits["min_nodes"] == 0:
             assert [len(tree) for tree in trees] == COSTS.allocate(alone, limits["rate"])
         for (name, model), twin, tree, whole in zip(rows, twins, trees, alone, strict=True):
@@ -478,12 +483,12 @@ class Serving(RuleBasedStateMachine):
             twin.cut_draft(len(tree))
             drafted = [(), *paths(tree)]
             path = [*chance.choice(drafted), *model.own([chance.randint(0, END)])]
-            try:
-                twin.extend(path)
-                sequence = self.requests[name]
-                sequence.extend(path)
-            except MemoryLimitError:
-                return self.full(twin)
+            sequence = self.requests[name]
+            for each in (twin, sequence):
+                try:
+                    each.extend(path)
+                except MemoryLimitError:
+                    return self.full(each)
             model.tokens += path
             model.tree = None
             if self.drafter.memory["refused"] == refused:

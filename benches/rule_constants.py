@@ -2,7 +2,7 @@
 
 Usage: rule_constants.py OUT.md TRACE.jsonl ... [--tokens 4000] [--longest 200] [--only NAME,...]
 
-Each constant of sssd.hardware.budget is halved, doubled, and made to do nothing where that can be said.
+Each constant of sssd.hardware.SizingRule is halved, doubled, and made to do nothing where that can be said.
 Requests are served as `python -m sssd simulate` does it, at batches of 1, 4, 16 and 64, without a
 datastore: on a machine that keeps to its curve; on one that does not (passes with drafts take half as long
 again, times scatter, some passes hang, and every so often the whole machine is half as fast for a while);
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from sssd import Drafter, DraftTree
-from sssd.hardware import CostCurve, budget
+from sssd.hardware import CostCurve, SizingRule
 from sssd.hardware.simulate import Adaptive, simulate
 from sssd.replay import Request, accepted_path, read_trace
 
@@ -28,24 +28,24 @@ CURVE = "h100-llama-3-8b-roofline"
 BATCHES = (1, 4, 16, 64)
 MOST_NODES, LEAST_PROB = 512, 0.0002
 """Of the recorded drafts."""
-NEVER = 10**9
+NEVER = 1e9
 OFF = {
-    "_LEAST_NODES": 0,
-    "_LONGEST_WAIT": 1,
-    "_PRICE_MEMORY": 1.0,
-    "_LEAST_PROB": 0.0,
-    "_WINDOW": 1,
-    "_TRUST": 0.0,
-    "_FORGET_EVERY": NEVER,
-    "_STRANGEST": math.inf,
-    "_FURTHEST": math.inf,
-    "_NEWS": 0.0,
-    "_PLAIN_EVERY": NEVER,
-    "_PLAIN_AT_ONCE": 0,
-    "_FIRST_MOVE": math.inf,
-    "_CHANGE": math.inf,
-    "_CHANGES_APART": 0,
-    "_DEBT": math.inf,
+    "spare_nodes": 0,
+    "longest_wait": 1,
+    "min_prob_memory": 1.0,
+    "least_min_prob": 0.0,
+    "window": 1,
+    "trust": 0.0,
+    "forget_every": NEVER,
+    "strangest": NEVER,
+    "furthest": NEVER,
+    "news": 0.0,
+    "plain_every": NEVER,
+    "plain_at_once": 0,
+    "first_move": NEVER,
+    "change": NEVER,
+    "changes_apart": 0,
+    "debt": NEVER,
 }
 SLOWER_WITH_DRAFTS, SCATTER, HANGS, HANG, SLOW_FOR = 1.5, 0.1, 0.01, 4.0, 300
 SLOWER = 2.0
@@ -93,6 +93,9 @@ class Recorded:
         self.position += accepted + 1
         return accepted
 
+    def cut_draft(self, nodes: int) -> None:
+        """Learns nothing."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -113,9 +116,10 @@ def record(request: Request, end_token_id: int) -> list[tuple[DraftTree, np.ndar
 class Machine(Adaptive):
     """The rule on a machine; ``seconds`` is what it really took."""
 
-    def __init__(self, drafts: dict, curve: Remembered, machine: str) -> None:
+    def __init__(self, drafts: dict, curve: Remembered, machine: str, **options: float) -> None:
         wrong = machine == MACHINES[2]
         super().__init__(lambda request: Recorded(drafts[id(request)], wrong), curve)
+        self.rule = SizingRule(curve, options=options)
         self.faithful, self.seconds = machine == MACHINES[0], 0.0
         self._steps, self._chance = 0, random.Random(0)
 
@@ -139,12 +143,12 @@ class Machine(Adaptive):
         super().observe(batch, size, middle(context), seconds, tokens, drafting)
 
 
-def rates(traces, drafts: dict, curve: Remembered, machine: str) -> np.ndarray:
+def rates(traces, drafts: dict, curve: Remembered, machine: str, **options: float) -> np.ndarray:
     """The log of tokens per second, by trace and batch."""
     logs = []
     for requests in traces:
         for batch in BATCHES:
-            rule = Machine(drafts, curve, machine)
+            rule = Machine(drafts, curve, machine, **options)
             outcome = simulate(requests, rule, curve, batch)
             logs.append(math.log(outcome.tokens / rule.seconds))
     return np.array(logs)
@@ -153,9 +157,7 @@ def rates(traces, drafts: dict, curve: Remembered, machine: str) -> np.ndarray:
 def values(name: str, value: float) -> dict[str, float]:
     """The values to try, by what they are."""
     half, double = value / 2, value * 2
-    if isinstance(value, int):
-        half, double = max(value // 2, 1), value * 2
-    if name == "_MARGIN":
+    if name == "min_prob_margin":
         double = LARGEST_MARGIN
     found = {"half": half, "double": double}
     return {**found, "off": OFF[name]} if name in OFF else found
@@ -181,23 +183,17 @@ def main() -> None:
     drafts = {
         id(request): record(request, arguments.end_token_id) for requests in traces for request in requests
     }
-    constants = {
-        name: value
-        for name, value in vars(budget).items()
-        if name.startswith("_") and name.isupper() and isinstance(value, (int, float))
-    }
+    constants = {name: value for name, (value, _) in SizingRule.options().items()}
     standard = {machine: rates(traces, drafts, curve, machine) for machine in MACHINES}
     rows = []
     for name in arguments.only.split(",") if arguments.only else constants:
         value = constants[name]
         for kind, other in values(name, value).items():
-            setattr(budget, name, other)
             cells = []
             for machine in MACHINES:
-                change = 100 * (rates(traces, drafts, curve, machine) - standard[machine])
+                change = 100 * (rates(traces, drafts, curve, machine, **{name: other}) - standard[machine])
                 error = change.std() / math.sqrt(len(change))
                 cells.append(f"{change.mean():+.2f} ± {error:.2f}")
-            setattr(budget, name, value)
             rows.append(f"| `{name}` | {value:.4g} | {kind}: {other:.4g} | {' | '.join(cells)} |")
             print(rows[-1], flush=True)
     header = [

@@ -27,13 +27,29 @@ def test_range_and_numpy_integers_are_taken():
     assert Drafter().begin([np.int64(4), np.uint8(5)]).token_ids.tolist() == [4, 5]
 
 
-@pytest.mark.parametrize("dtype", ["i8", "i4", "u4", "u8", "i2", "u2", "i1", "u1"])
+ORDERED = [order + kind for order in "<>" for kind in ("i8", "i4", "u4", "u8", "i2", "u2")]
+
+
+@pytest.mark.parametrize("dtype", [*ORDERED, "i1", "u1", "O", np.longlong, np.ulonglong])
 def test_integer_arrays_are_taken(dtype):
     ids = np.array(IDS, dtype)
     ids.flags.writeable = False
     assert Drafter().begin(ids).token_ids.tolist() == IDS
     assert Drafter().begin(np.repeat(ids, 2)[::2]).token_ids.tolist() == IDS
     assert Drafter().begin(ids[::-1]).token_ids.tolist() == IDS[::-1]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, ZeroDivisionError])
+@pytest.mark.parametrize("kind", [list, tuple, lambda items: np.array(items, object)])
+def test_what_goes_wrong_in_an_integer_is_passed_on(raised, kind):
+    class Index:
+        def __index__(self):
+            raise raised("here")
+
+    sequence = Drafter().begin([1])
+    with pytest.raises(raised, match="here"):
+        sequence.extend(kind([1, Index()]))
+    assert len(sequence) == 1
 
 
 def test_tensors_are_taken():
@@ -48,8 +64,9 @@ def test_tensors_are_taken():
         (np.array([1.0]), "integers"),
         (np.array([True]), "integers"),
         ([True], "integers, got <class 'bool'>"),
-        (np.array([1], ">i4"), "integers, got an array of >i4"),
-        (np.array([1], object), "integers, got an array of object"),
+        (np.array([1, 2.0], object), "integers, got <class 'float'>"),
+        (np.array([1, [2]], object), "integers, got <class 'list'>"),
+        ([np.array(1.5)], "integers, got <class 'numpy.ndarray'>"),
         ([[1]], "integers"),
         (np.array([[1]]), "2 dimensions"),
         (np.array(1), "0 dimensions"),

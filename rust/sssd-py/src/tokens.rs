@@ -1,8 +1,11 @@
 //! Token ids in and arrays out.
 
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{
+    PyArray1, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods,
+};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyInt, PyList, PyTuple};
+use pyo3::types::{PyBool, PyInt, PyList, PyString, PyTuple};
 use sssd_core::{MAX_TOKEN, PLACEHOLDER, Token, TopK};
 
 use crate::errors::error;
@@ -278,7 +281,13 @@ fn read_item(item: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused
         return Err(kind(item));
     }
     // `__index__` admits numpy's integers and refuses floats
-    let index = item.call_method0("__index__").map_err(|_| kind(item))?;
+    if !item.hasattr("__index__")? {
+        return Err(kind(item));
+    }
+    // what else goes wrong there, Ctrl-C included, is not ours to explain
+    let index = item.call_method0("__index__").map_err(|raised| {
+        if raised.is_instance_of::<PyTypeError>(item.py()) { kind(item) } else { Refused::Raised(raised) }
+    })?;
     let id = index.extract::<i128>().unwrap_or(i128::MAX);
     sink(id)
 }
@@ -301,5 +310,17 @@ fn read_array(array: &Bound<'_, PyUntypedArray>, sink: &mut Sink<'_>) -> Result<
         )*};
     }
     read_as!(i64, i32, u32, u64, i16, u16, i8, u8);
-    Err(Refused::Kind(format!("an array of {}", array.dtype())))
+    let dtype = array.dtype();
+    match dtype.kind() {
+        // another byte order, or integers of a width that has its own name
+        b'i' | b'u' if dtype.itemsize() <= 8 => {
+            let native = PyString::new(array.py(), if dtype.kind() == b'i' { "int64" } else { "uint64" });
+            match array.call_method1("astype", (native,))?.cast::<PyUntypedArray>() {
+                Ok(native) if native.dtype().is_native_byteorder() == Some(true) => read_array(native, sink),
+                _ => Err(Refused::Kind(format!("an array of {dtype}"))),
+            }
+        }
+        b'O' => array.try_iter()?.try_for_each(|item| read_item(&item?, sink)),
+        _ => Err(Refused::Kind(format!("an array of {dtype}"))),
+    }
 }

@@ -150,7 +150,11 @@ class Decoder:
     def run(self, max_nodes: int | None, rule: SizingRule | None) -> None:
         """Decodes until every row has stopped, with ``max_nodes`` a tree or as ``rule`` says."""
         most = (max_nodes or 0) if rule is None else rule.max_nodes
-        self.drafts = self.trees = DraftBatch(self.batch, self.batch * most)
+        self.trees = DraftBatch(self.batch, 0)
+        if self.drafter is not None:
+            self.drafts = DraftBatch(self.batch, self.batch * most)
+        # who drafts nothing need not know what else was probable
+        self.feeds_back = self.drafter is not None and most > 0
         if rule is not None and self.drafter is None:
             for row in self.rows:
                 row.pace = rule.pace()
@@ -327,6 +331,8 @@ class Decoder:
             return
         self.news = [token for tokens in news for token in tokens], np.cumsum([0, *counts])
         self.feedback = {}
+        if topk is None:
+            return
         if self.drafts_whole:
             ids, probs = (part if len(left) == len(part) else part[left] for part in topk)
             self.feedback = {"feedback_ids": ids, "feedback_probs": probs}
@@ -340,16 +346,16 @@ class Decoder:
         if answer is not None:
             targets, topk = answer.targets, (answer.topk_ids, answer.topk_probs)
             # padding of the vocabulary is no token to the drafter
-            if self.drafter is not None and self.draft_vocab_size < self.vocab_size:
+            if self.feeds_back and self.draft_vocab_size < self.vocab_size:
                 topk = top_k(logits[..., : self.draft_vocab_size])
-        elif self.drafter is None:
+        elif not self.feeds_back:
             return (None if self.picks_alone else choices(logits)), None
         elif self.picks_alone:
             targets, topk = None, top_k(logits[..., : self.draft_vocab_size])
         else:
             targets, ids, probs = most_probable(logits, self.draft_vocab_size)
             topk = ids, probs
-        return targets, topk if self.drafter is not None else None
+        return targets, topk if self.feeds_back else None
 
     def _accepted(self, targets: Any) -> Iterator[Walk]:
         """The accepted path of each row under known choices."""

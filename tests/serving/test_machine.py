@@ -112,7 +112,11 @@ class Namespace:
     probable: set = field(default_factory=set)
     """Tokens that the target held probable anywhere: sequences with the same last tokens hear of it."""
     used: tuple = (0.0, 0.0)
-    """When it was last seen in use at the earliest, and at the latest."""
+    """When it was last in use at the earliest, and at the latest."""
+
+    def ended(self):
+        """A sequence of it has just ended."""
+        self.used = self.used[0], time.monotonic()
 
 
 @dataclass
@@ -536,7 +540,7 @@ class Serving(RuleBasedStateMachine):
             how
         ](name)
         # as if it had ended now, if it is the last
-        model.namespace.used = model.namespace.used[0], time.monotonic()
+        model.namespace.ended()
         if how != "close":
             for token, following in successors(model.tokens).items():
                 model.namespace.follows[token] |= following
@@ -606,8 +610,9 @@ class Serving(RuleBasedStateMachine):
     @rule(map_learned=st.booleans())
     def save_and_load(self, map_learned):
         """The next drafter knows what the last one knew; the sequences are those of the last."""
-        for name, _ in self.rows:
+        for name, model in self.rows:
             self.requests.abort(name)
+            model.namespace.ended()
         assert len(self.requests) == 0
         self.rows, self.age = [], 0
         self.look()

@@ -404,8 +404,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "time to live counts from the last begin",
         f"{ENGINE}/src/engine.rs",
-        "                tenant.used = now;\n            }\n            name.is_empty() ||",
-        "                return true;\n            }\n            name.is_empty() ||",
+        "let used = tenant.used.max(tenant.namespace.last_end());",
+        "let used = tenant.used;",
     ),
     Mutant(
         "what is restored comes on top of what was there",

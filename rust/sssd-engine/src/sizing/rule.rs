@@ -300,3 +300,36 @@ impl Prices<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is remembered of a request whose only node, of this probability, was drafted in so many seconds, where
+    /// passes cost nothing more for it and a second is worth a token.
+    fn judged(prob: f32, seconds: f64) -> Pace {
+        let draft = DraftCost { step: 0.0, request: seconds, node: 0.0, threads: 1 };
+        let axes = [vec![1.0], vec![1.0, 9.0], vec![0.0]];
+        let curve = CostCurve::new(axes, vec![1.0, 1.0], Layout::Packed, Vec::new(), draft).unwrap();
+        let rule = SizingRule::new(Arc::new(curve), None, RuleOptions::default());
+        let mut trees = Allocation::default();
+        trees.push(&[prob]);
+        let prices = rule.allocate(0.0, &mut trees);
+        assert_eq!(trees.counts(), [1]);
+        let mut pace = rule.pace();
+        prices.judge(&mut pace, &[prob], 1);
+        pace
+    }
+
+    #[test]
+    fn a_draft_has_to_be_worth_its_own_time() {
+        assert_eq!((judged(0.4, 0.3).wait, judged(0.4, 0.3).pause), (0, 1));
+        assert_eq!((judged(0.4, 0.5).wait, judged(0.4, 0.5).pause), (1, 2));
+    }
+
+    #[test]
+    fn what_was_not_verified_need_not_be_drafted_again() {
+        // no less than three quarters of before, however little was verified
+        assert_eq!(judged(0.4, 0.3).limit, 48);
+    }
+}

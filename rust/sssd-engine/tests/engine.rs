@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use sssd_core::{Corpus, Limits, Match, Model, Token, TopK};
-use sssd_engine::{Engine, Options, Request, RequestError};
+use sssd_engine::{Engine, Options, Plan, Request, RequestError};
 
 const TEXT: [Token; 9] = [11, 12, 13, 14, 15, 16, 17, 18, 19];
 
@@ -179,4 +179,24 @@ fn a_request_that_is_there_twice_is_found() {
     assert_eq!(work.repeated(), None, "an earlier batch does not count");
     work.requests.push(Arc::clone(&requests[0]));
     assert_eq!(work.repeated(), Some(2));
+}
+
+#[test]
+fn what_went_wrong_in_a_step_is_not_said_of_the_next() {
+    let engine = learning();
+    let drafted = |request: &Arc<Request>| {
+        let step = engine.idle_step();
+        let mut work = step.lock();
+        work.draft = true;
+        work.requests.push(Arc::clone(request));
+        work.plans.push(Plan { min_nodes: 0, limits: Limits::nodes(8) });
+        drop(work);
+        engine.run(&step);
+        let failures = step.lock().failures().count();
+        engine.put_back(step);
+        failures
+    };
+    let (closed, open) = (begin(&engine, "", &TEXT), begin(&engine, "", &TEXT));
+    closed.close();
+    assert_eq!([drafted(&closed), drafted(&open), drafted(&closed)], [1, 0, 1]);
 }

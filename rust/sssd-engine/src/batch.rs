@@ -97,6 +97,17 @@ struct Slot {
     failure: Option<RequestError>,
 }
 
+/// What a step has drafted.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Drafted {
+    /// Requests that drafts were made for.
+    pub requests: usize,
+    /// Nodes of these drafts.
+    pub nodes: usize,
+    /// Mean length of the requests that are ready, in tokens.
+    pub context: f64,
+}
+
 /// What went wrong with one request of a batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Failure {
@@ -149,18 +160,17 @@ impl Work {
         self.slots().enumerate().for_each(|(index, slot)| act(index, &lock(slot).tree));
     }
 
-    /// The requests that drafts were made for, and the nodes of these before any was cut.
-    pub fn drafted(&self) -> (usize, usize) {
-        let asked = self.slots().zip(&self.plans).filter(|(_, plan)| plan.limits.max_nodes > 0);
-        let nodes = asked.filter_map(|(slot, _)| Some(lock(slot).drafted?.0));
-        nodes.fold((0, 0), |(requests, sum), nodes| (requests + 1, sum + nodes))
-    }
-
-    /// Mean length of the requests that are ready, in tokens.
-    pub fn context(&self) -> f64 {
-        let lengths = self.slots().filter_map(|slot| Some(lock(slot).drafted?.1));
-        let (sum, count) = lengths.fold((0, 0), |(sum, count), length| (sum + length, count + 1));
-        sum as f64 / f64::from(count.max(1))
+    /// What was drafted, before any draft was cut.
+    pub fn drafted(&self) -> Drafted {
+        let (mut drafted, mut ready, mut lengths) = (Drafted::default(), 0, 0);
+        for (slot, plan) in self.slots().zip(&self.plans) {
+            let Some((nodes, length)) = lock(slot).drafted else { continue };
+            (ready, lengths) = (ready + 1, lengths + length);
+            drafted.requests += usize::from(plan.limits.max_nodes > 0);
+            drafted.nodes += nodes;
+        }
+        drafted.context = lengths as f64 / f64::from(ready.max(1));
+        drafted
     }
 
     /// What has become known of earlier drafts.
@@ -324,7 +334,7 @@ impl Work {
 
     /// Gives each request as many nodes as pay, of all requests together the most probable first.
     fn price(&mut self) {
-        let context = self.context();
+        let context = self.drafted().context;
         let Self { slots, plans, sizing: Some(sizing), allocation, paces, requests, .. } = self else {
             return;
         };

@@ -327,7 +327,8 @@ impl Engine {
         sizing: Option<&Sizing>,
     ) -> Result<DraftTree, RequestError> {
         let start = Instant::now();
-        let mut pace = *request.pace();
+        let ruled = matches!(sizing, Some(Sizing::Rule(_)));
+        let mut pace = if ruled { *request.pace() } else { None };
         if let Some(sizing) = sizing {
             sizing.begin_step(std::iter::once((&mut limits, &mut pace)));
         }
@@ -340,7 +341,9 @@ impl Engine {
             let nodes = sizing.allocate(sequence.tokens().len() as f64, &mut trees, drafted)[0];
             sequence.end_draft(nodes).clone()
         });
-        *request.pace() = pace;
+        if ruled {
+            *request.pace() = pace;
+        }
         let tree = self.noted(drafted)?.unwrap_or_default();
         Metrics::time(&self.metrics.draft_ns, start.elapsed());
         Ok(tree)

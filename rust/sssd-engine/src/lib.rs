@@ -15,7 +15,7 @@ mod state;
 mod sync;
 mod thread_pool;
 
-pub use batch::{Failure, Plan, Step, Work};
+pub use batch::{Drafted, Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
 pub use request::{Request, RequestError};

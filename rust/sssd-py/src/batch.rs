@@ -8,7 +8,7 @@ use numpy::{
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PySlice};
 use sssd_core::{DraftTree, FlatTrees, Limits, MAX_NODES};
-use sssd_engine::{Plan, Work};
+use sssd_engine::{Drafted, Plan, Work};
 
 use crate::boundary::{call, node_budget, not_negative, probability, request_error};
 use crate::drafter::PyDrafter;
@@ -370,15 +370,15 @@ impl PyDraftBatch {
         });
         self.sequences.store(sequences, Ordering::Relaxed);
         self.nodes.store(end, Ordering::Relaxed);
-        self.tell(sequences, end, 0.0);
+        self.tell(Drafted { requests: sequences, nodes: end, context: 0.0 });
         Ok(())
     }
 
-    /// Says what was drafted for the trees, of requests that are `context` tokens long.
-    fn tell(&self, sequences: usize, nodes: usize, context: f64) {
-        self.drafted_sequences.store(sequences, Ordering::Relaxed);
-        self.drafted_nodes.store(nodes, Ordering::Relaxed);
-        self.context.store(context.to_bits(), Ordering::Relaxed);
+    /// Says what was drafted for the trees.
+    fn tell(&self, drafted: Drafted) {
+        self.drafted_sequences.store(drafted.requests, Ordering::Relaxed);
+        self.drafted_nodes.store(drafted.nodes, Ordering::Relaxed);
+        self.context.store(drafted.context.to_bits(), Ordering::Relaxed);
     }
 }
 
@@ -556,8 +556,7 @@ impl PyDrafter {
         let work = step.lock();
         if let (Some(out), Some(lent)) = (&out, lent) {
             out.get().fill(lent, work.requests.len(), |act| work.trees(act))?;
-            let (sequences, nodes) = work.drafted();
-            out.get().tell(sequences, nodes, work.context());
+            out.get().tell(work.drafted());
         }
         let failures: Vec<_> = work.failures().collect();
         drop(work);

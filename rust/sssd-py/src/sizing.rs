@@ -194,10 +194,10 @@ fn check_context(py: Python<'_>, context: f64) -> PyResult<()> {
 
 /// What a ``SizingRule`` remembers of one request whose trees are drafted elsewhere. Made by ``SizingRule.pace``.
 #[pyclass(frozen, name = "Pace", module = "sssd.hardware")]
-pub struct PyPace(Mutex<Option<Pace>>);
+pub struct PyPace(Mutex<Pace>);
 
 impl PyPace {
-    fn lock(&self) -> MutexGuard<'_, Option<Pace>> {
+    fn lock(&self) -> MutexGuard<'_, Pace> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -205,10 +205,8 @@ impl PyPace {
 #[pymethods]
 impl PyPace {
     fn __repr__(&self) -> String {
-        match *self.lock() {
-            Some(Pace { limit, wait, .. }) => format!("Pace(limit={limit}, wait={wait})"),
-            None => "Pace()".into(),
-        }
+        let Pace { limit, wait, .. } = *self.lock();
+        format!("Pace(limit={limit}, wait={wait})")
     }
 }
 
@@ -315,7 +313,7 @@ impl PySizingRule {
 
     /// The state of a new request whose trees are drafted elsewhere; sequences of a drafter carry their own.
     fn pace(&self) -> PyPace {
-        PyPace(Mutex::new(Some(self.rule.pace())))
+        PyPace(Mutex::new(self.rule.pace()))
     }
 
     /// Begins a step for trees that are drafted elsewhere: the number of nodes to draft for each request, down to
@@ -325,10 +323,7 @@ impl PySizingRule {
     ///     paces: the state of each request.
     fn limits(&self, paces: Vec<PyRef<'_, PyPace>>) -> Vec<usize> {
         let drafts = self.rule.begin_step().is_some();
-        let limit = |pace: &PyRef<'_, PyPace>| {
-            let mut pace = pace.lock();
-            if drafts { self.rule.limit(pace.get_or_insert_with(|| self.rule.pace())) } else { 0 }
-        };
+        let limit = |pace: &PyRef<'_, PyPace>| if drafts { self.rule.limit(&mut pace.lock()) } else { 0 };
         paces.iter().map(limit).collect()
     }
 
@@ -356,12 +351,12 @@ impl PySizingRule {
         }
         let mut held = vec![None; trees.len()];
         for ((held, pace), tree) in held.iter_mut().zip(paces.iter().flatten()).zip(&trees) {
-            *held = tree.as_ref().and(*pace.lock());
+            *held = tree.as_ref().map(|_| *pace.lock());
         }
         let sizing = Sizing::Rule(Arc::clone(&self.rule));
         let counts = sizing.allocate(context, &mut allocation(&trees), &mut held).to_vec();
         for (held, pace) in held.into_iter().zip(paces.iter().flatten()) {
-            if held.is_some() {
+            if let Some(held) = held {
                 *pace.lock() = held;
             }
         }

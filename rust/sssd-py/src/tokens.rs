@@ -111,14 +111,7 @@ pub fn top(
     rows: usize,
     vocab_size: Option<u32>,
 ) -> PyResult<Option<Top>> {
-    let (ids, probs) = match (ids, probs) {
-        (Some(ids), Some(probs)) => (ids, probs),
-        (None, None) => return Ok(None),
-        (Some(given), None) | (None, Some(given)) => {
-            let message = "topk_ids and topk_probs belong together: give both or neither";
-            return Err(error(given.py(), "InvalidArgumentError", message));
-        }
-    };
+    let Some((ids, probs)) = both("topk", ids, probs)? else { return Ok(None) };
     let py = ids.py();
     let _deferred = defer_shutdown(py);
     let refuse = |message: String| error(py, "InvalidArgumentError", message);
@@ -151,14 +144,7 @@ pub fn blocks(
     n: usize,
     vocab_size: Option<u32>,
 ) -> PyResult<Option<(usize, Top)>> {
-    let (ids, probs) = match (ids, probs) {
-        (Some(ids), Some(probs)) => (ids, probs),
-        (None, None) => return Ok(None),
-        (Some(given), None) | (None, Some(given)) => {
-            let message = "feedback_ids and feedback_probs belong together: give both or neither";
-            return Err(error(given.py(), "InvalidArgumentError", message));
-        }
-    };
+    let Some((ids, probs)) = both("feedback", ids, probs)? else { return Ok(None) };
     let py = ids.py();
     let _deferred = defer_shutdown(py);
     let flat = |values: &Bound<'_, PyAny>, name: &str| {
@@ -182,6 +168,21 @@ pub fn blocks(
     }
     let top = top(Some(ids.bind(py)), Some(probs.bind(py)), n * rows, vocab_size)?;
     Ok(top.filter(|_| rows > 0).map(|top| (rows, top)))
+}
+
+/// Ids and probabilities that belong together, if there are any.
+fn both<'a, 'py>(
+    name: &str,
+    ids: Option<&'a Bound<'py, PyAny>>,
+    probs: Option<&'a Bound<'py, PyAny>>,
+) -> PyResult<Option<(&'a Bound<'py, PyAny>, &'a Bound<'py, PyAny>)>> {
+    match (ids, probs) {
+        (Some(given), None) | (None, Some(given)) => {
+            let message = format!("{name}_ids and {name}_probs belong together: give both or neither");
+            Err(error(given.py(), "InvalidArgumentError", message))
+        }
+        (ids, probs) => Ok(ids.zip(probs)),
+    }
 }
 
 /// An array of `rows` rows whose numpy kind is one of `kinds`, and its number of columns.

@@ -232,7 +232,7 @@ pub(super) fn context_key(context: f64) -> i64 {
 }
 
 /// The context in the middle of those with this key.
-pub(super) fn context_of(key: i64) -> f64 {
+fn context_of(key: i64) -> f64 {
     ((key as f64 / 8.0).exp2() - 64.0).max(0.0)
 }
 

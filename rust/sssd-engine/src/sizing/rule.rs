@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::clock::Clock;
 use super::costs::{Allocation, Layout, PassCosts};
-use super::curve::{CostCurve, DraftCost, context_key, context_of};
+use super::curve::{CostCurve, DraftCost, context_key};
 use super::options::RuleOptions;
 
 /// Costs of more batches and contexts are not kept.
@@ -225,11 +225,8 @@ impl SizingRule {
         if state.known.len() >= MOST_KEPT {
             state.known.clear();
         }
-        let context = context_of(key.1);
-        let sizes = self.curve.sizes(batch, self.max_nodes + 1);
-        let mut seconds: Vec<f64> =
-            sizes.iter().map(|&size| self.curve.size_time(batch, size as f64, context)).collect();
-        let layout = self.curve.layout();
+        let known = self.curve.costs(batch, context, self.max_nodes + 1);
+        let (sizes, mut seconds, layout) = (known.sizes().to_vec(), known.seconds().to_vec(), known.layout());
         let width = |&size: &usize| if layout == Layout::Packed { size.div_ceil(batch) } else { size };
         state.clock.correct(sizes.iter().map(width), &mut seconds);
         let costs = Arc::new(PassCosts::trusted(sizes, seconds, layout));

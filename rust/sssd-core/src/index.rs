@@ -493,13 +493,22 @@ struct Slot {
     position: u32,
 }
 
+/// A secret by which keys are spread over slots.
 #[derive(Clone, Copy)]
-struct Seed(u64, u64);
+pub struct Seed(u64, u64);
 
 impl Default for Seed {
     fn default() -> Self {
         let random = RandomState::new();
         Self(random.hash_one(0), random.hash_one(1) | 1)
+    }
+}
+
+impl Seed {
+    /// Many bits of a key. Any two keys share the lower ones as rarely as random numbers do.
+    pub fn spread(self, key: u32) -> usize {
+        let product = u128::from(u64::from(key) ^ self.0) * u128::from(self.1);
+        ((product >> 64) as u64 ^ product as u64) as usize
     }
 }
 
@@ -578,11 +587,9 @@ impl Heads {
         slots
     }
 
-    /// Where the way to the slot of `hash` begins. Any two hashes meet there as rarely as random numbers.
+    /// Where the way to the slot of `hash` begins.
     fn home(&self, hash: u32) -> usize {
-        let Seed(one, two) = self.seed;
-        let product = u128::from(u64::from(hash) ^ one) * u128::from(two);
-        ((product >> 64) as u64 ^ product as u64) as usize & self.slots.len().wrapping_sub(1)
+        self.seed.spread(hash) & self.slots.len().wrapping_sub(1)
     }
 
     /// Slots from the home of `hash` to `index`.
@@ -736,7 +743,7 @@ mod tests {
     fn a_table_whose_ways_are_long_takes_another_seed() {
         // a seed that makes slots of what is chosen
         let mut heads = Heads { seed: Seed(0, 1), ..Heads::default() };
-        heads.reserve(3 * PROBES as usize).unwrap();
+        heads.reserve(3 * PROBES).unwrap();
         let slots = heads.slots.len() as u32;
         let hashes = || (1..=3 * PROBES as u32).map(|n| n.wrapping_mul(slots) | 1);
         hashes().for_each(|hash| assert_eq!(heads.insert(hash, hash), None));

@@ -40,6 +40,28 @@ pub fn try_reserve<T>(items: &mut Vec<T>, more: usize) -> Result<(), MemoryFull>
     items.try_reserve_exact(more).map_err(|_| MemoryFull::System { wanted })
 }
 
+/// Makes room for `more` items, with some to spare. If there is none it unwinds with [`MemoryFull`], so that whoever
+/// called ends with that error: for work that holds nothing which it could not lose.
+#[inline]
+pub fn make_room<T>(items: &mut Vec<T>, more: usize) {
+    if items.capacity() - items.len() < more && items.try_reserve(more).is_err() {
+        give_up(more.saturating_mul(size_of::<T>()));
+    }
+}
+
+/// Adds an item, as [`make_room`] does.
+#[inline]
+pub fn push<T>(items: &mut Vec<T>, item: T) {
+    make_room(items, 1);
+    items.push(item);
+}
+
+/// Unwinds with [`MemoryFull`].
+#[cold]
+pub fn give_up(wanted: usize) -> ! {
+    std::panic::resume_unwind(Box::new(MemoryFull::System { wanted }))
+}
+
 /// A copy, if there is room for it.
 pub fn try_clone<T: Copy>(items: &[T]) -> Result<Vec<T>, MemoryFull> {
     let mut copy = Vec::new();

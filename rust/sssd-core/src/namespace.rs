@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::memory::{MemoryFull, MemoryPool, Reservation};
 use crate::predictor::arena::Scratch;
-use crate::predictor::weights::Model;
+use crate::predictor::weights::{Model, WeightsError};
 use crate::sources::feedback::FeedbackTable;
 use crate::sources::live::LiveStore;
 use crate::sources::seqlock::WORDS as FEEDBACK_WORDS;
@@ -88,7 +88,10 @@ impl Namespace {
     }
 
     /// Calls `act` with the documents of the live store, oldest first, and how often each was of use lately.
-    pub fn for_each_document<E>(&self, act: impl FnMut(&[Token], u32) -> Result<(), E>) -> Result<(), E> {
+    pub fn for_each_document<E: From<MemoryFull>>(
+        &self,
+        act: impl FnMut(&[Token], u32) -> Result<(), E>,
+    ) -> Result<(), E> {
         self.shared.knowledge.live.for_each_document(act)
     }
 
@@ -115,6 +118,13 @@ impl Namespace {
         Arc::strong_count(&self.shared) - 1
     }
 
+    /// Whether no sequence uses it and none has taught it anything.
+    pub fn is_empty(&self) -> bool {
+        let Knowledge { live, feedback, model, .. } = &self.shared.knowledge;
+        let unlearned = live.len().1 == 0 && feedback.is_empty() && lock(model).charged_bytes() == 0;
+        self.sequences() == 0 && unlearned
+    }
+
     /// When the last sequence ended, or the namespace was made.
     pub fn last_end(&self) -> Instant {
         *lock(&self.shared.last_end)
@@ -130,9 +140,13 @@ impl Namespace {
         act(&self.shared.knowledge.model())
     }
 
-    /// Replaces the weights that sequences start with.
-    pub fn set_model(&self, model: Model) -> Result<(), MemoryFull> {
-        self.shared.knowledge.set_model(model)
+    /// Replaces the weights that sequences start with by those of [`Model::to_bytes`].
+    pub fn set_weights(&self, bytes: &[u8]) -> Result<(), WeightsError> {
+        if Model::is_shipped(bytes) {
+            self.reset_model();
+            return Ok(());
+        }
+        Ok(self.shared.knowledge.set_model(Model::from_bytes(bytes)?)?)
     }
 
     /// Goes back to the weights that ship.

@@ -173,7 +173,10 @@ impl Sequence {
         self.index.reclaim(&mut self.reservation);
         let past = self.past.capacity() * size_of::<Aligned>();
         self.reservation.try_resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
-        self.index.reserve_pops(cut)?;
+        if let Err(full) = self.index.reserve_pops(cut) {
+            self.reserve()?;
+            return Err(full);
+        }
         self.forget_draft();
         self.forget(held - cut.min(most));
         Ok(cut <= most)
@@ -201,6 +204,13 @@ impl Sequence {
     /// time is proportional to what has changed since the last fork, and four bytes per token are copied. The
     /// outcome of the last draft is awaited by this sequence alone.
     pub fn fork(&mut self) -> Result<Self, MemoryFull> {
+        let fork = self.try_fork();
+        // what has come to be shared is charged apart, whatever became of the fork
+        self.reserve()?;
+        fork
+    }
+
+    fn try_fork(&mut self) -> Result<Self, MemoryFull> {
         let mut reservation = self.reservation.new_empty();
         let past = self.past.len() * size_of::<Aligned>();
         reservation.try_resize(self.index.fork_bytes() + past + self.other_bytes())?;
@@ -225,7 +235,6 @@ impl Sequence {
         };
         fork.reserve()?;
         fork.admit();
-        self.reserve()?;
         Ok(fork)
     }
 

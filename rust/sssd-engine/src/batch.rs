@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK};
+use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK, make_room};
 
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
@@ -208,6 +208,8 @@ impl Work {
     }
 
     fn prepare(&mut self) {
+        let (count, held) = (self.requests.len(), self.slots.len());
+        make_room(&mut self.slots, count.saturating_sub(held));
         while self.slots.len() < self.requests.len() {
             self.slots.push(Mutex::default());
         }
@@ -218,6 +220,7 @@ impl Work {
         }
         self.stage = Stage::First;
         self.todo.clear();
+        make_room(&mut self.todo, count);
         self.todo.extend(0..self.requests.len() as u32);
         self.begin_step();
         if let ([plan], Some(total)) = (&mut self.plans[..], self.total_nodes) {
@@ -332,6 +335,7 @@ impl Work {
             // most probable first, then in the order of requests and nodes: a tree's start comes before its rest; 11
             // bits hold a tree of MAX_NODES nodes, the others more requests than a batch has
             let rest = slot.tree.probs.iter().skip(slot.nodes).enumerate();
+            make_room(keys, slot.tree.len().saturating_sub(slot.nodes));
             keys.extend(rest.map(|(node, prob)| {
                 u64::from(prob.to_bits()) << 32 | u64::from(!((item as u32) << 11 | node as u32))
             }));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sssd_core::{
     Common, Corpus, DraftTree, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation,
-    Sequence, Token, TopK,
+    Sequence, Token, TopK, WeightsError,
 };
 
 use crate::batch::Step;
@@ -167,7 +167,7 @@ impl Engine {
         let mut writer = StateWriter::create(folder, &self.identity())?;
         let go_on = || if interrupted() { Err(StateError::Interrupted) } else { Ok(()) };
         self.tenants.try_for_each(|name, namespace, _| {
-            writer.namespace(name, &namespace.with_model(Model::to_bytes))?;
+            writer.namespace(name, &namespace.with_model(Model::to_bytes)?)?;
             namespace.for_each_document(|tokens, used| {
                 go_on()?;
                 writer.document(tokens, used)
@@ -199,13 +199,12 @@ impl Engine {
             }
             match (record, &namespace) {
                 (Record::Namespace { name, weights }, _) => {
-                    let model = Model::from_bytes(&weights)
-                        .map_err(|_| StateError::Weights { path: state.path().to_owned() })?;
                     self.remove_namespace(&name);
                     let made = self.namespace(&name)?;
-                    if model != Model::default() {
-                        made.set_model(model)?;
-                    }
+                    made.set_weights(&weights).map_err(|failure| match failure {
+                        WeightsError::Memory(full) => StateError::Memory(full),
+                        _ => StateError::Weights { path: state.path().to_owned() },
+                    })?;
                     namespace = Some(made);
                 }
                 (Record::Document { tokens, used }, Some(namespace)) => {
@@ -231,9 +230,12 @@ impl Engine {
 
     /// Whether so many tokens may fit into a request's memory and the engine's: to be asked before they are copied.
     pub fn may_hold(&self, tokens: usize) -> Result<(), MemoryFull> {
-        let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
-        reservation.admit();
-        reservation.try_resize(tokens.saturating_mul(TOKEN_BYTES))
+        let fits = || {
+            let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
+            reservation.admit();
+            reservation.try_resize(tokens.saturating_mul(TOKEN_BYTES))
+        };
+        fits().or_else(|full| if self.tenants.make_room() { fits() } else { Err(full) })
     }
 
     /// Starts a request. `interrupted` is asked between pieces of a long prompt whether to give up.
@@ -245,13 +247,17 @@ impl Engine {
         max_length: Option<usize>,
         interrupted: Interrupted,
     ) -> Result<Arc<Request>, RequestError> {
-        let mut sequence = self.start(namespace, prediction, max_length, interrupted)?;
-        for piece in prompt.chunks(PIECE) {
-            sequence.prefill(piece)?;
-            if piece.len() == PIECE && interrupted() {
-                return Err(RequestError::Interrupted);
+        let begin = || {
+            let mut sequence = self.start(namespace, prediction, max_length, interrupted)?;
+            for piece in prompt.chunks(PIECE) {
+                sequence.prefill(piece)?;
+                if piece.len() == PIECE && interrupted() {
+                    return Err(RequestError::Interrupted);
+                }
             }
-        }
+            Ok(sequence)
+        };
+        let mut sequence = self.with_room(begin)?;
         sequence.admit();
         Metrics::count(&self.metrics.begun, 1);
         Ok(Arc::new(Request::new(sequence)))
@@ -266,9 +272,12 @@ impl Engine {
         max_length: Option<usize>,
         interrupted: Interrupted,
     ) -> Result<Arc<Request>, RequestError> {
-        let mut sequence = self.start(namespace, prediction, max_length, interrupted)?;
-        let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
-        reservation.try_resize(prompt.capacity() * size_of::<Token>())?;
+        let (mut sequence, reservation) = self.with_room(|| {
+            let sequence = self.start(namespace, prediction, max_length, interrupted)?;
+            let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
+            reservation.try_resize(prompt.capacity() * size_of::<Token>())?;
+            Ok((sequence, reservation))
+        })?;
         sequence.admit();
         Metrics::count(&self.metrics.begun, 1);
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(reservation)));
@@ -277,6 +286,14 @@ impl Engine {
             request.leave_to_callers();
         }
         Ok(request)
+    }
+
+    /// Tries again what did not fit, if there are namespaces to be forgotten.
+    fn with_room<T>(&self, begin: impl Fn() -> Result<T, RequestError>) -> Result<T, RequestError> {
+        match begin() {
+            Err(RequestError::Memory(_)) if self.tenants.make_room() => begin(),
+            begun => begun,
+        }
     }
 
     fn start(

@@ -240,12 +240,17 @@ impl Request {
             State::Over(reason) => return Err(reason.clone()),
         };
         let indexing = !live.backlog.is_empty();
-        let done = catch_unwind(AssertUnwindSafe(|| work(live)))
-            .unwrap_or_else(|panic| Err(RequestError::Failed(reason(&*panic))));
+        let mut unwound = true;
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            let done = work(live);
+            unwound = false;
+            done
+        }))
+        .unwrap_or_else(|panic| Err(ended_by(&*panic)));
         match &done {
             Err(failure @ RequestError::Failed(_)) => Self::end(state, failure.clone()),
-            // a prompt that does not fit cannot be taken back
-            Err(full @ RequestError::Memory(_)) if indexing => Self::end(state, full.clone()),
+            // a prompt that does not fit cannot be taken back, nor what was left half done
+            Err(full @ RequestError::Memory(_)) if indexing || unwound => Self::end(state, full.clone()),
             _ => {}
         }
         done
@@ -334,6 +339,14 @@ impl Peek<'_> {
             State::Live(live) => Some(&live.sequence),
             State::Over(_) => None,
         }
+    }
+}
+
+/// What a panic, or a draft that the system had no memory for, makes of a request.
+fn ended_by(panic: &(dyn Any + Send)) -> RequestError {
+    match panic.downcast_ref::<MemoryFull>() {
+        Some(&full) => RequestError::Memory(full),
+        None => RequestError::Failed(reason(panic)),
     }
 }
 

@@ -17,7 +17,7 @@ pub const FILE: &str = "drafter.sssd-state";
 const MAGIC: [u8; 8] = *b"\x89SST\r\n\x1a\n";
 const VERSION: u32 = 2;
 /// Bytes that are read or written at once.
-const BUFFER: usize = 1 << 16;
+const BUFFER: usize = 1 << 13;
 
 // Kinds of records.
 const END: u8 = 0;

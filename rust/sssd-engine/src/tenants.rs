@@ -14,6 +14,9 @@ const PAGE: usize = 256;
 /// Namespaces that a call which needs one looks at, whether they are to be forgotten.
 const FORGOTTEN: usize = 8;
 
+/// Namespaces that a call which finds memory full looks at, whether they are empty.
+const LOOKED: usize = 1024;
+
 /// Namespaces, in any number: no call takes time for those that it does not ask for.
 pub struct Tenants {
     common: Arc<Common>,
@@ -30,6 +33,8 @@ struct Held {
     /// When to look whether one is to be forgotten, with its number: one entry for each.
     due: BinaryHeap<Reverse<(Instant, u64, Arc<str>)>>,
     made: u64,
+    /// Up to where empty ones were looked for.
+    looked: Option<Arc<str>>,
 }
 
 struct Tenant {
@@ -60,9 +65,14 @@ impl Tenants {
         self.expire(FORGOTTEN);
         match self.try_find_or_make(name) {
             // what is to be forgotten may make room
-            Err(_) if self.expire(usize::MAX) > 0 => self.try_find_or_make(name),
+            Err(_) if self.make_room() => self.try_find_or_make(name),
             made => made,
         }
+    }
+
+    /// Forgets what is to be forgotten, and what is empty; false if there was nothing.
+    pub fn make_room(&self) -> bool {
+        self.expire(usize::MAX) + self.forget_empty() > 0
     }
 
     fn try_find_or_make(&self, name: &str) -> Result<Arc<Namespace>, MemoryFull> {
@@ -152,6 +162,21 @@ impl Tenants {
             }
         }
         forgotten
+    }
+
+    /// Forgets namespaces in which nothing was learned and nothing runs, of the next ones in the order of their names.
+    /// Tells how many.
+    fn forget_empty(&self) -> usize {
+        let mut held = self.lock();
+        let start = held.looked.as_deref().map_or(Bound::Excluded(""), Bound::Excluded);
+        let next: Vec<_> = held.by_name.range::<str, _>((start, Bound::Unbounded)).take(LOOKED).collect();
+        let empty = next.iter().filter(|(_, tenant)| tenant.namespace.is_empty());
+        let empty: Vec<_> = empty.map(|(name, _)| Arc::clone(name)).collect();
+        let last = next.last().filter(|_| next.len() == LOOKED).map(|(name, _)| Arc::clone(name));
+        held.looked = last;
+        let gone: Vec<_> = empty.iter().filter_map(|name| held.by_name.remove(name)).collect();
+        drop(held);
+        gone.len()
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {

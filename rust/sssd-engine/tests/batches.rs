@@ -104,7 +104,10 @@ fn counted(engine: &Engine, requests: &[Arc<Request>]) -> [(u64, u64); 2] {
 }
 
 fn weights(requests: &[Arc<Request>]) -> Vec<Vec<u8>> {
-    requests.iter().map(|request| request.with(|sequence| sequence.model().to_bytes()).unwrap()).collect()
+    requests
+        .iter()
+        .map(|request| request.with(|sequence| sequence.model().to_bytes().unwrap()).unwrap())
+        .collect()
 }
 
 /// The sizes that trees get from a heap of their nodes.

@@ -46,12 +46,12 @@ fn saved(engine: &Engine) -> (Vec<Record>, Identity) {
 }
 
 fn weights(engine: &Engine, namespace: &str) -> Vec<u8> {
-    engine.namespace(namespace).unwrap().with_model(Model::to_bytes)
+    engine.namespace(namespace).unwrap().with_model(Model::to_bytes).unwrap()
 }
 
 #[test]
 fn a_namespace_begins_with_nothing_that_another_has_learned() {
-    let (engine, untaught) = (learning(), Model::default().to_bytes());
+    let (engine, untaught) = (learning(), Model::default().to_bytes().unwrap());
     for name in ["", "a"] {
         teach(&engine, name);
         assert_ne!(weights(&engine, name), untaught);
@@ -59,7 +59,7 @@ fn a_namespace_begins_with_nothing_that_another_has_learned() {
     }
     for name in ["A", "a ", "ä", "a\0", "aa"] {
         let namespace = engine.namespace(name).unwrap();
-        assert_eq!(namespace.with_model(Model::to_bytes), untaught, "{name:?}");
+        assert_eq!(namespace.with_model(Model::to_bytes).unwrap(), untaught, "{name:?}");
         assert_eq!(namespace.live_len(), (0, 0), "{name:?}");
         assert_eq!(namespace.for_each_feedback(|_| Err("an entry")), Ok(()), "{name:?}");
     }
@@ -122,7 +122,7 @@ fn what_was_learned_fits_as_far_as_there_is_room() {
         let namespace = other.namespace("").unwrap();
         assert_eq!(namespace.live_len().0 > 0, live_bytes > 0);
         assert_eq!(namespace.for_each_feedback(|_| Err(())).is_err(), soft_bytes > 0);
-        assert_eq!(namespace.with_model(Model::to_bytes), weights(&engine, ""));
+        assert_eq!(namespace.with_model(Model::to_bytes).unwrap(), weights(&engine, ""));
         assert!(namespace.memory_bytes() <= live_bytes + soft_bytes + 100_000);
     }
 }
@@ -144,6 +144,20 @@ fn any_number_of_namespaces_costs_no_call_more_than_its_own() {
     assert!(engine.memory().used < held + 3 * each);
     let names: Vec<_> = engine.namespaces().into_iter().map(|info| info.name).collect();
     assert_eq!(names, ["", "other"]);
+}
+
+#[test]
+fn a_full_memory_forgets_namespaces_that_have_learned_nothing() {
+    let engine =
+        Engine::new(Options { max_bytes: 1 << 20, live_bytes: 1 << 16, ..Options::default() }).unwrap();
+    teach(&engine, "taught");
+    let running = begin(&engine, "running", &TEXT);
+    for n in 0..500 {
+        drop(begin(&engine, &format!("{n}{}", "x".repeat(5000)), &TEXT));
+    }
+    assert!(engine.find_namespace("taught").is_some() && engine.find_namespace("running").is_some());
+    assert!((5..200).contains(&engine.namespaces().len()));
+    running.with(|sequence| assert_eq!(sequence.tokens(), TEXT)).unwrap();
 }
 
 #[test]

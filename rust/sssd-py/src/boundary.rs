@@ -242,6 +242,9 @@ pub fn enter<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + S
 }
 
 fn panicked(py: Python<'_>, panic: &(dyn Any + Send)) -> PyErr {
+    if let Some(full) = panic.downcast_ref::<MemoryFull>() {
+        return memory_full(py, full);
+    }
     let reason = panic.downcast_ref::<String>().map(String::as_str);
     let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
     error(py, "InternalError", format!("internal error, please report it: {reason}"))

@@ -7,7 +7,7 @@ use std::time::Duration;
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Corpus, Limits, MAX_TOKEN, Model, Namespace, SOURCES};
+use sssd_core::{Corpus, Limits, MAX_TOKEN, Model, Namespace, SOURCES, WeightsError};
 use sssd_engine::{Engine, Interrupted, Options, Request};
 
 use crate::boundary::{
@@ -212,14 +212,15 @@ impl PyDrafter {
     fn load_state_dict(&self, state: &Bound<'_, PyDict>) -> PyResult<()> {
         let weights = state.get_item(WEIGHTS)?;
         let weights = weights.as_ref().and_then(|weights| weights.cast::<PyBytes>().ok());
-        match weights.and_then(|weights| Model::from_bytes(weights.as_bytes()).ok()) {
-            Some(model) => {
-                let py = state.py();
-                self.default(py)?.set_model(model).map_err(|full| memory_full(py, &full))
-            }
-            None => {
+        let py = state.py();
+        let drafter = self.default(py)?;
+        let set = weights.map(|weights| drafter.set_weights(weights.as_bytes()));
+        match set {
+            Some(Ok(())) => Ok(()),
+            Some(Err(WeightsError::Memory(full))) => Err(memory_full(py, &full)),
+            _ => {
                 let message = "state must be what state_dict of this release returned";
-                Err(error(state.py(), "InvalidArgumentError", message))
+                Err(error(py, "InvalidArgumentError", message))
             }
         }
     }

@@ -26,7 +26,8 @@ pub const WEIGHTS: &str = "weights.v2";
 
 pub fn state_dict<'py>(py: Python<'py>, model: &Model) -> PyResult<Bound<'py, PyDict>> {
     let state = PyDict::new(py);
-    state.set_item(WEIGHTS, PyBytes::new(py, &model.to_bytes()))?;
+    let bytes = model.to_bytes().map_err(|full| memory_full(py, &full))?;
+    state.set_item(WEIGHTS, PyBytes::new(py, &bytes))?;
     Ok(state)
 }
 

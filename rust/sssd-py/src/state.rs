@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use sssd_core::MemoryFull;
 use sssd_engine::{Histogram, StateError, StateReader};
 
 use crate::boundary::{self as argument, call, call_long, memory_full};
@@ -182,13 +183,30 @@ impl PyDrafter {
         // what users have said is for nobody else to read
         builder.get().with(py, |builder| builder.make_private())?;
         let mut documents = 0;
-        builder.get().with(py, |builder| {
-            held.for_each_document(|tokens, _| {
+        let added = builder.get().with(py, |builder| {
+            let added: Result<(), Freeze> = held.for_each_document(|tokens, _| {
                 documents += 1;
-                builder.add_document(tokens)
-            })
+                builder.add_document(tokens).map_err(Freeze::Store)
+            });
+            match added {
+                Err(Freeze::Store(failure)) => Err(failure),
+                Err(Freeze::Memory(full)) => Ok(Some(full)),
+                Ok(()) => Ok(None),
+            }
         })?;
-        Ok(documents)
+        added.map_or(Ok(documents), |full| Err(memory_full(py, &full)))
+    }
+}
+
+/// Why a live store cannot become a datastore.
+enum Freeze {
+    Store(sssd_store::Error),
+    Memory(MemoryFull),
+}
+
+impl From<MemoryFull> for Freeze {
+    fn from(full: MemoryFull) -> Self {
+        Self::Memory(full)
     }
 }
 

@@ -5,8 +5,9 @@ use numpy::{Element, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArr
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyInt, PyList, PyMemoryView, PySequence, PyString, PyTuple};
-use sssd_core::{MAX_TOKEN, PLACEHOLDER, Token, TopK};
+use sssd_core::{MAX_TOKEN, MemoryFull, PLACEHOLDER, Token, TopK};
 
+use crate::boundary::memory_full;
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 
@@ -23,6 +24,7 @@ pub fn tokens_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Ve
     let result = read(ids, &mut |id| push(out, id, limit));
     result.map_err(|refused| match refused {
         Refused::Raised(raised) => raised,
+        Refused::Memory(wanted) => memory_full(ids.py(), &MemoryFull::System { wanted }),
         Refused::Id(id) => error(ids.py(), "InvalidTokenError", bad_id(id, out.len(), vocab_size)),
         Refused::Kind(kind) => bad_kind(ids, &kind),
     })
@@ -38,12 +40,11 @@ pub fn history(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>) -> PyResult<Vec<
 /// The same, appended to `out`.
 pub fn history_into(ids: &Bound<'_, PyAny>, vocab_size: Option<u32>, out: &mut Vec<Token>) -> PyResult<()> {
     let limit = i128::from(vocab_size.map_or(MAX_TOKEN, |size| size - 1));
-    let result = read(ids, &mut |id| {
-        out.push(if (0..=limit).contains(&id) { id as Token } else { PLACEHOLDER });
-        Ok(())
-    });
+    let result =
+        read(ids, &mut |id| append(out, if (0..=limit).contains(&id) { id as Token } else { PLACEHOLDER }));
     result.map_err(|refused| match refused {
         Refused::Raised(raised) => raised,
+        Refused::Memory(wanted) => memory_full(ids.py(), &MemoryFull::System { wanted }),
         Refused::Kind(kind) => bad_kind(ids, &kind),
         Refused::Id(id) => bad_kind(ids, &id.to_string()),
     })
@@ -77,6 +78,7 @@ pub fn integers_into(values: &Bound<'_, PyAny>, name: &str, act: &mut dyn FnMut(
     });
     result.map_err(|refused| match refused {
         Refused::Raised(raised) => raised,
+        Refused::Memory(wanted) => memory_full(values.py(), &MemoryFull::System { wanted }),
         Refused::Id(_) | Refused::Kind(_) => error(
             values.py(),
             "InvalidArgumentError",
@@ -218,6 +220,8 @@ enum Refused {
     Raised(PyErr),
     Id(i128),
     Kind(String),
+    /// No memory for so many more bytes.
+    Memory(usize),
 }
 
 impl From<PyErr> for Refused {
@@ -232,7 +236,14 @@ fn push(out: &mut Vec<Token>, id: i128, limit: Token) -> Result<(), Refused> {
     if id < 0 || id > i128::from(limit) {
         return Err(Refused::Id(id));
     }
-    out.push(id as Token);
+    append(out, id as Token)
+}
+
+fn append(out: &mut Vec<Token>, token: Token) -> Result<(), Refused> {
+    if out.len() == out.capacity() && out.try_reserve(1).is_err() {
+        return Err(Refused::Memory(size_of_val(&out[..])));
+    }
+    out.push(token);
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 //! the samples that predict.
 
 use crate::Token;
-use crate::index::NONE;
+use crate::index::{NONE, Seed};
+use crate::memory::{make_room, push};
 use crate::predictor::frontier::Frontier;
 use crate::predictor::support::{Occurrence, Support};
 use crate::predictor::weights::{EscapeCell, GateCell};
@@ -145,6 +146,7 @@ impl Sample {
     /// Reads the next tokens from the corpus.
     pub fn read_on(&mut self, read: &mut Vec<Token>, corpus: &dyn Corpus, count: usize) {
         let start = read.len();
+        make_room(read, count);
         read.resize(start + count, 0);
         let found = corpus.continuation(self.rest, &mut read[start..]);
         read.truncate(start + found);
@@ -206,7 +208,7 @@ impl Scratch {
     pub fn start(&mut self) {
         self.samples.clear();
         self.origins.clear();
-        self.origins.push(NOWHERE);
+        push(&mut self.origins, NOWHERE);
         self.read.clear();
     }
 
@@ -235,7 +237,7 @@ impl Scratch {
     pub fn add_sample(&mut self, candidate: u32, mut sample: Sample) {
         let first = &mut self.origins[candidate as usize].samples;
         sample.next = std::mem::replace(first, self.samples.len() as u32);
-        self.samples.push(sample);
+        push(&mut self.samples, sample);
     }
 }
 
@@ -249,8 +251,9 @@ pub fn child(
 ) -> u32 {
     table.find(token, candidates).unwrap_or_else(|slot| {
         let candidate = candidates.len() as u32;
-        candidates.push(Candidate::new(token, node, candidates[node as usize].depth + 1));
-        origins.push(NOWHERE);
+        let depth = candidates[node as usize].depth + 1;
+        push(candidates, Candidate::new(token, node, depth));
+        push(origins, NOWHERE);
         table.insert(slot, candidate);
         candidate
     })
@@ -262,6 +265,8 @@ pub struct TokenTable {
     /// The expansion that filled the slot, and the candidate.
     slots: Vec<(u32, u32)>,
     expansion: u32,
+    /// Where a token has its slot is secret: no choice of tokens crowds slots together.
+    seed: Seed,
 }
 
 impl TokenTable {
@@ -269,6 +274,7 @@ impl TokenTable {
         self.expansion = self.expansion.wrapping_add(1);
         if self.slots.is_empty() || self.expansion == 0 {
             self.slots.clear();
+            make_room(&mut self.slots, SLOTS);
             self.slots.resize(SLOTS, (0, 0));
             self.expansion = 1;
         }
@@ -276,7 +282,7 @@ impl TokenTable {
 
     /// The candidate for `token`, or the slot where it belongs.
     pub fn find(&self, token: Token, candidates: &[Candidate]) -> Result<u32, usize> {
-        let mut slot = (token.wrapping_mul(0x9e37_79b1) >> 21) as usize;
+        let mut slot = self.seed.spread(token) % SLOTS;
         loop {
             let (expansion, candidate) = self.slots[slot];
             if expansion != self.expansion {

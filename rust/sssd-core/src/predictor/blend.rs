@@ -2,6 +2,7 @@
 //! `p_k(t) = (1 - e_k) c_k(t) / n_k + e_k p_{k-1}(t)`, with learned escapes `e_k`.
 
 use crate::Token;
+use crate::memory::push;
 use crate::predictor::arena::{Candidate, Expansion, Tally, Vote};
 use crate::predictor::weights::{EscapeCell, Model};
 use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
@@ -59,7 +60,7 @@ fn weigh_votes(
         let escape = model.escape(cell);
         values[class] = rest * (1.0 - escape) / count;
         rest *= escape;
-        contexts.push((class as u8, cell));
+        push(contexts, (class as u8, cell));
     }
     // an occurrence of a longer context is one of every shorter context as well, and votes there too
     if nested {
@@ -92,11 +93,11 @@ pub fn blend_feedback(
                 let value = rest * (1.0 - escape) * prob / total;
                 match said[start..].iter_mut().find(|held| held.0 == token) {
                     Some(held) => held.1 += value,
-                    None => said.push((token, value, class)),
+                    None => push(said, (token, value, class)),
                 }
             }
             rest *= escape;
-            contexts.push((class, cell));
+            push(contexts, (class, cell));
         };
     for (class, known) in found.iter().enumerate().rev() {
         if let Some(known) = known {

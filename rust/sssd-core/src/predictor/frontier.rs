@@ -2,6 +2,8 @@
 
 use std::collections::BinaryHeap;
 
+use crate::memory::give_up;
+
 /// A max-heap of candidates by path probability. Equal probabilities leave in the order they came.
 #[derive(Clone, Default)]
 pub struct Frontier {
@@ -29,6 +31,9 @@ impl Frontier {
             return;
         }
         // the bits of non-negative floats are ordered like the floats
+        if self.heap.len() == self.heap.capacity() && self.heap.try_reserve(1).is_err() {
+            give_up(size_of::<u64>());
+        }
         self.heap.push(u64::from(probability.to_bits()) << 32 | u64::from(!candidate));
         if self.heap.len() >= 2 * self.room + 32 {
             self.trim();

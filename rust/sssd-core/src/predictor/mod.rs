@@ -16,6 +16,7 @@ pub mod weights;
 
 use crate::Token;
 use crate::index::NONE;
+use crate::memory::{make_room, push};
 use crate::sources::live::LiveStore;
 use crate::sources::{FEEDBACK, LIVE, NO_CLASS, SUCCESSORS};
 use crate::stats::{Outcome, Stats};
@@ -64,7 +65,7 @@ impl Predictor {
     fn start(&mut self, inputs: &Inputs, scratch: &mut Scratch) {
         let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
         self.arena.clear();
-        self.arena.contexts.reserve(CONTEXTS * max_nodes);
+        make_room(&mut self.arena.contexts, CONTEXTS * max_nodes);
         self.tree.clear();
         self.credits.clear();
         scratch.start();
@@ -76,7 +77,7 @@ impl Predictor {
             && max_depth > 0
             && !inputs.end_tokens.contains(&last)
         {
-            self.arena.candidates.push(Candidate::new(last, NONE, 0));
+            push(&mut self.arena.candidates, Candidate::new(last, NONE, 0));
             (self.newest, self.followed) = (Some(0), Some(0));
         }
     }
@@ -123,7 +124,7 @@ impl Predictor {
         std::hint::black_box(seen);
         expansion.children = (start as u32, candidates.len() as u32);
         candidates[node as usize].expansion = expansions.len() as u32;
-        expansions.push(expansion);
+        push(expansions, expansion);
     }
 
     /// Makes a candidate the next node of the tree.
@@ -136,7 +137,7 @@ impl Predictor {
         if candidate.classes[LIVE] != NO_CLASS
             && let Some(position) = scratch.live_position(best)
         {
-            self.credits.push((node as u32, position));
+            push(&mut self.credits, (node as u32, position));
         }
         self.tree.push(candidate.token, i32::from(parent.node), candidate.path, source);
         self.newest = Some(best);

@@ -1,6 +1,7 @@
 //! Samples of a node vote for the token that followed them, and go on to the candidate for it.
 
 use crate::index::Index;
+use crate::memory::push;
 use crate::predictor::arena::{Candidate, Sample, Scratch, Tally, Vote, child};
 use crate::predictor::inputs::Inputs;
 use crate::sources::{Evidence, Length, MAX_LENGTH, NO_CLASS, SOURCES, aligned, class};
@@ -35,7 +36,7 @@ pub fn vote(
         }
         .min(MAX_LENGTH as u16);
         sample.next = std::mem::replace(&mut origins[child as usize].samples, current);
-        votes.push(Vote { candidate: child, weight: sample.weight, source: source as u8, class });
+        push(votes, Vote { candidate: child, weight: sample.weight, source: source as u8, class });
     }
 }
 

@@ -11,7 +11,7 @@
 
 use thiserror::Error;
 
-use crate::memory::{MemoryFull, try_clone};
+use crate::memory::{MemoryFull, try_clone, try_reserve};
 use crate::predictor::support::{KINDS, ROWS};
 use crate::sources::{self, BLENDED, CLASSES, FEEDBACK, SUCCESSORS};
 
@@ -84,6 +84,9 @@ const AGE_LIMIT: f32 = 2.0;
 /// Why bytes are not the weights of this predictor.
 #[derive(Clone, Copy, Debug, Error, PartialEq)]
 pub enum WeightsError {
+    /// There is no memory for them.
+    #[error(transparent)]
+    Memory(#[from] MemoryFull),
     /// They do not begin like weights, or are cut short.
     #[error("these are no weights of a predictor")]
     Foreign,
@@ -139,7 +142,7 @@ pub struct Model {
 impl Default for Model {
     /// The weights that ship with the package.
     fn default() -> Self {
-        if UNTRAINED { Self::untrained() } else { Self::from_tables(SHIPPED) }
+        if UNTRAINED { None } else { Self::from_tables(SHIPPED).ok() }.unwrap_or_else(Self::untrained)
     }
 }
 
@@ -177,11 +180,19 @@ impl Model {
 
     /// The header and the tables as little-endian bytes: escapes and refinements as (value, count) in 16 bits each,
     /// then gates and ages as 32-bit floats.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>, MemoryFull> {
         let rates = self.escapes.iter().chain(&self.refinements);
         let halves = rates.flat_map(|rate| [rate.value, rate.count]).flat_map(u16::to_le_bytes);
         let floats = self.gates.iter().chain(&self.ages).flat_map(|float| float.to_le_bytes());
-        HEADER.into_iter().chain(halves).chain(floats).collect()
+        let mut bytes = Vec::new();
+        try_reserve(&mut bytes, BYTES)?;
+        bytes.extend(HEADER.into_iter().chain(halves).chain(floats));
+        Ok(bytes)
+    }
+
+    /// Whether bytes are those of the weights that ship.
+    pub fn is_shipped(bytes: &[u8]) -> bool {
+        bytes == SHIPPED
     }
 
     /// The tables from [`Model::to_bytes`].
@@ -197,13 +208,13 @@ impl Model {
         } else if !fits(bytes) {
             return Err(WeightsError::Foreign);
         }
-        let model = Self::from_tables(bytes);
+        let model = Self::from_tables(bytes)?;
         let sound = model.gates.iter().chain(&model.ages).all(|float| float.abs() <= GATE_LIMIT);
         if sound { Ok(model) } else { Err(WeightsError::Values) }
     }
 
     /// From bytes that fit.
-    fn from_tables(bytes: &[u8]) -> Self {
+    fn from_tables(bytes: &[u8]) -> Result<Self, MemoryFull> {
         let words: &[[u8; 4]] = bytes[HEADER.len()..].as_chunks().0;
         let rate = |&[a, b, c, d]: &[u8; 4]| Rate {
             value: u16::from_le_bytes([a, b]),
@@ -213,12 +224,12 @@ impl Model {
         let (escapes, rest) = words.split_at(ESCAPES);
         let (refinements, rest) = rest.split_at(REFINEMENTS);
         let (gates, ages) = rest.split_at(GATES);
-        Self {
-            escapes: escapes.iter().map(rate).collect(),
-            refinements: refinements.iter().map(rate).collect(),
-            gates: gates.iter().map(float).collect(),
-            ages: ages.iter().map(float).collect(),
-        }
+        Ok(Self {
+            escapes: try_collect(escapes.iter().map(rate))?,
+            refinements: try_collect(refinements.iter().map(rate))?,
+            gates: try_collect(gates.iter().map(float))?,
+            ages: try_collect(ages.iter().map(float))?,
+        })
     }
 
     /// The cell of contexts of `class` that occurred `count` times with `distinct` different successors.
@@ -341,6 +352,13 @@ impl Model {
     }
 }
 
+fn try_collect<T>(items: impl ExactSizeIterator<Item = T>) -> Result<Box<[T]>, MemoryFull> {
+    let mut held = Vec::new();
+    try_reserve(&mut held, items.len())?;
+    held.extend(items);
+    Ok(held.into())
+}
+
 /// One step for each halving of the probability, or above one half of its complement.
 pub fn scale(probability: f32) -> f32 {
     // the binary logarithm, linear within octaves
@@ -357,7 +375,8 @@ mod tests {
     #[test]
     fn shipped_weights_are_those_of_this_predictor() {
         assert_eq!(Model::from_bytes(SHIPPED), Ok(Model::default()));
-        assert_eq!(Model::default().to_bytes(), SHIPPED);
+        assert_eq!(Model::default().to_bytes().unwrap(), SHIPPED);
+        assert!(Model::is_shipped(SHIPPED) && !Model::is_shipped(&SHIPPED[1..]));
     }
 
     #[test]
@@ -366,7 +385,7 @@ mod tests {
         model.learn_gate(Model::gate_cell(STORE, 3, 0.5), 0.7);
         model.learn_escape(Model::escape_cell(REQUEST, 11, 1.0, 1), true);
         model.learn_age(5, 3, 0.5);
-        let bytes = model.to_bytes();
+        let bytes = model.to_bytes().unwrap();
         assert_eq!(Model::from_bytes(&bytes), Ok(model));
         let changed = |at: usize, new: &[u8]| {
             let mut bytes = bytes.clone();

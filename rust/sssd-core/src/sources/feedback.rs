@@ -475,7 +475,12 @@ mod tests {
             for (context, &(id, writes)) in &map {
                 let order = FEEDBACK_ORDERS.iter().position(|&length| length == context.len()).unwrap();
                 let found = find(&table, context)[order].map(|found| (found.ids[0], found.writes));
-                assert!(found.is_none_or(|found| found == (id, writes)), "{context:?} {found:?} {id} {writes} of {} in {} seed {seed}", map.len(), table.buckets.load(Ordering::Relaxed));
+                assert!(
+                    found.is_none_or(|found| found == (id, writes)),
+                    "{context:?} {found:?} {id} {writes} of {} in {} seed {seed}",
+                    map.len(),
+                    table.buckets.load(Ordering::Relaxed)
+                );
                 lost += usize::from(found.is_none());
             }
             assert_eq!(lost, 0, "of {}", map.len());

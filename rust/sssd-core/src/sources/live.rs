@@ -167,8 +167,11 @@ impl LiveStore {
     }
 
     /// Calls `act` with the documents, oldest first, and how often what was drafted from each was accepted of late.
-    pub fn for_each_document<E>(&self, mut act: impl FnMut(&[Token], u32) -> Result<(), E>) -> Result<(), E> {
-        let (mut tokens, mut next) = (Vec::with_capacity(LONGEST_DOCUMENT), 0);
+    pub fn for_each_document<E: From<MemoryFull>>(
+        &self,
+        mut act: impl FnMut(&[Token], u32) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (mut tokens, mut next) = (Vec::new(), 0);
         loop {
             let ring = self.read();
             next = next.max(ring.oldest);
@@ -178,6 +181,7 @@ impl LiveStore {
             }
             tokens.clear();
             let (start, end) = (ring.start_of(next), ring.start_of(next + 1) - 1);
+            try_reserve(&mut tokens, (end - start) as usize)?;
             tokens.extend((start..end).filter_map(|position| ring.token(position)));
             let used = ring.used(next).map_or(0, |used| used.load(Ordering::Relaxed));
             drop(ring);
@@ -594,7 +598,7 @@ mod tests {
             );
         }
         let mut whole = Vec::new();
-        let all: Result<(), ()> = store.for_each_document(|tokens, _| {
+        let all: Result<(), MemoryFull> = store.for_each_document(|tokens, _| {
             let last = whole.last().copied();
             whole.extend(tokens.iter().filter(|&&token| Some(token) > last));
             Ok(())

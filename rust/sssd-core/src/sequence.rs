@@ -343,7 +343,7 @@ impl Sequence {
             index: &self.index,
             predicted: self.predicted,
             aligned: &self.aligned,
-            store: self.shared.store.as_deref(),
+            store: self.shared.store.as_deref().filter(|store| store.is_readable()),
             live: &knowledge.live,
             feedback: &knowledge.feedback,
             recent: &self.recent,

@@ -38,6 +38,10 @@ class CorruptDatastoreError(DatastoreError):
     """A datastore file is damaged, truncated, or not a datastore."""
 
 
+class DatastoreChangedError(DatastoreError):
+    """The file of an open datastore has been changed in place, or replaced by another one since it was pickled."""
+
+
 class DatastoreVersionError(DatastoreError):
     """A datastore file was written in a format version that this release cannot read."""
 

@@ -67,7 +67,7 @@ impl BuildOptions {
 }
 
 /// What was built.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BuildSummary {
     /// Tokens in the file.
     pub tokens: u64,
@@ -257,7 +257,7 @@ impl Builder {
 
     fn write_symbols(&mut self, tokens: &[Token]) -> Result<()> {
         if self.symbols == 0 {
-            if self.segments.len() as u64 == MAX_SEGMENTS {
+            if self.segments.len() == MAX_SEGMENTS {
                 return Err(Error::InvalidArgument(format!(
                     "max_memory gives more than the {MAX_SEGMENTS} segments that a file may have; raise it, or build \
                      several files"

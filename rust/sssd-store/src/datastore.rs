@@ -1,3 +1,4 @@
+use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,11 +20,15 @@ const FIRST_LENGTH: usize = 3;
 /// A position is a segment and an offset in it of this many bits.
 const OFFSET_BITS: u32 = 32;
 
+const NOWHERE: u32 = u32::MAX;
+
 /// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
     vocab_size: u32,
+    /// Hashes successors; at random, so that no file can have them collide.
+    multiplier: u32,
 }
 
 struct OpenFile {
@@ -34,7 +39,7 @@ struct OpenFile {
 }
 
 /// What the header of a datastore file says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FileInfo {
     /// The file.
     pub path: PathBuf,
@@ -94,7 +99,7 @@ impl Datastore {
     /// # Errors
     /// The same, and [`Error::Cancelled`].
     pub fn open_watched<P: AsRef<Path>>(paths: &[P], load: Load, progress: &Progress) -> Result<Self> {
-        let mut store = Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0 };
+        let mut store = Self::empty();
         for path in paths {
             let path = path.as_ref();
             let source = Source::open(path)?;
@@ -109,11 +114,16 @@ impl Datastore {
     /// # Errors
     /// [`Error::Corrupt`] and [`Error::Version`].
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
-        let mut store = Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0 };
+        let mut store = Self::empty();
         let (path, length, bytes) = (Path::new(name), bytes.len() as u64, Bytes::Owned(bytes));
         let parts = format::parse(path, length, &|start, out| bytes.read(start, out))?;
         store.add(path, parts, || Ok(bytes))?;
         store.complete()
+    }
+
+    fn empty() -> Self {
+        let multiplier = RandomState::new().hash_one(0) as u32 | 1;
+        Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, multiplier }
     }
 
     fn add(
@@ -129,9 +139,7 @@ impl Datastore {
         let bytes = Arc::new(load()?);
         self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
-        // nothing is found in one without tokens
-        let entries = table.iter().filter(|entry| entry.suffixes > 0);
-        self.segments.extend(entries.map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry)));
+        self.segments.extend(table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry)));
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         self.files.push(OpenFile { info, absolute, bytes });
@@ -369,28 +377,38 @@ impl Corpus for Datastore {
             out.extend(segment.successors(token));
             return;
         }
-        let total: u64 = self.segments.iter().map(|segment| length(&segment.bucket(token))).sum();
+        let held =
+            self.segments.iter().map(|segment| length(&segment.bucket(token))).filter(|&held| held > 0);
+        let (holders, total) = held.fold((1, 0), |(holders, total), held| (holders + 1, total + held));
+        // where in `out` a successor stands
+        let count = (2 * MAX_SUCCESSORS * holders).next_power_of_two();
+        let mut places: SmallVec<[u32; 4096]> = SmallVec::new();
+        if places.try_reserve(count).is_err() {
+            return;
+        }
+        places.resize(count, NOWHERE);
         for segment in &self.segments {
             let part = length(&segment.bucket(token)) as f32 / total as f32;
-            if part > 0.0 {
-                out.extend(segment.successors(token).map(|(successor, share)| (successor, share * part)));
+            if part == 0.0 {
+                continue;
+            }
+            for (successor, share) in segment.successors(token) {
+                let mut slot =
+                    successor.wrapping_mul(self.multiplier) as usize >> (32 - count.trailing_zeros());
+                while places[slot] != NOWHERE && out[places[slot] as usize].0 != successor {
+                    slot = (slot + 1) % count;
+                }
+                if places[slot] == NOWHERE {
+                    places[slot] = out.len() as u32;
+                    out.push((successor, share * part));
+                } else {
+                    out[places[slot] as usize].1 += share * part;
+                }
             }
         }
-        out[first..].sort_unstable_by(|left, right| left.0.cmp(&right.0).then(right.1.total_cmp(&left.1)));
-        let mut last = first;
-        for index in first..out.len() {
-            let (successor, share) = out[index];
-            if last > first && out[last - 1].0 == successor {
-                out[last - 1].1 += share;
-            } else {
-                out[last] = (successor, share);
-                last += 1;
-            }
-        }
-        out.truncate(last);
         let order =
             |left: &(Token, f32), right: &(Token, f32)| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0));
-        if last - first > MAX_SUCCESSORS {
+        if out.len() - first > MAX_SUCCESSORS {
             out[first..].select_nth_unstable_by(MAX_SUCCESSORS, order);
             out.truncate(first + MAX_SUCCESSORS);
         }

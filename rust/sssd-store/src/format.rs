@@ -25,8 +25,8 @@ pub const MAX_SUCCESSORS: usize = 32;
 pub const MAX_VOCAB: u32 = 1 << 24;
 /// Most symbols of a segment: positions take at most 32 bits.
 pub const MAX_SYMBOLS: u64 = 1 << 32;
-/// Most segments of a file: each is searched in every look-up.
-pub const MAX_SEGMENTS: u64 = 64;
+/// Most segments with tokens of a file: each is searched in every look-up.
+pub const MAX_SEGMENTS: usize = 64;
 
 // The first byte is not ASCII, the line ends catch a transfer in text mode (as PNG does).
 const MAGIC: [u8; 8] = *b"\x89SSD\r\n\x1a\n";
@@ -200,7 +200,7 @@ pub fn zeros<T: Clone + Default>(count: usize) -> io::Result<Vec<T>> {
 }
 
 /// Reads header, segment table and trailer of a file of `length` bytes, and checks everything that can be checked
-/// without reading the body. `read` copies the bytes from a place on.
+/// without reading the body. The segments are those with tokens. `read` copies the bytes from a place on.
 pub fn parse(path: &Path, length: u64, read: Read) -> Result<(Header, Vec<SegmentEntry>)> {
     let corrupt = |problem: &str| Error::corrupt(path, problem);
     let header = read_header(path, length, read)?;
@@ -212,10 +212,6 @@ pub fn parse(path: &Path, length: u64, read: Read) -> Result<(Header, Vec<Segmen
         && table_length.and_then(|length| header.table_at.checked_add(length)) == Some(trailer_at);
     if !in_order {
         return Err(corrupt("the parts of the file overlap"));
-    }
-    if header.segments > MAX_SEGMENTS {
-        let problem = format!("{} segments, of which a file may have {MAX_SEGMENTS}", header.segments);
-        return Err(Error::corrupt(path, problem));
     }
     let tail = read_part(path, header.table_at..header.file_length, read)?;
     let (table, trailer) = tail.split_at((trailer_at - header.table_at) as usize);
@@ -231,6 +227,13 @@ pub fn parse(path: &Path, length: u64, read: Read) -> Result<(Header, Vec<Segmen
         .map_err(Error::memory("the segments of a datastore"))?;
     entries.extend(table.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode));
     check_table(&header, &entries).map_err(corrupt)?;
+    check_places(path, &header, &entries)?;
+    // nothing is found in those
+    entries.retain(|entry| entry.suffixes > 0);
+    if entries.len() > MAX_SEGMENTS {
+        let problem = format!("{} segments with tokens, more than the {MAX_SEGMENTS} allowed", entries.len());
+        return Err(Error::corrupt(path, problem));
+    }
     Ok((header, entries))
 }
 
@@ -286,7 +289,7 @@ fn read_header(path: &Path, length: u64, read: Read) -> Result<Header> {
     Ok(header)
 }
 
-/// What is wrong with the segments: each by itself, where they lie, or what they come to.
+/// What is wrong with the segments: each by itself, or what they come to.
 fn check_table(header: &Header, table: &[SegmentEntry]) -> std::result::Result<(), &'static str> {
     let (mut tokens, mut documents) = (0, 0);
     for entry in table {
@@ -294,21 +297,24 @@ fn check_table(header: &Header, table: &[SegmentEntry]) -> std::result::Result<(
         tokens += entry.suffixes;
         documents += entry.documents;
     }
-    let mut places: [_; MAX_SEGMENTS as usize * SECTIONS] = std::array::from_fn(|_| 0..0);
-    let places = &mut places[..table.len() * SECTIONS];
-    places.iter_mut().zip(table.iter().flat_map(|entry| &entry.sections)).for_each(|(place, section)| {
-        *place = section.clone();
-    });
+    if (tokens, documents) != (header.tokens, header.documents) {
+        return Err("the segments do not add up to the counts of the header");
+    }
+    Ok(())
+}
+
+/// Whether the sections lie in the body, one after the other.
+fn check_places(path: &Path, header: &Header, table: &[SegmentEntry]) -> Result<()> {
+    let mut places = Vec::new();
+    places.try_reserve_exact(table.len() * SECTIONS).map_err(Error::memory("the segments of a datastore"))?;
+    places.extend(table.iter().flat_map(|entry| &entry.sections));
     places.sort_unstable_by_key(|place| place.start);
     let mut end = PAGE;
     for place in places {
         if place.start % PAGE != 0 || place.start < end || place.end > header.checksums_at {
-            return Err("a section lies outside its place");
+            return Err(Error::corrupt(path, "a section lies outside its place"));
         }
         end = place.end;
-    }
-    if (tokens, documents) != (header.tokens, header.documents) {
-        return Err("the segments do not add up to the counts of the header");
     }
     Ok(())
 }

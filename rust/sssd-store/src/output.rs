@@ -85,7 +85,9 @@ impl Output {
         file.write_all(&header)?;
         file.sync_all()?;
         drop(file);
-        self.temporary.take()?.persist(&self.target)?;
+        // by the C library, for tests of its failure; tempfile asks the kernel itself
+        let temporary = self.temporary.take()?.keep()?;
+        std::fs::rename(&temporary, &self.target).inspect_err(|_| drop(std::fs::remove_file(&temporary)))?;
         sync_folder(folder(&self.target))?;
         Ok(body_end + tail.len() as u64)
     }

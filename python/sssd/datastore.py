@@ -73,8 +73,8 @@ def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -
         if file.uuid != uuid:
             store.close()
             raise DatastoreChangedError(
-                f"{path}: another datastore than the one that was pickled or copied (UUID {file.uuid}, not {uuid}); "
-                "put that one back, or open this one by its path"
+                f"{path}: another datastore than the one that was pickled or copied (UUID {file.uuid}, "
+                f"not {uuid}); put that one back, or open this one by its path"
             )
     return store
 

@@ -39,7 +39,7 @@ class CorruptDatastoreError(DatastoreError):
 
 
 class DatastoreChangedError(DatastoreError):
-    """The file of an open datastore has been changed in place, or replaced by another one since it was pickled."""
+    """A datastore file has been changed in place since it was opened, or replaced since it was pickled."""
 
 
 class DatastoreVersionError(DatastoreError):

@@ -41,18 +41,48 @@ def seal(path: Path, vocab_size: int, parts: list[tuple[list[int], list[bytes]]]
             body += section
         table += entry
     blocks = [bytes(body[at : at + BLOCK]) for at in range(0, len(body), BLOCK)]
+    totals = [sum(counts[index] for counts, _ in parts) for index in (2, 1)]
     sums = packed(*map(xxh3_64_intdigest, blocks))
-    table_at = PAGE + len(body) + len(sums)
-    tokens, documents = (sum(counts[index] for counts, _ in parts) for index in (2, 1))
+    head, tail = ends(vocab_size, (totals[0], totals[1]), PAGE + len(body), sums, table)
+    path.write_bytes(head + body + tail)
+
+
+def ends(
+    vocab_size: int, totals: tuple[int, int], body_end: int, sums: bytes, table: bytes
+) -> tuple[bytes, bytes]:
+    """The header, and what follows the body."""
+    table_at = body_end + len(sums)
     length = table_at + len(table) + TRAILER
 
     def header(uuid: bytes) -> bytes:
         start = MAGIC + (1).to_bytes(4, "little") + vocab_size.to_bytes(4, "little") + uuid + bytes(32)
-        start += packed(tokens, documents, 1 << 16, 0, length, PAGE + len(body), xxh3_64_intdigest(sums))
-        return (start + packed(table_at, len(parts), xxh3_64_intdigest(table))).ljust(PAGE - 4, b"\0")
+        start += packed(*totals, 1 << 16, 0, length, body_end, xxh3_64_intdigest(sums), table_at)
+        return (start + packed(len(table) // ENTRY, xxh3_64_intdigest(table))).ljust(PAGE - 4, b"\0")
 
     uuid = xxh3_128_intdigest(header(bytes(16))).to_bytes(16, "little")
     head = header(uuid)
     trailer = uuid + packed(length) + MAGIC
     head += zlib.crc32(head).to_bytes(4, "little")
-    path.write_bytes(head + body + sums + table + trailer + packed(xxh3_64_intdigest(trailer)))
+    return head, sums + table + trailer + packed(xxh3_64_intdigest(trailer))
+
+
+def sparse(path: Path, size: int) -> Path:
+    """A sound file without tokens of about this size, next to nothing of it on disk."""
+    vocab_size, bits = (1 << 24) - 1, 24
+    symbols = size * 8 // bits
+    index = -(-(vocab_size + 1) // 8) + 7
+    lengths = [-(-symbols * bits // 8) + 7, 7, index, 0, index, 7]
+    entry, end = packed(symbols, symbols, 0, 0), PAGE
+    for length in lengths:
+        start = -(-end // PAGE) * PAGE
+        end = start + length
+        entry += packed(start, end)
+    blocks, rest = divmod(end - PAGE, BLOCK)
+    sums = packed(xxh3_64_intdigest(bytes(BLOCK))) * blocks
+    sums += packed(xxh3_64_intdigest(bytes(rest))) if rest else b""
+    head, tail = ends(vocab_size, (0, symbols), end, sums, entry)
+    with path.open("wb") as file:
+        file.write(head)
+        file.seek(end)
+        file.write(tail)
+    return path

@@ -14,6 +14,7 @@ use pyo3::types::{PyBytes, PyList, PyRange, PySlice, PyTuple};
 use sssd_core::{Corpus, Token};
 use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
+    room_for_a_thread,
 };
 
 use crate::boundary::enter;
@@ -52,6 +53,16 @@ impl PyDatastore {
     fn store(&self, py: Python<'_>) -> PyResult<Arc<Datastore>> {
         let store = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
         store.ok_or_else(|| error(py, "ClosedError", "the datastore is closed"))
+    }
+}
+
+/// To unmap takes its time.
+impl Drop for PyDatastore {
+    fn drop(&mut self) {
+        let store = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if store.is_some() {
+            Python::try_attach(|py| py.detach(|| drop(store)));
+        }
     }
 }
 
@@ -158,7 +169,7 @@ impl PyDatastore {
         let py = ids.py();
         let store = self.store(py)?;
         let query = gather(ids, store.vocab_size())?;
-        enter(py, true, || store.count(&query))?.map_err(|failure| raised(py, failure))
+        enter(py, true, move || store.count(&query))?.map_err(|failure| raised(py, failure))
     }
 
     /// What follows occurrences of ``ids``, evenly spread over all of them, in the order of the tokens.
@@ -187,7 +198,8 @@ impl PyDatastore {
         let py = ids.py();
         let store = self.store(py)?;
         let query = gather(ids, store.vocab_size())?;
-        let positions = enter(py, true, || store.occurrences(&query, limit))?;
+        let held = Arc::clone(&store);
+        let positions = enter(py, true, move || held.occurrences(&query, limit))?;
         let positions = positions.map_err(|failure| raised(py, failure))?;
         let (out, mut found) = (PyList::empty(py), Found::default());
         let mut rest = positions.as_slice();
@@ -237,7 +249,6 @@ impl PyDatastore {
 
     /// Gives the files back. Drafters that use the store keep it until they are gone. Closing twice is fine.
     fn close(&self, py: Python<'_>) {
-        // to unmap takes its time
         py.detach(|| drop(self.0.write().unwrap_or_else(PoisonError::into_inner).take()));
     }
 
@@ -442,7 +453,7 @@ impl<T: Send + 'static> Running<T> {
             let _ = sender.send(work()); // nobody may listen after Ctrl-C
         })));
         let theirs = Arc::clone(&work);
-        if thread::Builder::new().spawn(move || run(&theirs)).is_err() {
+        if !room_for_a_thread() || thread::Builder::new().spawn(move || run(&theirs)).is_err() {
             enter(py, true, || run(&work))?;
         }
         Ok(Self(receiver))

@@ -32,12 +32,7 @@ impl Output {
         let mut prefix = OsString::from(".");
         prefix.push(name);
         prefix.push(".");
-        // tempfile's error has no number
-        let mut code = None;
-        let made = tempfile::Builder::new().prefix(&prefix).suffix(".tmp").make_in(folder(target), |path| {
-            create(path).inspect_err(|refused| code = refused.raw_os_error())
-        });
-        let made = made.map_err(|refused| code.map_or(refused, io::Error::from_raw_os_error))?;
+        let made = tempfile::Builder::new().prefix(&prefix).suffix(".tmp").make_in(folder(target), create)?;
         let (mut file, temporary) = made.into_parts();
         file.seek(SeekFrom::Start(PAGE))?;
         let file = Checksummed::new(file)?;

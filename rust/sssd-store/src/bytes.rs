@@ -73,7 +73,7 @@ impl Source {
                 #[cfg(target_os = "linux")]
                 let _ = memory.advise(Advice::HugePage); // an optimisation; kernels without it refuse
                 for (index, piece) in memory.chunks_mut(PIECE).enumerate() {
-                    self.read((index * PIECE) as u64, piece).map_err(|source| shortened(path, source))?;
+                    self.read((index * PIECE) as u64, piece).map_err(Error::read(path))?;
                     progress.check()?;
                 }
                 Ok(Bytes::Loaded(memory.make_read_only().map_err(Error::io(path))?))
@@ -84,14 +84,6 @@ impl Source {
 
 /// Read between two looks at whether it is still wanted.
 const PIECE: usize = 4 << 20;
-
-/// The error of a read: one that found the end was of a file that had been longer.
-pub fn shortened(path: &Path, source: io::Error) -> Error {
-    match source.kind() {
-        io::ErrorKind::UnexpectedEof => Error::corrupt(path, "shortened while it was read"),
-        _ => Error::io(path)(source),
-    }
-}
 
 fn read_at(file: &File, start: u64, out: &mut [u8]) -> io::Result<()> {
     #[cfg(unix)]
@@ -231,17 +223,4 @@ impl Deref for Bytes {
 /// process.
 pub fn room_for_a_thread() -> bool {
     MmapMut::map_anon(8 << 20).is_ok()
-}
-
-/// Brings the cache line of `byte` closer.
-#[inline]
-pub fn prefetch(byte: &u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing architecturally and cannot fault; the address is that of a live reference.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = byte;
 }

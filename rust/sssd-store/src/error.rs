@@ -86,6 +86,14 @@ impl Error {
         }
     }
 
+    /// Of a read: one that found the end was of a file that had been longer.
+    pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => Self::corrupt(path, "shortened while it was read"),
+            _ => Self::io(path)(source),
+        }
+    }
+
     pub(crate) fn corrupt(path: &Path, problem: impl Into<String>) -> Self {
         Self::Corrupt { path: path.to_owned(), problem: problem.into() }
     }

@@ -7,7 +7,6 @@ use std::path::Path;
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use crate::bytes::shortened;
 use crate::packed::{bits_for, packed_len};
 use crate::{Error, Fingerprint, Result};
 
@@ -242,7 +241,7 @@ pub type Read<'a> = &'a dyn Fn(u64, &mut [u8]) -> io::Result<()>;
 
 fn read_part(path: &Path, part: Range<u64>, read: Read) -> Result<Vec<u8>> {
     let mut out = zeros((part.end - part.start) as usize).map_err(Error::io(path))?;
-    read(part.start, &mut out).map_err(|source| shortened(path, source))?;
+    read(part.start, &mut out).map_err(Error::read(path))?;
     Ok(out)
 }
 
@@ -251,7 +250,7 @@ fn read_header(path: &Path, length: u64, read: Read) -> Result<Header> {
     let corrupt = |problem: &str| Error::corrupt(path, problem);
     let mut page = [0; PAGE as usize];
     if length >= PAGE {
-        read(0, &mut page).map_err(|source| shortened(path, source))?;
+        read(0, &mut page).map_err(Error::read(path))?;
     }
     if !page.starts_with(&MAGIC) {
         return Err(corrupt("not a datastore file, or a truncated one"));
@@ -340,7 +339,7 @@ pub fn damage(
         proceed()?;
         let end = (start + BLOCK).min(header.checksums_at);
         let block = &mut block[..(end - start) as usize];
-        read(start, block).map_err(|source| shortened(path, source))?;
+        read(start, block).map_err(Error::read(path))?;
         if xxh3_64(block).to_le_bytes() != sum {
             match damaged.last_mut() {
                 Some(last) if last.end == start => last.end = end,

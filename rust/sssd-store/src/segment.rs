@@ -125,7 +125,7 @@ impl Segment {
 
     fn prefetch_fence(&self, index: u64) {
         if let Some(byte) = self.section(3).get(8 * index as usize) {
-            crate::bytes::prefetch(byte);
+            crate::packed::prefetch(byte);
         }
     }
 

@@ -249,7 +249,10 @@ impl PyDatastore {
 
     /// Gives the files back. Drafters that use the store keep it until they are gone. Closing twice is fine.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| drop(self.0.write().unwrap_or_else(PoisonError::into_inner).take()));
+        py.detach(|| {
+            let store = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
+            drop(store); // not while others wait for the lock
+        });
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Files)> {

@@ -237,7 +237,8 @@ class Drafter:
     def metrics(self) -> dict[str, Any]:
         """Counters and histograms since the drafter was made, as plain numbers.
 
-        Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. Histograms, each ``{"bounds":
+        Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. ``datastore_lost``: 1 if a file of the
+        mapped datastore was changed in place, so that drafts go without the store, else 0. Histograms, each ``{"bounds":
         [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is known, and how many were
         ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
         ``counts[i]`` values are at most ``bounds[i]`` and above the bound before; the last bound is infinite.
@@ -1049,7 +1050,11 @@ _StrPath = str | PathLike[str]
 @final
 class Datastore:
     """A corpus of token documents on disk, opened for look-up. Made by ``Datastore.open``; a context manager that
-    closes itself. Immutable, so that any number of threads, drafters and (mapped) processes can share it.
+    closes itself. Immutable, so that any number of threads, drafters and (mapped) processes can share it. A copy, also
+    one that was pickled, opens the same files again; it raises ``DatastoreError`` if they have been replaced.
+
+    A mapped file that is shortened or overwritten in place (by ``cp``, say) is noticed before it is read: calls raise
+    ``DatastoreChangedError`` from then on, and drafters go on without the store.
     """
     @staticmethod
     def open(
@@ -1089,6 +1094,8 @@ class Datastore:
 
         Raises:
             CorruptDatastoreError: bytes have changed since the file was written; the message says which.
+            DatastoreChangedError: the file has been changed in place since it was opened.
+            OSError: the file cannot be read.
             ClosedError: the datastore is closed.
         """
     def count(self, ids: ArrayLike) -> int:
@@ -1096,6 +1103,7 @@ class Datastore:
 
         Raises:
             InvalidTokenError: an id is not an integer or outside the vocabulary.
+            DatastoreChangedError: a file has been changed in place since it was opened.
             ClosedError: the datastore is closed.
         """
     def continuations(
@@ -1114,6 +1122,8 @@ class Datastore:
         Raises:
             InvalidTokenError: an id is not an integer or outside the vocabulary.
             InvalidArgumentError: no ids.
+            DatastoreChangedError: a file has been changed in place since it was opened.
+            MemoryError: there is no memory for the result.
             ClosedError: the datastore is closed.
         """
     def successors(self, token_id: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -1124,6 +1134,7 @@ class Datastore:
 
         Raises:
             InvalidTokenError: the id is outside the vocabulary.
+            DatastoreChangedError: a file has been changed in place since it was opened.
             ClosedError: the datastore is closed.
         """
     def close(self) -> None:
@@ -1139,6 +1150,15 @@ class Datastore:
 @final
 class DatastoreInfo:
     """Totals over the files of a store."""
+    def __new__(
+        cls,
+        vocab_size: int,
+        tokens: int,
+        documents: int,
+        segments: int,
+        file_bytes: int,
+        files: SequenceABC[FileInfo],
+    ) -> Self: ...
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
@@ -1161,6 +1181,20 @@ class DatastoreInfo:
 @final
 class FileInfo:
     """What a file's header says."""
+    def __new__(
+        cls,
+        path: _StrPath,
+        version: int,
+        uuid: str,
+        vocab_size: int,
+        fingerprint: bytes | None,
+        tokens: int,
+        documents: int,
+        segments: int,
+        segment_symbols: int,
+        deduplicated: bool,
+        file_bytes: int,
+    ) -> Self: ...
     @property
     def path(self) -> Path:
         """The file."""
@@ -1201,11 +1235,12 @@ class DatastoreBuilder:
         fingerprint: ``tokenizer_fingerprint`` of the tokenizer (32 bytes).
         deduplicate: leave out documents that were added before.
         max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
-            too small for one segment gives several, which makes look-ups slower.
+            too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
 
     Raises:
         InvalidArgumentError: an argument is out of range.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or ``path`` is a folder, a pipe or a device.
+        MemoryError: there is no memory for it.
     """
     def __new__(
         cls,
@@ -1225,7 +1260,11 @@ class DatastoreBuilder:
         Raises:
             InvalidTokenError: an id is not an integer or outside the vocabulary; nothing is added.
             OSError: the temporary file cannot be written.
+            InvalidArgumentError: ``max_memory`` would give more than 64 segments.
+            MemoryError: there is no memory for it.
             ClosedError: the builder is finished or closed.
+
+        A builder whose file is torn by an error in the middle of a document, Ctrl-C included, closes itself.
         """
     def add_stream(self, ids: ArrayLike, end_token_id: int) -> None:
         """Adds a stretch of a token stream in which ``end_token_id`` is the last token of each document. The last
@@ -1248,10 +1287,11 @@ class DatastoreBuilder:
         target as it was.
 
         Args:
-            progress: called about ten times a second with the symbols indexed so far and their total.
+            progress: called about twenty times a second with the symbols indexed so far and their total.
 
         Raises:
             OSError: the file cannot be written; the target is as it was.
+            MemoryError: there is no memory to sort it; the target is as it was. ``max_memory`` takes less.
             ClosedError: the builder is finished or closed.
         """
     def close(self) -> None:
@@ -1264,6 +1304,9 @@ class DatastoreBuilder:
 @final
 class BuildSummary:
     """What a build wrote."""
+    def __new__(
+        cls, tokens: int, documents: int, duplicates: int, segments: int, file_bytes: int
+    ) -> Self: ...
     @property
     def tokens(self) -> int:
         """Tokens in the file."""

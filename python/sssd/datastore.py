@@ -9,13 +9,13 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, cast
+from typing import IO, Any, BinaryIO, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, FileInfo
-from sssd.errors import InvalidArgumentError, SssdError
+from sssd.errors import DatastoreChangedError, InvalidArgumentError, SssdError
 
 __all__ = [
     "BuildSummary",
@@ -64,6 +64,19 @@ class VocabularyOwner(Protocol):
 
     def get_vocab(self) -> dict[str, int]:
         """Every token with its id."""
+
+
+def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -> Datastore:
+    """The datastore of a pickle: the same files, by their contents."""
+    store = Datastore.open(paths, load=load)
+    for path, file, uuid in zip(paths, store.info.files, uuids, strict=True):
+        if file.uuid != uuid:
+            store.close()
+            raise DatastoreChangedError(
+                f"{path}: another datastore than the one that was pickled or copied (UUID {file.uuid}, "
+                f"not {uuid}); put that one back, or open this one by its path"
+            )
+    return store
 
 
 def tokenizer_fingerprint(tokenizer: VocabularyOwner) -> bytes:

@@ -38,6 +38,10 @@ class CorruptDatastoreError(DatastoreError):
     """A datastore file is damaged, truncated, or not a datastore."""
 
 
+class DatastoreChangedError(DatastoreError):
+    """A datastore file has been changed in place since it was opened, or replaced since it was pickled."""
+
+
 class DatastoreVersionError(DatastoreError):
     """A datastore file was written in a format version that this release cannot read."""
 

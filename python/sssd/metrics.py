@@ -42,6 +42,8 @@ class Collector(BaseCollector):
         metrics = self.drafter.metrics
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"{self.prefix}_{name}", text, value=metrics[name])
+        text = "Whether drafts go without the datastore, because a file of it was changed in place."
+        yield GaugeMetricFamily(f"{self.prefix}_datastore_lost", text, value=metrics["datastore_lost"])
         for name, text in _HISTOGRAMS.items():
             held = metrics[name]
             family = HistogramMetricFamily(f"{self.prefix}_{name}", text)

@@ -2,6 +2,7 @@
 //! target's distributions, the predictor's weights, and how the sources fared.
 
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
@@ -19,6 +20,8 @@ use crate::{Corpus, Token};
 pub struct Common {
     end_tokens: Vec<Token>,
     store: Option<Arc<dyn Corpus>>,
+    /// Whether the store was readable when it was last looked at.
+    readable: AtomicBool,
     pool: Arc<MemoryPool>,
     /// For those who draft at the same time, each with what pays for it.
     scratch: Mutex<Vec<(Box<Scratch>, Reservation)>>,
@@ -27,7 +30,20 @@ pub struct Common {
 impl Common {
     /// For drafters that draft nothing after an end token and match `store`. What they hold is charged to `pool`.
     pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, pool: &Arc<MemoryPool>) -> Self {
-        Self { end_tokens, store, pool: Arc::clone(pool), scratch: Mutex::default() }
+        let readable = AtomicBool::new(true);
+        Self { end_tokens, store, readable, pool: Arc::clone(pool), scratch: Mutex::default() }
+    }
+
+    /// Looks whether the store can be read, as is to be done before every draft or step: until the next time drafts go
+    /// with it or without.
+    pub fn look_at_store(&self) {
+        if let Some(store) = &self.store {
+            self.readable.store(store.is_readable(), Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn store(&self) -> Option<&dyn Corpus> {
+        self.store.as_deref().filter(|_| self.readable.load(Ordering::Relaxed))
     }
 
     /// Runs `work` with memory that drafts use one after the other.
@@ -59,10 +75,6 @@ pub(crate) struct Shared {
 impl Shared {
     pub fn end_tokens(&self) -> &[Token] {
         &self.common.end_tokens
-    }
-
-    pub fn store(&self) -> Option<&dyn Corpus> {
-        self.common.store.as_deref()
     }
 }
 

@@ -393,7 +393,7 @@ impl Sequence {
             index: &self.index,
             predicted: self.predicted,
             aligned: &self.aligned,
-            store: self.shared.store(),
+            store: self.shared.common.store(),
             live: Some(&*live),
             feedback: &knowledge.feedback,
             recent: &self.recent,

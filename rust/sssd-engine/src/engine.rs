@@ -66,6 +66,7 @@ impl Default for Options {
 pub struct Engine {
     options: Options,
     pool: Arc<MemoryPool>,
+    common: Arc<Common>,
     tenants: Tenants,
     threads: ThreadPool<Step>,
     /// With what pays for each.
@@ -109,7 +110,13 @@ impl Engine {
         let pool = Arc::new(MemoryPool::new(options.max_bytes));
         let common = Arc::new(Common::new(options.end_tokens.clone(), options.store.clone(), &pool));
         let engine = Self {
-            tenants: Tenants::new(common, options.live_bytes, options.soft_bytes, options.namespace_ttl),
+            tenants: Tenants::new(
+                Arc::clone(&common),
+                options.live_bytes,
+                options.soft_bytes,
+                options.namespace_ttl,
+            ),
+            common,
             pool,
             threads: ThreadPool::new(options.threads.max(1)),
             idle: Mutex::default(),
@@ -364,6 +371,7 @@ impl Engine {
         if let Some(sizing) = sizing {
             sizing.begin_step(std::iter::once((&mut limits, &mut pace)));
         }
+        self.common.look_at_store();
         let drafted = request.with_ready(|sequence| {
             sequence.start_draft(limits, limits.max_nodes);
             let Some(sizing) = sizing else { return sequence.end_draft(limits.max_nodes).clone() };
@@ -396,6 +404,7 @@ impl Engine {
     /// Does a step that has been filled.
     pub fn run(&self, step: &Arc<Step>) {
         let start = Instant::now();
+        self.common.look_at_store();
         step.run(&self.threads);
         Metrics::time(&self.metrics.step_ns, start.elapsed());
         let work = step.lock();

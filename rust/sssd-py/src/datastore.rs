@@ -2,28 +2,40 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread;
 use std::time::Duration;
 
-use numpy::PyArray1;
-use pyo3::exceptions::{PyOSError, PyTypeError};
+use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyList, PyRange, PySlice, PyTuple};
 use sssd_core::{Corpus, Token};
 use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
+    room_for_a_thread,
 };
 
 use crate::boundary::enter;
 use crate::errors::error;
-use crate::tokens::{int32, tokens};
+use crate::tokens::{int32, tokens_into};
 
-/// How often a build looks for Ctrl-C and reports its progress.
-const POLL: Duration = Duration::from_millis(100);
+/// How often long work looks for Ctrl-C, and a build reports its progress.
+const POLL: Duration = Duration::from_millis(50);
+/// Token ids read from Python, and arrays given to it, between two moments in which other threads can run.
+const PIECE: usize = 1 << 15;
+/// Work on fewer tokens is done at once.
+const LONG: usize = 1 << 21;
+/// Files with fewer bytes are read at once.
+const LARGE: u64 = 64 << 20;
 
 /// A corpus of token documents on disk, opened for look-up. Made by ``Datastore.open``; a context manager that
-/// closes itself. Immutable, so that any number of threads, drafters and (mapped) processes can share it.
+/// closes itself. Immutable, so that any number of threads, drafters and (mapped) processes can share it. A copy, also
+/// one that was pickled, opens the same files again; it raises ``DatastoreError`` if they have been replaced.
+///
+/// A mapped file that is shortened or overwritten in place (by ``cp``, say) is noticed before it is read: calls raise
+/// ``DatastoreChangedError`` from then on, and drafters go on without the store.
 #[pyclass(frozen, name = "Datastore", module = "sssd")]
 pub struct PyDatastore(RwLock<Option<Arc<Datastore>>>);
 
@@ -44,6 +56,16 @@ impl PyDatastore {
     }
 }
 
+/// To unmap takes its time.
+impl Drop for PyDatastore {
+    fn drop(&mut self) {
+        let store = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if store.is_some() {
+            Python::try_attach(|py| py.detach(|| drop(store)));
+        }
+    }
+}
+
 #[pymethods]
 impl PyDatastore {
     /// Opens one file, or several as one store.
@@ -51,16 +73,18 @@ impl PyDatastore {
     /// Args:
     ///     paths: a path or a sequence of paths.
     ///     load: ``"mmap"`` reads pages when they are first touched and shares them with other processes; the
-    ///         files must not be truncated meanwhile (replacing them is safe). ``"ram"`` reads everything now.
+    ///         files must not be changed in place meanwhile (replacing them is safe). ``"ram"`` reads everything now.
     ///     vocab_size: the model's number of token ids, refused if the store's differs.
     ///     fingerprint: the model's ``tokenizer_fingerprint`` (32 bytes), refused if the store's differs.
     ///
     /// Raises:
     ///     OSError: a file cannot be read.
-    ///     CorruptDatastoreError: a file is no datastore, truncated, or damaged where opening looks.
+    ///     CorruptDatastoreError: a file is no datastore, truncated, damaged where opening looks, or has more than 64
+    ///         segments with tokens.
     ///     DatastoreVersionError: a file has a format version that this release cannot read.
     ///     VocabularyMismatchError: vocabularies or tokenizers differ.
     ///     InvalidArgumentError: no path, or an argument out of range.
+    ///     MemoryError: there is no memory for it.
     #[staticmethod]
     #[pyo3(signature = (paths, *, load="mmap", vocab_size=None, fingerprint=None))]
     pub fn open(
@@ -85,8 +109,11 @@ impl PyDatastore {
             }
         };
         let fingerprint = fingerprint.map(|bytes| checked_fingerprint(py, bytes)).transpose()?;
-        let opened = enter(py, true, || {
-            let store = Datastore::open(&paths, load)?;
+        let large = load == Load::Ram && enter(py, true, || paths.iter().any(|path| is_large(path)))?;
+        let watch = Arc::new(Progress::default());
+        let progress = Arc::clone(&watch);
+        let opened = watched(py, large, &watch, move || {
+            let store = Datastore::open_watched(&paths, load, &progress)?;
             store.check_model(vocab_size, fingerprint.as_ref())?;
             Ok(store)
         })?;
@@ -120,22 +147,29 @@ impl PyDatastore {
     ///
     /// Raises:
     ///     CorruptDatastoreError: bytes have changed since the file was written; the message says which.
+    ///     DatastoreChangedError: the file has been changed in place since it was opened.
+    ///     OSError: the file cannot be read.
     ///     ClosedError: the datastore is closed.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         let store = self.store(py)?;
-        enter(py, true, || store.verify())?.map_err(|failure| raised(py, failure))
+        let large = store.files().any(|file| file.file_bytes > LARGE);
+        let watch = Arc::new(Progress::default());
+        let progress = Arc::clone(&watch);
+        watched(py, large, &watch, move || store.verify_watched(&progress))?
+            .map_err(|failure| raised(py, failure))
     }
 
     /// Occurrences of ``ids`` within documents; without ids, the number of tokens in the store.
     ///
     /// Raises:
     ///     InvalidTokenError: an id is not an integer or outside the vocabulary.
+    ///     DatastoreChangedError: a file has been changed in place since it was opened.
     ///     ClosedError: the datastore is closed.
     fn count(&self, ids: &Bound<'_, PyAny>) -> PyResult<u64> {
         let py = ids.py();
         let store = self.store(py)?;
-        let query = tokens(ids, Some(store.vocab_size()))?;
-        enter(py, true, || store.count(&query))?.map_err(|failure| raised(py, failure))
+        let query = gather(ids, store.vocab_size())?;
+        enter(py, true, move || store.count(&query))?.map_err(|failure| raised(py, failure))
     }
 
     /// What follows occurrences of ``ids``, evenly spread over all of them, in the order of the tokens.
@@ -151,6 +185,8 @@ impl PyDatastore {
     /// Raises:
     ///     InvalidTokenError: an id is not an integer or outside the vocabulary.
     ///     InvalidArgumentError: no ids.
+    ///     DatastoreChangedError: a file has been changed in place since it was opened.
+    ///     MemoryError: there is no memory for the result.
     ///     ClosedError: the datastore is closed.
     #[pyo3(signature = (ids, *, limit=64, max_tokens=16))]
     fn continuations<'py>(
@@ -158,16 +194,26 @@ impl PyDatastore {
         ids: &Bound<'py, PyAny>,
         limit: usize,
         max_tokens: usize,
-    ) -> PyResult<Vec<Bound<'py, PyArray1<i32>>>> {
+    ) -> PyResult<Bound<'py, PyList>> {
         let py = ids.py();
         let store = self.store(py)?;
-        let query = tokens(ids, Some(store.vocab_size()))?;
-        let found = enter(py, true, || {
-            let positions = store.occurrences(&query, limit)?;
-            Ok(positions.into_iter().map(|position| read(&store, position, max_tokens)).collect::<Vec<_>>())
-        })?;
-        let found = found.map_err(|failure| raised(py, failure))?;
-        Ok(found.into_iter().map(|tokens| int32(py, tokens.into_iter().map(|token| token as i32))).collect())
+        let query = gather(ids, store.vocab_size())?;
+        let held = Arc::clone(&store);
+        let positions = enter(py, true, move || held.occurrences(&query, limit))?;
+        let positions = positions.map_err(|failure| raised(py, failure))?;
+        let (out, mut found) = (PyList::empty(py), Found::default());
+        let mut rest = positions.as_slice();
+        while !rest.is_empty() {
+            let read = enter(py, true, || found.read(&store, rest, max_tokens))?;
+            rest = &rest[read.map_err(|failure| raised(py, failure))?..];
+            let mut start = 0;
+            for &end in &found.ends {
+                out.append(array(py, &found.tokens[start..end])?)?;
+                start = end;
+            }
+            py.check_signals()?;
+        }
+        Ok(out)
     }
 
     /// The most frequent successors of a token, at most 32, most frequent first.
@@ -177,6 +223,7 @@ impl PyDatastore {
     ///
     /// Raises:
     ///     InvalidTokenError: the id is outside the vocabulary.
+    ///     DatastoreChangedError: a file has been changed in place since it was opened.
     ///     ClosedError: the datastore is closed.
     #[allow(clippy::type_complexity)]
     fn successors<'py>(
@@ -189,15 +236,31 @@ impl PyDatastore {
         if token_id >= vocab_size {
             return Err(raised(py, Error::InvalidToken { token: token_id, vocab_size }));
         }
-        let mut found = Vec::new();
-        store.successors(token_id, &mut found);
+        let found = enter(py, true, || {
+            store.check()?;
+            let mut found = Vec::new();
+            store.successors(token_id, &mut found);
+            Ok(found)
+        })?;
+        let found = found.map_err(|failure| raised(py, failure))?;
         let ids = int32(py, found.iter().map(|&(token, _)| token as i32));
         Ok((ids, PyArray1::from_iter(py, found.iter().map(|&(_, share)| share))))
     }
 
     /// Gives the files back. Drafters that use the store keep it until they are gone. Closing twice is fine.
-    fn close(&self) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).take();
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| {
+            let store = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
+            drop(store); // not while others wait for the lock
+        });
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Files)> {
+        let store = self.store(py)?;
+        let load = if store.load() == Load::Mmap { "mmap" } else { "ram" };
+        let paths = store.absolute_paths().map(Path::to_owned).collect();
+        let uuids = store.files().map(uuid).collect();
+        Ok((py.import("sssd.datastore")?.getattr("_reopen")?, (paths, load, uuids)))
     }
 
     /// Whether ``close`` was called.
@@ -210,8 +273,8 @@ impl PyDatastore {
         slf
     }
 
-    fn __exit__(&self, _kind: &Bound<'_, PyAny>, _error: &Bound<'_, PyAny>, _trace: &Bound<'_, PyAny>) {
-        self.close();
+    fn __exit__(&self, kind: &Bound<'_, PyAny>, _error: &Bound<'_, PyAny>, _trace: &Bound<'_, PyAny>) {
+        self.close(kind.py());
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -225,24 +288,196 @@ impl PyDatastore {
     }
 }
 
-fn read(store: &Datastore, position: u64, max_tokens: usize) -> Vec<Token> {
+/// Absolute paths, how they were opened, and what identifies their contents.
+type Files = (Vec<PathBuf>, &'static str, Vec<String>);
+
+/// What follows some occurrences.
+#[derive(Default)]
+struct Found {
+    tokens: Vec<Token>,
+    ends: Vec<usize>,
+}
+
+impl Found {
+    /// Reads at some of `positions`, of which it returns how many.
+    fn read(&mut self, store: &Datastore, positions: &[u64], max_tokens: usize) -> sssd_store::Result<usize> {
+        self.tokens.clear();
+        self.ends.clear();
+        store.check()?;
+        for (index, &position) in positions.iter().enumerate().take(PIECE / 64) {
+            if self.tokens.len() >= PIECE {
+                return Ok(index);
+            }
+            self.read_one(store, position, max_tokens)
+                .map_err(|_| Error::OutOfMemory("the tokens".into()))?;
+        }
+        Ok(self.ends.len())
+    }
+
+    fn read_one(
+        &mut self,
+        store: &Datastore,
+        position: u64,
+        max_tokens: usize,
+    ) -> Result<(), std::collections::TryReserveError> {
+        let first = self.tokens.len();
+        // in steps, so that a large `max_tokens` does not allocate more than the document has
+        loop {
+            let start = self.tokens.len();
+            let wanted = (max_tokens - (start - first)).min(4096);
+            self.tokens.try_reserve(wanted)?;
+            self.tokens.resize(start + wanted, 0);
+            let copied = store.continuation(position + (start - first) as u64, &mut self.tokens[start..]);
+            self.tokens.truncate(start + copied);
+            if copied < wanted || wanted == 0 {
+                break;
+            }
+        }
+        self.ends.try_reserve(1)?;
+        self.ends.push(self.tokens.len());
+        Ok(())
+    }
+}
+
+/// A new int32 array. Numpy makes a large one, for it raises where there is no memory.
+fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1<i32>>> {
+    let ids = tokens.iter().map(|&token| token as i32);
+    if tokens.len() <= 4096 {
+        return Ok(int32(py, ids));
+    }
+    let array = py.import("numpy")?.call_method1("empty", (tokens.len(), "int32"))?;
+    let array = array.cast_into::<PyArray1<i32>>()?;
+    let mut ids = ids;
+    let mut slots = array.readwrite();
+    for slots in slots.as_slice_mut()?.chunks_mut(PIECE) {
+        slots.iter_mut().zip(&mut ids).for_each(|(slot, id)| *slot = id);
+        py.detach(thread::yield_now);
+    }
+    drop(slots);
+    Ok(array)
+}
+
+fn is_large(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.len() > LARGE)
+}
+
+/// Token ids, checked, in pieces, so that other threads run and Ctrl-C is heeded in between.
+fn gather(ids: &Bound<'_, PyAny>, vocab_size: u32) -> PyResult<Vec<Token>> {
+    let py = ids.py();
     let mut out = Vec::new();
-    // In steps, so that a large `max_tokens` does not allocate more than the document has.
-    while out.len() < max_tokens {
-        let start = out.len();
-        out.resize(max_tokens.min(start + 4096), 0);
-        let wanted = out.len() - start;
-        let copied = store.continuation(position + start as u64, &mut out[start..]);
-        out.truncate(start + copied);
-        if copied < wanted {
-            break;
+    let sliced = ids.is_instance_of::<PyList>()
+        || ids.is_instance_of::<PyTuple>()
+        || ids.is_instance_of::<PyRange>()
+        || ids.cast::<PyUntypedArray>().is_ok_and(|array| array.ndim() == 1);
+    if !sliced {
+        if ids.hasattr("__array__")? || ids.hasattr("__len__")? {
+            let array = py.import("numpy")?.call_method1("asarray", (ids,))?;
+            if array.cast::<PyUntypedArray>().is_ok_and(|array| array.ndim() == 1) {
+                return gather(&array, vocab_size);
+            }
+        }
+        // says what is wrong with it
+        tokens_into(ids, Some(vocab_size), &mut out)?;
+        return Ok(out);
+    }
+    if ids.len()? <= PIECE {
+        reserve(&mut out, ids.len()?)?;
+        tokens_into(&aligned(ids.clone())?, Some(vocab_size), &mut out)?;
+        return Ok(out);
+    }
+    reserve(&mut out, ids.len()?)?;
+    let mut start = 0;
+    while start < ids.len()? {
+        let piece = ids.get_item(PySlice::new(py, start as isize, (start + PIECE) as isize, 1))?;
+        reserve(&mut out, piece.len()?)?;
+        tokens_into(&aligned(piece)?, Some(vocab_size), &mut out)?;
+        start += PIECE;
+        py.check_signals()?;
+        py.detach(thread::yield_now);
+    }
+    Ok(out)
+}
+
+fn reserve(out: &mut Vec<Token>, more: usize) -> PyResult<()> {
+    out.try_reserve_exact(more)
+        .map_err(|_| PyMemoryError::new_err(format!("not enough memory for {more} token ids")))
+}
+
+/// The same ids where a processor may want them: arrays from buffers may start at any byte.
+fn aligned(ids: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
+    match ids.cast::<PyUntypedArray>() {
+        Ok(array) if !array.getattr("flags")?.getattr("aligned")?.is_truthy()? => ids.call_method0("copy"),
+        _ => Ok(ids),
+    }
+}
+
+/// Runs `work` without the GIL. If it is long, on another thread, so that this one can heed Ctrl-C, upon which it cancels
+/// `watch`; a signal's handler may use the same objects.
+fn watched<T: Send + 'static>(
+    py: Python<'_>,
+    long: bool,
+    watch: &Progress,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> PyResult<T> {
+    if !long {
+        return enter(py, true, work);
+    }
+    let mut running = Running::start(py, work)?;
+    let mut interrupted = Ok(());
+    loop {
+        if let Some(result) = running.wait(py)? {
+            return interrupted.map(|()| result);
+        }
+        if interrupted.is_ok() {
+            interrupted = py.check_signals();
+            if interrupted.is_err() {
+                watch.cancel();
+            }
         }
     }
-    out
+}
+
+fn run(work: &Mutex<Option<impl FnOnce()>>) {
+    let work = work.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(work) = work {
+        work();
+    }
+}
+
+/// The result of work on another thread.
+struct Running<T>(Receiver<T>);
+
+impl<T: Send + 'static> Running<T> {
+    /// Where no thread is to be had, the work is done when this returns.
+    fn start(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> PyResult<Self> {
+        let (sender, receiver) = sync_channel(1);
+        // a thread that does not start would take the work with it
+        let work = Arc::new(Mutex::new(Some(move || {
+            let _ = sender.send(work()); // nobody may listen after Ctrl-C
+        })));
+        let theirs = Arc::clone(&work);
+        if !room_for_a_thread() || thread::Builder::new().spawn(move || run(&theirs)).is_err() {
+            enter(py, true, || run(&work))?;
+        }
+        Ok(Self(receiver))
+    }
+
+    /// Waits a moment for it.
+    fn wait(&mut self, py: Python<'_>) -> PyResult<Option<T>> {
+        let receiver = &mut self.0;
+        match py.detach(move || receiver.recv_timeout(POLL)) {
+            Ok(result) => Ok(Some(result)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(error(py, "InternalError", "the work stopped without a result; please report it"))
+            }
+        }
+    }
 }
 
 /// Totals over the files of a store.
-#[pyclass(frozen, get_all, name = "DatastoreInfo", module = "sssd.datastore")]
+#[pyclass(frozen, get_all, eq, hash, name = "DatastoreInfo", module = "sssd.datastore")]
+#[derive(PartialEq, Eq, Hash)]
 pub struct PyDatastoreInfo {
     /// Number of token ids.
     vocab_size: u32,
@@ -258,13 +493,99 @@ pub struct PyDatastoreInfo {
     files: Vec<PyFileInfo>,
 }
 
+#[pymethods]
+impl PyDatastoreInfo {
+    #[new]
+    fn new(
+        vocab_size: u32,
+        tokens: u64,
+        documents: u64,
+        segments: u64,
+        file_bytes: u64,
+        files: Vec<PyFileInfo>,
+    ) -> Self {
+        Self { vocab_size, tokens, documents, segments, file_bytes, files }
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let held = slf.get();
+        let fields = (
+            held.vocab_size,
+            held.tokens,
+            held.documents,
+            held.segments,
+            held.file_bytes,
+            held.files.clone(),
+        );
+        Ok((slf.get_type().into_any(), fields.into_pyobject(slf.py())?))
+    }
+}
+
 /// What a file's header says.
-#[pyclass(frozen, name = "FileInfo", module = "sssd.datastore")]
-#[derive(Clone)]
+#[pyclass(frozen, eq, hash, from_py_object, name = "FileInfo", module = "sssd.datastore")]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct PyFileInfo(FileInfo);
+
+fn uuid(file: &FileInfo) -> String {
+    let hex: String = file.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
 
 #[pymethods]
 impl PyFileInfo {
+    #[new]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        version: u32,
+        uuid: &str,
+        vocab_size: u32,
+        fingerprint: Option<&[u8]>,
+        tokens: u64,
+        documents: u64,
+        segments: u64,
+        segment_symbols: u64,
+        deduplicated: bool,
+        file_bytes: u64,
+    ) -> PyResult<Self> {
+        let fingerprint =
+            fingerprint.map_or(Ok(Fingerprint::default()), |bytes| checked_fingerprint(py, bytes))?;
+        let bad = || error(py, "InvalidArgumentError", format!("{uuid:?} is no UUID"));
+        let uuid = u128::from_str_radix(&uuid.replace('-', ""), 16).map_err(|_| bad())?.to_be_bytes();
+        Ok(Self(FileInfo {
+            path,
+            version,
+            uuid,
+            vocab_size,
+            fingerprint,
+            tokens,
+            documents,
+            segments,
+            segment_symbols,
+            deduplicated,
+            file_bytes,
+        }))
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let (py, file) = (slf.py(), &slf.get().0);
+        let fields = (
+            file.path.as_os_str(),
+            file.version,
+            uuid(file),
+            file.vocab_size,
+            slf.get().fingerprint(py),
+            file.tokens,
+            file.documents,
+            file.segments,
+            file.segment_symbols,
+            file.deduplicated,
+            file.file_bytes,
+        );
+        Ok((slf.get_type().into_any(), fields.into_pyobject(py)?))
+    }
+
     /// The file.
     #[getter]
     fn path(&self) -> PathBuf {
@@ -280,8 +601,7 @@ impl PyFileInfo {
     /// Identifier derived from the contents: equal for equal files.
     #[getter]
     fn uuid(&self) -> String {
-        let hex: String = self.0.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+        uuid(&self.0)
     }
 
     /// Fingerprint of the tokenizer, 32 bytes, or None if unknown.
@@ -331,15 +651,15 @@ impl PyFileInfo {
 ///     fingerprint: ``tokenizer_fingerprint`` of the tokenizer (32 bytes).
 ///     deduplicate: leave out documents that were added before.
 ///     max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
-///         too small for one segment gives several, which makes look-ups slower.
+///         too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
 ///
 /// Raises:
 ///     InvalidArgumentError: an argument is out of range.
-///     OSError: the folder cannot be written.
+///     OSError: the folder cannot be written, or ``path`` is a folder, a pipe or a device.
+///     MemoryError: there is no memory for it.
 #[pyclass(frozen, name = "DatastoreBuilder", module = "sssd")]
 pub struct PyDatastoreBuilder {
-    /// Boxed: its hash state wants to be aligned to 64 bytes.
-    builder: Mutex<Option<Box<Builder>>>,
+    builder: Arc<Mutex<Option<Builder>>>,
     vocab_size: u32,
 }
 
@@ -350,12 +670,43 @@ impl PyDatastoreBuilder {
         py: Python<'_>,
         work: impl FnOnce(&mut Builder) -> sssd_store::Result<T> + Send,
     ) -> PyResult<T> {
-        let result = enter(py, true, || {
-            let mut guard = self.builder.lock().unwrap_or_else(PoisonError::into_inner);
-            guard.as_deref_mut().map(work)
-        })?;
+        let result = enter(py, true, || add(&self.builder, work))?;
         result.ok_or_else(|| finished(py))?.map_err(|failure| raised(py, failure))
     }
+
+    /// The same for `ids`.
+    fn with_tokens(
+        &self,
+        ids: &Bound<'_, PyAny>,
+        work: impl FnOnce(&mut Builder, &[Token]) -> sssd_store::Result<()> + Send + 'static,
+    ) -> PyResult<()> {
+        let py = ids.py();
+        let tokens = gather(ids, self.vocab_size)?;
+        if tokens.len() < LONG {
+            return self.with(py, |builder| work(builder, &tokens));
+        }
+        let watch = self.with(py, |builder| Ok(builder.watch()))?;
+        let builder = Arc::clone(&self.builder);
+        let result = watched(py, true, &watch, move || add(&builder, |builder| work(builder, &tokens)))?;
+        result.ok_or_else(|| finished(py))?.map_err(|failure| raised(py, failure))
+    }
+
+    fn take(&self, py: Python<'_>) -> Option<Builder> {
+        py.detach(|| self.builder.lock().unwrap_or_else(PoisonError::into_inner).take())
+    }
+}
+
+/// Lets `work` add to the file, unless it is finished. A builder that cannot go on is closed.
+fn add<T>(
+    builder: &Mutex<Option<Builder>>,
+    work: impl FnOnce(&mut Builder) -> sssd_store::Result<T>,
+) -> Option<sssd_store::Result<T>> {
+    let mut guard = builder.lock().unwrap_or_else(PoisonError::into_inner);
+    let result = work(guard.as_mut()?);
+    if guard.as_ref().is_some_and(Builder::has_failed) {
+        *guard = None;
+    }
+    Some(result)
 }
 
 #[pymethods]
@@ -373,8 +724,9 @@ impl PyDatastoreBuilder {
         let fingerprint =
             fingerprint.map_or(Ok(Fingerprint::default()), |bytes| checked_fingerprint(py, bytes))?;
         let options = BuildOptions { vocab_size, fingerprint, deduplicate, max_memory };
-        let builder = Builder::create(&path, options).map_err(|failure| raised(py, failure))?;
-        Ok(Self { builder: Mutex::new(Some(Box::new(builder))), vocab_size })
+        let builder = enter(py, true, || Builder::create(&path, options))?;
+        let builder = builder.map_err(|failure| raised(py, failure))?;
+        Ok(Self { builder: Arc::new(Mutex::new(Some(builder))), vocab_size })
     }
 
     /// Adds one document, which may be empty.
@@ -385,10 +737,13 @@ impl PyDatastoreBuilder {
     /// Raises:
     ///     InvalidTokenError: an id is not an integer or outside the vocabulary; nothing is added.
     ///     OSError: the temporary file cannot be written.
+    ///     InvalidArgumentError: ``max_memory`` would give more than 64 segments.
+    ///     MemoryError: there is no memory for it.
     ///     ClosedError: the builder is finished or closed.
+    ///
+    /// A builder whose file is torn by an error in the middle of a document, Ctrl-C included, closes itself.
     fn add(&self, ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let document = tokens(ids, Some(self.vocab_size))?;
-        self.with(ids.py(), |builder| builder.add_document(&document))
+        self.with_tokens(ids, |builder, document| builder.add_document(document))
     }
 
     /// Adds a stretch of a token stream in which ``end_token_id`` is the last token of each document. The last
@@ -397,8 +752,7 @@ impl PyDatastoreBuilder {
     /// Raises:
     ///     As ``add``.
     fn add_stream(&self, ids: &Bound<'_, PyAny>, end_token_id: u32) -> PyResult<()> {
-        let stream = tokens(ids, Some(self.vocab_size))?;
-        self.with(ids.py(), |builder| builder.add_stream(&stream, end_token_id))
+        self.with_tokens(ids, move |builder, stream| builder.add_stream(stream, end_token_id))
     }
 
     /// Ends the document that ``add_stream`` has left open, if any.
@@ -419,36 +773,23 @@ impl PyDatastoreBuilder {
     /// target as it was.
     ///
     /// Args:
-    ///     progress: called about ten times a second with the symbols indexed so far and their total.
+    ///     progress: called about twenty times a second with the symbols indexed so far and their total.
     ///
     /// Raises:
     ///     OSError: the file cannot be written; the target is as it was.
+    ///     MemoryError: there is no memory to sort it; the target is as it was. ``max_memory`` takes less.
     ///     ClosedError: the builder is finished or closed.
     #[pyo3(signature = (progress=None))]
     fn finish(&self, py: Python<'_>, progress: Option<&Bound<'_, PyAny>>) -> PyResult<PyBuildSummary> {
-        let builder = self.builder.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let builder = builder.ok_or_else(|| finished(py))?;
+        let builder = self.take(py).ok_or_else(|| finished(py))?;
         let (total, temporary) = (builder.symbols(), builder.temporary_path().to_owned());
         let watch = Arc::new(Progress::default());
-        // On a thread of its own, for the sorter cannot be interrupted.
-        let (sender, mut receiver) = channel();
         let worker = Arc::clone(&watch);
-        std::thread::spawn(move || {
-            let _ = sender.send(builder.finish(&worker)); // nobody listens after Ctrl-C
-        });
+        // on a thread of its own, for the sorter cannot be interrupted
+        let mut running = Running::start(py, move || builder.finish(&worker))?;
         loop {
-            let waiting = &mut receiver;
-            let result = py.detach(move || waiting.recv_timeout(POLL));
-            match result {
-                Ok(result) => return result.map(PyBuildSummary).map_err(|failure| raised(py, failure)),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(error(
-                        py,
-                        "InternalError",
-                        "the build stopped without a result; please report it",
-                    ));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
+            if let Some(result) = running.wait(py)? {
+                return result.map(PyBuildSummary).map_err(|failure| raised(py, failure));
             }
             let report = progress.map_or(Ok(()), |call| call.call1((watch.done(), total)).map(drop));
             if let Err(interrupted) = py.check_signals().and(report) {
@@ -460,8 +801,16 @@ impl PyDatastoreBuilder {
     }
 
     /// Gives up and removes the temporary file. Does nothing after ``finish``.
-    fn close(&self) {
-        self.builder.lock().unwrap_or_else(PoisonError::into_inner).take();
+    fn close(&self, py: Python<'_>) {
+        let builder = self.take(py);
+        py.detach(|| drop(builder));
+    }
+
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(PyTypeError::new_err(
+            "a DatastoreBuilder writes a file and cannot be copied or pickled: build in one process, and open the \
+             finished file by its path in others",
+        ))
     }
 
     fn __enter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
@@ -475,21 +824,34 @@ impl PyDatastoreBuilder {
         _error: &Bound<'_, PyAny>,
         _trace: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let open = self.builder.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if open && kind.is_none() {
+        if kind.is_none()
+            && !py.detach(|| self.builder.lock().unwrap_or_else(PoisonError::into_inner).is_none())
+        {
             self.finish(py, None)?;
         }
-        self.close();
+        self.close(py);
         Ok(())
     }
 }
 
 /// What a build wrote.
-#[pyclass(frozen, name = "BuildSummary", module = "sssd.datastore")]
+#[pyclass(frozen, eq, hash, name = "BuildSummary", module = "sssd.datastore")]
+#[derive(PartialEq, Eq, Hash)]
 pub struct PyBuildSummary(BuildSummary);
 
 #[pymethods]
 impl PyBuildSummary {
+    #[new]
+    fn new(tokens: u64, documents: u64, duplicates: u64, segments: u64, file_bytes: u64) -> Self {
+        Self(BuildSummary { tokens, documents, duplicates, segments, file_bytes })
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let BuildSummary { tokens, documents, duplicates, segments, file_bytes } = slf.get().0;
+        let fields = (tokens, documents, duplicates, segments, file_bytes);
+        Ok((slf.get_type().into_any(), fields.into_pyobject(slf.py())?))
+    }
+
     /// Tokens in the file.
     #[getter]
     fn tokens(&self) -> u64 {
@@ -537,6 +899,8 @@ pub fn raised(py: Python<'_>, failure: Error) -> PyErr {
         Error::Io { path, source } => return os_error(path, source),
         Error::Corrupt { .. } => "CorruptDatastoreError",
         Error::Version { .. } => "DatastoreVersionError",
+        Error::Changed { .. } => "DatastoreChangedError",
+        Error::OutOfMemory(_) => return PyMemoryError::new_err(failure.to_string()),
         Error::Mismatch { .. } => "VocabularyMismatchError",
         Error::InvalidToken { .. } => "InvalidTokenError",
         Error::InvalidArgument(_) => "InvalidArgumentError",
@@ -553,6 +917,19 @@ pub fn os_error(path: &Path, source: &io::Error) -> PyErr {
             let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
             PyOSError::new_err((code, reason, path.as_os_str().to_owned()))
         }
-        None => PyOSError::new_err(format!("{}: {source}", path.display())),
+        None => {
+            let code = match source.kind() {
+                io::ErrorKind::IsADirectory => "EISDIR",
+                io::ErrorKind::InvalidInput => "EINVAL",
+                io::ErrorKind::OutOfMemory => "ENOMEM",
+                io::ErrorKind::AlreadyExists => "EEXIST",
+                _ => "EIO",
+            };
+            let code = Python::attach(|py| py.import("errno")?.getattr(code)?.extract::<i32>());
+            match code {
+                Ok(code) => PyOSError::new_err((code, source.to_string(), path.as_os_str().to_owned())),
+                Err(raised) => raised,
+            }
+        }
     }
 }

@@ -40,7 +40,8 @@ impl PyDrafter {
 
     /// Counters and histograms since the drafter was made, as plain numbers.
     ///
-    /// Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. Histograms, each ``{"bounds":
+    /// Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. ``datastore_lost``: 1 if a file of the
+    /// mapped datastore was changed in place, so that drafts go without the store, else 0. Histograms, each ``{"bounds":
     /// [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is known, and how many were
     /// ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
     /// ``counts[i]`` values are at most ``bounds[i]`` and above the bound before; the last bound is infinite.
@@ -55,6 +56,11 @@ impl PyDrafter {
         out.set_item("finished", count(&metrics.finished))?;
         out.set_item("failed", count(&metrics.failed))?;
         out.set_item("tokens", count(&metrics.tokens))?;
+        let store = self.engine.options().store.clone();
+        out.set_item(
+            "datastore_lost",
+            py.detach(|| u64::from(store.is_some_and(|store| !store.is_readable()))),
+        )?;
         out.set_item("nodes", histogram(py, &metrics.nodes, 1.0)?)?;
         out.set_item("accepted", histogram(py, &metrics.accepted, 1.0)?)?;
         out.set_item("draft_seconds", histogram(py, &metrics.draft_ns, 1e9)?)?;

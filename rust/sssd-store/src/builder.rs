@@ -4,14 +4,15 @@
 //! memory. A segment is closed when sorting one more symbol would exceed the memory allowed. At the end every
 //! segment is read back and indexed on its own, and the finished file replaces the target in one step.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, TryReserveError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sssd_core::Token;
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::Xxh3;
 
-use crate::format::{Header, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, symbol_bits};
+use crate::format::{Header, MAX_SEGMENTS, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, symbol_bits};
 use crate::index::write_index;
 use crate::output::Output;
 use crate::packed::PackedWriter;
@@ -24,6 +25,8 @@ const MAX_SEGMENT_SYMBOLS: u64 = i32::MAX as u64 - (1 << 20);
 const MIN_SEGMENT_SYMBOLS: u64 = 1 << 16;
 /// Buffers of the writer and the reader, and what else does not grow with the corpus.
 const FIXED_MEMORY: u64 = 8 << 20;
+/// Tokens written between two looks at whether the build is still wanted.
+const CHUNK: usize = 1 << 18;
 
 /// Parameters of a build.
 #[derive(Clone, Debug)]
@@ -35,7 +38,8 @@ pub struct BuildOptions {
     /// Leave out documents that were added before.
     pub deduplicate: bool,
     /// Bytes that the builder may allocate (without the 16 bytes per document of `deduplicate`). Smaller limits
-    /// give more segments, which cost look-up time. `None`: one segment up to 2^31 tokens.
+    /// give more segments, which cost look-up time, and of which a file has at most 64. `None`: one segment up to 2^31
+    /// tokens.
     pub max_memory: Option<u64>,
 }
 
@@ -63,7 +67,7 @@ impl BuildOptions {
 }
 
 /// What was built.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BuildSummary {
     /// Tokens in the file.
     pub tokens: u64,
@@ -94,6 +98,7 @@ pub struct Builder {
     partial: Vec<Token>,
     seen: HashSet<u128>,
     duplicates: u64,
+    watch: Arc<Progress>,
     failed: bool,
 }
 
@@ -123,6 +128,7 @@ impl Builder {
             partial: Vec::new(),
             seen: HashSet::new(),
             duplicates: 0,
+            watch: Arc::default(),
             failed: false,
         })
     }
@@ -143,6 +149,16 @@ impl Builder {
         self.segment_symbols = self.segment_symbols.min(symbols);
     }
 
+    /// Cancels what adds documents, from another thread.
+    pub fn watch(&self) -> Arc<Progress> {
+        Arc::clone(&self.watch)
+    }
+
+    /// Whether it cannot go on.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
     /// Symbols (tokens and document ends) added so far.
     pub fn symbols(&self) -> u64 {
         self.segments.iter().map(|segment| segment.symbols).sum::<u64>() + self.symbols
@@ -151,23 +167,25 @@ impl Builder {
     /// Adds one document, which may be empty. One longer than a segment is cut into several.
     ///
     /// # Errors
-    /// [`Error::InvalidToken`], which leaves the build as it was; [`Error::Io`], after which it cannot go on.
+    /// [`Error::InvalidToken`], which leaves the build as it was. [`Error::Io`], [`Error::OutOfMemory`],
+    /// [`Error::Cancelled`], and [`Error::InvalidArgument`] if `max_memory` gives too many segments, after which it
+    /// cannot go on.
     pub fn add_document(&mut self, tokens: &[Token]) -> Result<()> {
+        self.usable()?;
         let vocab_size = self.options.vocab_size;
         if let Some(&token) = tokens.iter().find(|&&token| token >= vocab_size) {
             return Err(Error::InvalidToken { token, vocab_size });
         }
         if self.options.deduplicate {
-            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            if !self.seen.insert(xxh3_128(&bytes)) {
+            self.room(|builder| builder.seen.try_reserve(1), "the hashes of the documents")?;
+            if !self.seen.insert(hash(tokens)) {
                 self.duplicates += 1;
                 return Ok(());
             }
         }
-        self.usable()?;
         let written = self.write_document(tokens);
         self.failed = written.is_err();
-        written.map_err(Error::io(&self.target))
+        written
     }
 
     /// Adds a stretch of a stream in which `end_token` is the last token of each document. The last document
@@ -182,6 +200,7 @@ impl Builder {
                 self.add_document(piece)?;
                 continue;
             }
+            self.room(|builder| builder.partial.try_reserve(piece.len()), "a document")?;
             self.partial.extend_from_slice(piece);
             // a document longer than a segment is cut anyway, and should not pile up in memory
             if ended || self.partial.len() as u64 >= self.segment_symbols {
@@ -205,10 +224,21 @@ impl Builder {
         if self.failed {
             return Err(Error::InvalidArgument("the builder has failed before; start again".into()));
         }
-        Ok(())
+        self.watch.check()
     }
 
-    fn write_document(&mut self, mut tokens: &[Token]) -> io::Result<()> {
+    /// Without memory the builder cannot go on: some of a stream may have been added.
+    fn room(
+        &mut self,
+        reserve: impl FnOnce(&mut Self) -> std::result::Result<(), TryReserveError>,
+        what: &'static str,
+    ) -> Result<()> {
+        let reserved = reserve(self);
+        self.failed = reserved.is_err();
+        reserved.map_err(Error::memory(what))
+    }
+
+    fn write_document(&mut self, mut tokens: &[Token]) -> Result<()> {
         loop {
             let room = self.segment_symbols - self.symbols;
             if tokens.len() as u64 >= room {
@@ -225,22 +255,33 @@ impl Builder {
         }
     }
 
-    fn write_symbols(&mut self, tokens: &[Token]) -> io::Result<()> {
+    fn write_symbols(&mut self, tokens: &[Token]) -> Result<()> {
         if self.symbols == 0 {
-            self.text_start = self.output.align()?;
+            if self.segments.len() == MAX_SEGMENTS {
+                return Err(Error::InvalidArgument(format!(
+                    "max_memory gives more than the {MAX_SEGMENTS} segments that a file may have; raise it, or build \
+                     several files"
+                )));
+            }
+            self.text_start = self.output.align().map_err(Error::io(&self.target))?;
         }
-        for &token in tokens {
-            self.text.push(u64::from(token) + 1, &mut self.output)?;
+        for piece in tokens.chunks(CHUNK) {
+            self.watch.check()?;
+            let mut symbols = piece.iter().map(|&token| u64::from(token) + 1);
+            symbols
+                .try_for_each(|symbol| self.text.push(symbol, &mut self.output))
+                .map_err(Error::io(&self.target))?;
         }
-        self.text.push(0, &mut self.output)?;
+        self.text.push(0, &mut self.output).map_err(Error::io(&self.target))?;
         self.symbols += tokens.len() as u64 + 1;
         self.documents += 1;
         Ok(())
     }
 
-    fn close_segment(&mut self) -> io::Result<()> {
+    fn close_segment(&mut self) -> Result<()> {
         let fresh = PackedWriter::new(symbol_bits(self.options.vocab_size));
-        std::mem::replace(&mut self.text, fresh).finish(&mut self.output)?;
+        let text = std::mem::replace(&mut self.text, fresh);
+        text.finish(&mut self.output).map_err(Error::io(&self.target))?;
         let mut segment = SegmentEntry {
             symbols: self.symbols,
             documents: self.documents,
@@ -248,6 +289,7 @@ impl Builder {
             ..SegmentEntry::default()
         };
         segment.sections[0] = self.text_start..self.output.position();
+        self.segments.try_reserve(1).map_err(Error::memory("the segments of a datastore"))?;
         self.segments.push(segment);
         (self.symbols, self.documents) = (0, 0);
         Ok(())
@@ -256,20 +298,20 @@ impl Builder {
     /// Sorts, writes the rest of the file, makes it durable and puts it in the target's place.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Cancelled`]; the target is then what it was before.
+    /// [`Error::Io`], [`Error::OutOfMemory`] and [`Error::Cancelled`]; the target is then what it was before.
     pub fn finish(mut self, progress: &Progress) -> Result<BuildSummary> {
         self.usable()?;
         self.end_stream()?;
+        if self.symbols > 0 {
+            self.close_segment()?;
+        }
         let target = self.target.clone();
         self.complete(progress).map_err(|source| {
-            if progress.cancelled() { Error::Cancelled } else { Error::Io { path: target, source } }
+            if progress.cancelled() { Error::Cancelled } else { Error::io(&target)(source) }
         })
     }
 
     fn complete(mut self, progress: &Progress) -> io::Result<BuildSummary> {
-        if self.symbols > 0 {
-            self.close_segment()?;
-        }
         for segment in &mut self.segments {
             write_index(&mut self.output, segment, self.options.vocab_size, progress)?;
         }
@@ -288,4 +330,15 @@ impl Builder {
         let segments = self.segments.len() as u64;
         Ok(BuildSummary { tokens, documents, duplicates: self.duplicates, segments, file_bytes })
     }
+}
+
+/// Of a document, to find those that were added before.
+fn hash(tokens: &[Token]) -> u128 {
+    let (mut hash, mut bytes) = (Xxh3::new(), [0; 4 * 256]);
+    for piece in tokens.chunks(256) {
+        let slots = bytes.chunks_exact_mut(4);
+        slots.zip(piece).for_each(|(slot, token)| slot.copy_from_slice(&token.to_le_bytes()));
+        hash.update(&bytes[..4 * piece.len()]);
+    }
+    hash.digest128()
 }

@@ -1,12 +1,14 @@
+use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 use sssd_core::{Corpus, Match, Token};
 
-use crate::bytes::{Bytes, Load};
-use crate::format::{self, Header, MAX_SUCCESSORS};
+use crate::bytes::{Bytes, Load, Source};
+use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
+use crate::progress::Progress;
 use crate::segment::{Interval, Query, Segment};
 use crate::{Error, Fingerprint, Result};
 
@@ -18,20 +20,26 @@ const FIRST_LENGTH: usize = 3;
 /// A position is a segment and an offset in it of this many bits.
 const OFFSET_BITS: u32 = 32;
 
+const NOWHERE: u32 = u32::MAX;
+
 /// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
     vocab_size: u32,
+    /// Hashes successors; at random, so that no file can have them collide.
+    multiplier: u32,
 }
 
 struct OpenFile {
     info: FileInfo,
+    /// The path from the root, whatever the folder is changed to.
+    absolute: PathBuf,
     bytes: Arc<Bytes>,
 }
 
 /// What the header of a datastore file says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FileInfo {
     /// The file.
     pub path: PathBuf,
@@ -80,12 +88,25 @@ impl Datastore {
     /// files into memory).
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Corrupt`], [`Error::Version`]; [`Error::Mismatch`] if the files differ in vocabulary
-    /// size or (known) tokenizer; [`Error::InvalidArgument`] without a path.
+    /// [`Error::Io`], [`Error::Corrupt`], [`Error::Version`], [`Error::OutOfMemory`]; [`Error::Mismatch`] if the files
+    /// differ in vocabulary size or (known) tokenizer; [`Error::InvalidArgument`] without a path.
     pub fn open<P: AsRef<Path>>(paths: &[P], load: Load) -> Result<Self> {
-        let files =
-            paths.iter().map(|path| Ok((path.as_ref().to_owned(), Bytes::open(path.as_ref(), load)?)));
-        Self::new(files.collect::<Result<_>>()?)
+        Self::open_watched(paths, load, &Progress::default())
+    }
+
+    /// The same, which another thread can cancel.
+    ///
+    /// # Errors
+    /// The same, and [`Error::Cancelled`].
+    pub fn open_watched<P: AsRef<Path>>(paths: &[P], load: Load, progress: &Progress) -> Result<Self> {
+        let mut store = Self::empty();
+        for path in paths {
+            let path = path.as_ref();
+            let source = Source::open(path)?;
+            let parts = format::parse(path, source.len(), &|start, out| source.read(start, out))?;
+            store.add(path, parts, || source.load(path, load, progress))?;
+        }
+        store.complete()
     }
 
     /// Opens a file's contents. `name` stands for the path in error messages.
@@ -93,27 +114,65 @@ impl Datastore {
     /// # Errors
     /// [`Error::Corrupt`] and [`Error::Version`].
     pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
-        Self::new(vec![(name.into(), Bytes::Owned(bytes))])
+        let mut store = Self::empty();
+        let (path, length, bytes) = (Path::new(name), bytes.len() as u64, Bytes::Owned(bytes));
+        let parts = format::parse(path, length, &|start, out| bytes.read(start, out))?;
+        store.add(path, parts, || Ok(bytes))?;
+        store.complete()
     }
 
-    fn new(sources: Vec<(PathBuf, Bytes)>) -> Result<Self> {
-        let (mut files, mut segments): (Vec<OpenFile>, Vec<Segment>) = (Vec::new(), Vec::new());
-        for (path, bytes) in sources {
-            let (header, table) = format::parse(&path, &bytes)?;
-            let info = FileInfo::new(&path, &header);
-            if let Some(first) = files.first() {
-                agree(&first.info, &info)?;
-            }
-            let bytes = Arc::new(bytes);
-            let opened = table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry));
-            segments.extend(opened);
-            files.push(OpenFile { info, bytes });
+    fn empty() -> Self {
+        let multiplier = RandomState::new().hash_one(0) as u32 | 1;
+        Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, multiplier }
+    }
+
+    fn add(
+        &mut self,
+        path: &Path,
+        (header, table): (Header, Vec<SegmentEntry>),
+        load: impl FnOnce() -> Result<Bytes>,
+    ) -> Result<()> {
+        let info = FileInfo::new(path, &header);
+        if let Some(first) = self.files.first() {
+            agree(&first.info, &info)?;
         }
-        let Some(first) = files.first() else {
+        let bytes = Arc::new(load()?);
+        self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
+        self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
+        self.segments.extend(table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry)));
+        self.vocab_size = header.vocab_size;
+        let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        self.files.push(OpenFile { info, absolute, bytes });
+        Ok(())
+    }
+
+    fn complete(self) -> Result<Self> {
+        if self.files.is_empty() {
             return Err(Error::InvalidArgument("no datastore file was given".into()));
-        };
-        let vocab_size = first.info.vocab_size;
-        Ok(Self { files, segments, vocab_size })
+        }
+        Ok(self)
+    }
+
+    /// Refuses a mapped store of which a file has been shortened or overwritten in place since it was opened: to touch
+    /// its pages might end the process. One that was once found so stays refused. Takes a system call per file.
+    ///
+    /// # Errors
+    /// [`Error::Changed`].
+    pub fn check(&self) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.bytes.check(&file.info.path))
+    }
+
+    /// How the files were brought into memory.
+    pub fn load(&self) -> Load {
+        match self.files.first().map(|file| &*file.bytes) {
+            Some(Bytes::Mapped(_)) => Load::Mmap,
+            _ => Load::Ram,
+        }
+    }
+
+    /// The paths from the root.
+    pub fn absolute_paths(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.files.iter().map(|file| file.absolute.as_path())
     }
 
     /// Token ids are smaller than this.
@@ -150,10 +209,24 @@ impl Datastore {
     /// Reads every byte of every file and compares it with the checksums.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], with the damaged byte ranges of the first damaged file.
+    /// [`Error::Corrupt`], with the damaged byte ranges of the first damaged file; [`Error::Changed`] if it has been
+    /// changed since it was opened; [`Error::Io`], [`Error::OutOfMemory`].
     pub fn verify(&self) -> Result<()> {
-        for OpenFile { info, bytes } in &self.files {
-            let damaged = format::damage(&info.path, bytes, |range| bytes.advise_soon(range))?;
+        self.verify_watched(&Progress::default())
+    }
+
+    /// The same, which another thread can cancel.
+    ///
+    /// # Errors
+    /// The same, and [`Error::Cancelled`].
+    pub fn verify_watched(&self, progress: &Progress) -> Result<()> {
+        for OpenFile { info, bytes, .. } in &self.files {
+            let proceed = || progress.check().and_then(|()| bytes.check(&info.path));
+            proceed()?;
+            let read = |start, out: &mut [u8]| bytes.read(start, out);
+            let damaged = format::damage(&info.path, info.file_bytes, &read, &proceed);
+            bytes.check(&info.path)?; // whatever was found
+            let damaged = damaged?;
             if !damaged.is_empty() {
                 return Err(Error::corrupt(&info.path, format!("bytes changed in {}", list(&damaged))));
             }
@@ -164,33 +237,41 @@ impl Datastore {
     /// Occurrences of `tokens` within documents; without tokens, the number of tokens in the store.
     ///
     /// # Errors
-    /// [`Error::InvalidToken`].
+    /// [`Error::InvalidToken`], [`Error::Changed`], [`Error::OutOfMemory`].
     pub fn count(&self, tokens: &[Token]) -> Result<u64> {
         if tokens.is_empty() {
             return Ok(self.files.iter().map(|file| file.info.tokens).sum());
         }
-        self.check(tokens)?;
-        let query = Query::new(tokens, self.vocab_size);
+        self.check_tokens(tokens)?;
+        self.check()?;
+        let query = Query::new(tokens, self.vocab_size)?;
         Ok(self.segments.iter().map(|segment| length(&segment.interval(&query))).sum())
     }
 
     /// At most `limit` evenly spread occurrences of `tokens` (not empty), as positions of what follows.
     ///
     /// # Errors
-    /// [`Error::InvalidToken`]; [`Error::InvalidArgument`] without tokens.
+    /// [`Error::InvalidToken`], [`Error::Changed`], [`Error::OutOfMemory`]; [`Error::InvalidArgument`] without tokens.
     pub fn occurrences(&self, tokens: &[Token], limit: usize) -> Result<Vec<u64>> {
         if tokens.is_empty() {
             return Err(Error::InvalidArgument("at least one token is needed".into()));
         }
-        self.check(tokens)?;
-        let query = Query::new(tokens, self.vocab_size);
-        let intervals: Vec<_> = self.segments.iter().map(|segment| segment.interval(&query)).collect();
-        let mut positions = Vec::new();
+        self.check_tokens(tokens)?;
+        self.check()?;
+        let query = Query::new(tokens, self.vocab_size)?;
+        let (mut intervals, mut positions) = (Vec::new(), Vec::new());
+        let memory = || Error::memory("the occurrences");
+        intervals.try_reserve_exact(self.segments.len()).map_err(memory())?;
+        intervals.extend(self.segments.iter().map(|segment| segment.interval(&query)));
+        let total: u64 = intervals.iter().map(length).sum();
+        positions
+            .try_reserve_exact(usize::try_from(total).map_or(limit, |total| total.min(limit)))
+            .map_err(memory())?;
         self.sample(&intervals, tokens.len(), limit, |position| positions.push(position));
         Ok(positions)
     }
 
-    fn check(&self, tokens: &[Token]) -> Result<()> {
+    fn check_tokens(&self, tokens: &[Token]) -> Result<()> {
         match tokens.iter().find(|&&token| token >= self.vocab_size) {
             Some(&token) => Err(Error::InvalidToken { token, vocab_size: self.vocab_size }),
             None => Ok(()),
@@ -228,18 +309,27 @@ impl Corpus for Datastore {
             self.segments.iter().for_each(|segment| segment.prefetch_bucket(token));
         }
         let count = self.segments.len();
-        let mut intervals: SmallVec<[Interval; MAX_MATCH]> = smallvec![0..0; usable * count];
+        let mut intervals: SmallVec<[Interval; MAX_MATCH]> = SmallVec::new();
+        if intervals.try_reserve(usable * count).is_err() {
+            return;
+        }
+        intervals.resize(usable * count, 0..0);
+        let start = FIRST_LENGTH.min(usable);
         // The occurrences of the last `length` tokens, kept in `intervals`.
         let search = |intervals: &mut [Interval], length: usize| -> u64 {
-            let query = Query::new(&context[context.len() - length..], self.vocab_size);
-            let found = &mut intervals[(length - 1) * count..length * count];
-            for (segment, interval) in self.segments.iter().zip(&mut *found) {
-                *interval = segment.interval(&query);
+            let Ok(query) = Query::new(&context[context.len() - length..], self.vocab_size) else { return 0 };
+            let (known, found) = intervals.split_at_mut((length - 1) * count);
+            let shorter =
+                known.len().checked_sub(count).map(|last| &known[last..]).filter(|_| length > start);
+            for (index, segment) in self.segments.iter().enumerate() {
+                // what a segment has of more tokens it has of fewer
+                if shorter.is_none_or(|shorter| !shorter[index].is_empty()) {
+                    found[index] = segment.interval(&query);
+                }
             }
-            found.iter().map(self::length).sum()
+            found[..count].iter().map(self::length).sum()
         };
 
-        let start = FIRST_LENGTH.min(usable);
         let mut longest = start;
         while longest > 0 && search(&mut intervals, longest) == 0 {
             longest -= 1;
@@ -255,6 +345,9 @@ impl Corpus for Datastore {
                 search(&mut intervals, length);
             }
             let first = out.len();
+            if out.try_reserve(max_samples).is_err() {
+                return;
+            }
             let take = |position| out.push(Match { position, length: length as u32, weight: 1.0 });
             let total =
                 self.sample(&intervals[(length - 1) * count..length * count], length, max_samples, take);
@@ -277,22 +370,53 @@ impl Corpus for Datastore {
             return;
         }
         let first = out.len();
+        if out.try_reserve(self.segments.len() * MAX_SUCCESSORS).is_err() {
+            return;
+        }
         if let [segment] = self.segments.as_slice() {
             out.extend(segment.successors(token));
             return;
         }
-        let total: u64 = self.segments.iter().map(|segment| length(&segment.bucket(token))).sum();
+        let held =
+            self.segments.iter().map(|segment| length(&segment.bucket(token))).filter(|&held| held > 0);
+        let (holders, total) = held.fold((1, 0), |(holders, total), held| (holders + 1, total + held));
+        // where in `out` a successor stands
+        let count = (2 * MAX_SUCCESSORS * holders).next_power_of_two();
+        let mut places: SmallVec<[u32; 4096]> = SmallVec::new();
+        if places.try_reserve(count).is_err() {
+            return;
+        }
+        places.resize(count, NOWHERE);
         for segment in &self.segments {
             let part = length(&segment.bucket(token)) as f32 / total as f32;
+            if part == 0.0 {
+                continue;
+            }
             for (successor, share) in segment.successors(token) {
-                match out[first..].iter_mut().find(|(known, _)| *known == successor) {
-                    Some((_, sum)) => *sum += share * part,
-                    None => out.push((successor, share * part)),
+                let mut slot =
+                    successor.wrapping_mul(self.multiplier) as usize >> (32 - count.trailing_zeros());
+                while places[slot] != NOWHERE && out[places[slot] as usize].0 != successor {
+                    slot = (slot + 1) % count;
+                }
+                if places[slot] == NOWHERE {
+                    places[slot] = out.len() as u32;
+                    out.push((successor, share * part));
+                } else {
+                    out[places[slot] as usize].1 += share * part;
                 }
             }
         }
-        out[first..].sort_by(|left, right| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0)));
-        out.truncate(first + MAX_SUCCESSORS);
+        let order =
+            |left: &(Token, f32), right: &(Token, f32)| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0));
+        if out.len() - first > MAX_SUCCESSORS {
+            out[first..].select_nth_unstable_by(MAX_SUCCESSORS, order);
+            out.truncate(first + MAX_SUCCESSORS);
+        }
+        out[first..].sort_unstable_by(order);
+    }
+
+    fn is_readable(&self) -> bool {
+        self.files.iter().all(|file| file.bytes.is_intact())
     }
 }
 

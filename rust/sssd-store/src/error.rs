@@ -1,3 +1,4 @@
+use std::collections::TryReserveError;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,21 @@ pub enum Error {
         /// What was found.
         problem: String,
     },
+    /// The file of an open, mapped store has been changed in place since it was opened.
+    #[error(
+        "{}: {problem} since it was opened; open it again, and replace datastores by renaming (as the builder does) \
+         or open them with load=\"ram\"",
+        path.display()
+    )]
+    Changed {
+        /// The changed file.
+        path: PathBuf,
+        /// What was found.
+        problem: &'static str,
+    },
+    /// The system has no memory for what the file or the arguments ask for.
+    #[error("not enough memory for {0}")]
+    OutOfMemory(String),
     /// The file has a format version that this release cannot read.
     #[error(
         "{}: datastore format version {found}, but this release reads version {supported}; \
@@ -54,8 +70,8 @@ pub enum Error {
     /// An argument is outside its documented range.
     #[error("{0}")]
     InvalidArgument(String),
-    /// [`crate::Progress::cancel`] was called during the build.
-    #[error("the build was cancelled")]
+    /// [`crate::Progress::cancel`] was called during the work.
+    #[error("cancelled")]
     Cancelled,
 }
 
@@ -64,10 +80,25 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
-        move |source| Self::Io { path: path.to_owned(), source }
+        move |source| match source.kind() {
+            io::ErrorKind::OutOfMemory => Self::OutOfMemory(path.display().to_string()),
+            _ => Self::Io { path: path.to_owned(), source },
+        }
+    }
+
+    /// Of a read: one that found the end was of a file that had been longer.
+    pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        move |source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => Self::corrupt(path, "shortened while it was read"),
+            _ => Self::io(path)(source),
+        }
     }
 
     pub(crate) fn corrupt(path: &Path, problem: impl Into<String>) -> Self {
         Self::Corrupt { path: path.to_owned(), problem: problem.into() }
+    }
+
+    pub(crate) fn memory(what: &'static str) -> impl FnOnce(TryReserveError) -> Self {
+        move |_| Self::OutOfMemory(what.into())
     }
 }

@@ -1,6 +1,7 @@
 //! The bytes of the header, the segment table and the trailer; `docs/format.md` describes them in words.
 //! Everything read here is untrusted: sizes are checked against the file before anything is looked at.
 
+use std::io;
 use std::ops::Range;
 use std::path::Path;
 
@@ -23,6 +24,8 @@ pub const MAX_SUCCESSORS: usize = 32;
 pub const MAX_VOCAB: u32 = 1 << 24;
 /// Most symbols of a segment: positions take at most 32 bits.
 pub const MAX_SYMBOLS: u64 = 1 << 32;
+/// Most segments with tokens of a file: each is searched in every look-up.
+pub const MAX_SEGMENTS: usize = 64;
 
 // The first byte is not ASCII, the line ends catch a transfer in text mode (as PNG does).
 const MAGIC: [u8; 8] = *b"\x89SSD\r\n\x1a\n";
@@ -93,10 +96,10 @@ impl SegmentEntry {
         ]
     }
 
-    fn encode(&self, out: &mut Vec<u8>) {
+    fn encode(&self) -> impl Iterator<Item = u8> {
         let counts = [self.symbols, self.documents, self.suffixes, self.successors];
-        let places = self.sections.iter().flat_map(|section| [section.start, section.end]);
-        out.extend(counts.into_iter().chain(places).flat_map(u64::to_le_bytes));
+        let places = self.sections.clone().into_iter().flat_map(|section| [section.start, section.end]);
+        counts.into_iter().chain(places).flat_map(u64::to_le_bytes)
     }
 
     fn decode(bytes: &[u8]) -> Self {
@@ -129,14 +132,8 @@ impl SegmentEntry {
 }
 
 impl Header {
-    fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(PAGE as usize);
-        out.extend(MAGIC);
-        out.extend(VERSION.to_le_bytes());
-        out.extend(self.vocab_size.to_le_bytes());
-        out.extend(self.uuid);
-        out.extend(self.fingerprint);
-        let fields = [
+    fn encode(&self) -> [u8; PAGE as usize] {
+        let words = [
             self.tokens,
             self.documents,
             self.segment_symbols,
@@ -148,45 +145,64 @@ impl Header {
             self.segments,
             self.table_hash,
         ];
-        out.extend(fields.into_iter().flat_map(u64::to_le_bytes));
-        out.resize(CRC_AT, 0);
-        out.extend(crc32fast::hash(&out).to_le_bytes());
+        let fields = MAGIC.into_iter().chain(VERSION.to_le_bytes()).chain(self.vocab_size.to_le_bytes());
+        let fields = fields.chain(self.uuid).chain(self.fingerprint);
+        let mut out = [0; PAGE as usize];
+        fill(&mut out, fields.chain(words.into_iter().flat_map(u64::to_le_bytes)));
+        let sum = crc32fast::hash(&out[..CRC_AT]);
+        out[CRC_AT..].copy_from_slice(&sum.to_le_bytes());
         out
     }
 
-    fn trailer(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(TRAILER as usize);
-        out.extend(self.uuid);
-        out.extend(self.file_length.to_le_bytes());
-        out.extend(MAGIC);
-        out.extend(xxh3_64(&out).to_le_bytes());
+    fn trailer(&self) -> [u8; TRAILER as usize] {
+        let mut out = [0; TRAILER as usize];
+        fill(&mut out, self.uuid.into_iter().chain(self.file_length.to_le_bytes()).chain(MAGIC));
+        let sum = xxh3_64(&out[..TRAILER as usize - 8]);
+        fill(&mut out[TRAILER as usize - 8..], sum.to_le_bytes());
         out
     }
 
     /// Fills in the places, hashes and the UUID, and returns the header and what follows the body.
-    pub fn seal(mut self, body_end: u64, checksums: &[u64], table: &[SegmentEntry]) -> (Vec<u8>, Vec<u8>) {
-        let mut tail: Vec<u8> = checksums.iter().flat_map(|sum| sum.to_le_bytes()).collect();
+    pub fn seal(
+        mut self,
+        body_end: u64,
+        checksums: &[u64],
+        table: &[SegmentEntry],
+    ) -> io::Result<([u8; PAGE as usize], Vec<u8>)> {
+        let mut tail = Vec::new();
+        tail.try_reserve_exact(8 * checksums.len() + SEGMENT_ENTRY * table.len() + TRAILER as usize)?;
+        tail.extend(checksums.iter().flat_map(|sum| sum.to_le_bytes()));
         self.checksums_at = body_end;
         self.checksums_hash = xxh3_64(&tail);
         self.table_at = body_end + tail.len() as u64;
         self.segments = table.len() as u64;
-        for entry in table {
-            entry.encode(&mut tail);
-        }
+        tail.extend(table.iter().flat_map(SegmentEntry::encode));
         self.table_hash = xxh3_64(&tail[(self.table_at - body_end) as usize..]);
         self.file_length = body_end + tail.len() as u64 + TRAILER;
         self.uuid = [0; 16];
         self.uuid = xxh3_128(&self.encode()[..CRC_AT]).to_le_bytes(); // of the contents: equal input, equal bytes
         tail.extend(self.trailer());
-        (self.encode(), tail)
+        Ok((self.encode(), tail))
     }
 }
 
-/// Reads header, segment table and trailer of a file, and checks everything that can be checked without
-/// reading the body.
-pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
+fn fill(out: &mut [u8], bytes: impl IntoIterator<Item = u8>) {
+    out.iter_mut().zip(bytes).for_each(|(place, byte)| *place = byte);
+}
+
+/// Zeros, or an error where there is no memory for them.
+pub fn zeros<T: Clone + Default>(count: usize) -> io::Result<Vec<T>> {
+    let mut out = Vec::new();
+    out.try_reserve_exact(count)?;
+    out.resize(count, T::default());
+    Ok(out)
+}
+
+/// Reads header, segment table and trailer of a file of `length` bytes, and checks everything that can be checked
+/// without reading the body. The segments are those with tokens. `read` copies the bytes from a place on.
+pub fn parse(path: &Path, length: u64, read: Read) -> Result<(Header, Vec<SegmentEntry>)> {
     let corrupt = |problem: &str| Error::corrupt(path, problem);
-    let header = read_header(path, bytes)?;
+    let header = read_header(path, length, read)?;
     let trailer_at = header.file_length - TRAILER.min(header.file_length);
     let table_length = header.segments.checked_mul(SEGMENT_ENTRY as u64);
     let blocks = header.checksums_at.checked_sub(PAGE).map(|body| body.div_ceil(BLOCK));
@@ -196,23 +212,49 @@ pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, Vec<SegmentEntry>)> {
     if !in_order {
         return Err(corrupt("the parts of the file overlap"));
     }
-    if bytes[trailer_at as usize..] != header.trailer() {
+    let tail = read_part(path, header.table_at..header.file_length, read)?;
+    let (table, trailer) = tail.split_at((trailer_at - header.table_at) as usize);
+    if trailer != header.trailer() {
         return Err(corrupt("the trailer does not belong to the header"));
     }
-    let table_bytes = &bytes[header.table_at as usize..trailer_at as usize];
-    if xxh3_64(table_bytes) != header.table_hash {
+    if xxh3_64(table) != header.table_hash {
         return Err(corrupt("the segment table does not match its checksum"));
     }
-    let table: Vec<_> = table_bytes.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode).collect();
-    check_table(&header, &table).map_err(corrupt)?;
-    Ok((header, table))
+    let mut entries = Vec::new();
+    entries
+        .try_reserve_exact(header.segments as usize)
+        .map_err(Error::memory("the segments of a datastore"))?;
+    entries.extend(table.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode));
+    check_table(&header, &entries).map_err(corrupt)?;
+    check_places(path, &header, &entries)?;
+    // nothing is found in those
+    entries.retain(|entry| entry.suffixes > 0);
+    if entries.len() > MAX_SEGMENTS {
+        let problem = format!("{} segments with tokens, more than the {MAX_SEGMENTS} allowed", entries.len());
+        return Err(Error::corrupt(path, problem));
+    }
+    Ok((header, entries))
+}
+
+/// Copies the bytes of a file from a place on.
+pub type Read<'a> = &'a dyn Fn(u64, &mut [u8]) -> io::Result<()>;
+
+fn read_part(path: &Path, part: Range<u64>, read: Read) -> Result<Vec<u8>> {
+    let mut out = zeros((part.end - part.start) as usize).map_err(Error::io(path))?;
+    read(part.start, &mut out).map_err(Error::read(path))?;
+    Ok(out)
 }
 
 /// The header, if it is one of a file of this length.
-fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
+fn read_header(path: &Path, length: u64, read: Read) -> Result<Header> {
     let corrupt = |problem: &str| Error::corrupt(path, problem);
-    let page = bytes.get(..PAGE as usize).filter(|page| page.starts_with(&MAGIC));
-    let page = page.ok_or_else(|| corrupt("not a datastore file, or a truncated one"))?;
+    let mut page = [0; PAGE as usize];
+    if length >= PAGE {
+        read(0, &mut page).map_err(Error::read(path))?;
+    }
+    if !page.starts_with(&MAGIC) {
+        return Err(corrupt("not a datastore file, or a truncated one"));
+    }
     let mut fields = Fields(&page[MAGIC.len()..]);
     let found = fields.u32();
     if found != VERSION {
@@ -236,8 +278,8 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
         segments: fields.u64(),
         table_hash: fields.u64(),
     };
-    if header.file_length != bytes.len() as u64 {
-        let problem = format!("{} bytes long instead of {}", bytes.len(), header.file_length);
+    if header.file_length != length {
+        let problem = format!("{length} bytes long instead of {}", header.file_length);
         return Err(Error::corrupt(path, problem));
     }
     if header.vocab_size == 0 || header.vocab_size > MAX_VOCAB {
@@ -246,7 +288,7 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
     Ok(header)
 }
 
-/// What is wrong with the segments: each by itself, where they lie, or what they come to.
+/// What is wrong with the segments: each by itself, or what they come to.
 fn check_table(header: &Header, table: &[SegmentEntry]) -> std::result::Result<(), &'static str> {
     let (mut tokens, mut documents) = (0, 0);
     for entry in table {
@@ -254,37 +296,57 @@ fn check_table(header: &Header, table: &[SegmentEntry]) -> std::result::Result<(
         tokens += entry.suffixes;
         documents += entry.documents;
     }
-    let mut places: Vec<_> = table.iter().flat_map(|entry| entry.sections.clone()).collect();
-    places.sort_unstable_by_key(|place| place.start);
-    let mut end = PAGE;
-    for place in places {
-        if place.start % PAGE != 0 || place.start < end || place.end > header.checksums_at {
-            return Err("a section lies outside its place");
-        }
-        end = place.end;
-    }
     if (tokens, documents) != (header.tokens, header.documents) {
         return Err("the segments do not add up to the counts of the header");
     }
     Ok(())
 }
 
-/// The byte ranges of `bytes`, which [`parse`] has accepted, that changed since they were written.
-pub fn damage(path: &Path, bytes: &[u8], mut soon: impl FnMut(Range<usize>)) -> Result<Vec<Range<u64>>> {
-    let (header, _) = parse(path, bytes)?;
-    let checksums = &bytes[header.checksums_at as usize..header.table_at as usize];
-    if xxh3_64(checksums) != header.checksums_hash {
+/// Whether the sections lie in the body, one after the other.
+fn check_places(path: &Path, header: &Header, table: &[SegmentEntry]) -> Result<()> {
+    let mut places = Vec::new();
+    places.try_reserve_exact(table.len() * SECTIONS).map_err(Error::memory("the segments of a datastore"))?;
+    places.extend(table.iter().flat_map(|entry| &entry.sections));
+    places.sort_unstable_by_key(|place| place.start);
+    let mut end = PAGE;
+    for place in places {
+        if place.start % PAGE != 0 || place.start < end || place.end > header.checksums_at {
+            return Err(Error::corrupt(path, "a section lies outside its place"));
+        }
+        end = place.end;
+    }
+    Ok(())
+}
+
+/// The byte ranges of a file that [`parse`] has accepted that changed since they were written. `proceed` is asked
+/// before each block.
+pub fn damage(
+    path: &Path,
+    length: u64,
+    read: Read,
+    proceed: &dyn Fn() -> Result<()>,
+) -> Result<Vec<Range<u64>>> {
+    let (header, _) = parse(path, length, read)?;
+    let checksums = read_part(path, header.checksums_at..header.table_at, read)?;
+    if xxh3_64(&checksums) != header.checksums_hash {
         return Err(Error::corrupt(path, "the block checksums do not match their own checksum"));
     }
     let mut damaged: Vec<Range<u64>> = Vec::new();
+    let body = header.checksums_at - PAGE;
+    let mut block = zeros(BLOCK.min(body) as usize).map_err(Error::io(path))?;
     let mut start = PAGE;
     for sum in checksums.chunks_exact(8) {
+        proceed()?;
         let end = (start + BLOCK).min(header.checksums_at);
-        soon(end as usize..(end + 4 * BLOCK).min(header.checksums_at) as usize);
-        if xxh3_64(&bytes[start as usize..end as usize]).to_le_bytes() != sum {
+        let block = &mut block[..(end - start) as usize];
+        read(start, block).map_err(Error::read(path))?;
+        if xxh3_64(block).to_le_bytes() != sum {
             match damaged.last_mut() {
                 Some(last) if last.end == start => last.end = end,
-                _ => damaged.push(start..end),
+                _ => {
+                    damaged.try_reserve(1).map_err(Error::memory("the damaged ranges"))?;
+                    damaged.push(start..end);
+                }
             }
         }
         start = end;

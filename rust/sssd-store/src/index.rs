@@ -3,9 +3,9 @@
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 
-use libsais::SuffixArrayConstruction;
+use libsais::{LibsaisError, SuffixArrayConstruction};
 
-use crate::format::{FENCE, MAX_SUCCESSORS, SegmentEntry, symbol_bits};
+use crate::format::{FENCE, MAX_SUCCESSORS, SegmentEntry, symbol_bits, zeros};
 use crate::output::Output;
 use crate::packed::{Packed, PackedWriter};
 use crate::progress::Progress;
@@ -40,17 +40,20 @@ pub fn write_index(
     writer.finish(output)?;
     segment.sections[1] = start..output.position();
 
-    let buckets = buckets(&text, vocab_size);
+    let buckets = buckets(&text, vocab_size)?;
     segment.sections[2] = write_packed(output, &buckets, segment.rank_bits())?;
 
     let start = output.align()?;
-    for &position in suffixes.iter().step_by(FENCE as usize) {
+    for (fence, &position) in suffixes.iter().step_by(FENCE as usize).enumerate() {
+        if fence % CHUNK == 0 {
+            progress.advance(0)?;
+        }
         let rest = text[position as usize + 1..].iter().take_while(|&&symbol| symbol != 0);
         output.write_all(&key(bits, rest.map(|&symbol| symbol as u64)).to_le_bytes())?;
     }
     segment.sections[3] = start..output.position();
 
-    let (index, successors) = successors(&text, suffixes, &buckets);
+    let (index, successors) = successors(&text, suffixes, &buckets, progress)?;
     segment.successors = successors.len() as u64;
     segment.sections[4] = write_packed(output, &index, segment.successor_index_bits())?;
     segment.sections[5] = write_packed(output, &successors, bits + 8)?;
@@ -60,8 +63,9 @@ pub fn write_index(
 fn read_text(output: &mut Output, segment: &SegmentEntry, bits: u32) -> io::Result<Vec<i32>> {
     let mut file = output.read_back()?;
     file.seek(SeekFrom::Start(segment.sections[0].start))?;
-    let mut text = Vec::with_capacity(segment.symbols as usize);
-    let mut bytes = vec![0; CHUNK / 8 * bits as usize + 8]; // room for the last 8-byte load
+    let mut text = Vec::new();
+    text.try_reserve_exact(segment.symbols as usize)?;
+    let mut bytes = zeros(CHUNK / 8 * bits as usize + 8)?; // room for the last 8-byte load
     while (text.len() as u64) < segment.symbols {
         let count = (segment.symbols - text.len() as u64).min(CHUNK as u64);
         file.read_exact(&mut bytes[..(count as usize * bits as usize).div_ceil(8)])?;
@@ -73,14 +77,19 @@ fn read_text(output: &mut Output, segment: &SegmentEntry, bits: u32) -> io::Resu
 
 /// The suffix array of all symbols, document ends included.
 fn sort(text: &mut [i32]) -> io::Result<Vec<i32>> {
-    let sorted = SuffixArrayConstruction::for_text_mut(text).in_owned_buffer32().single_threaded().run();
-    let sorted = sorted.map_err(|error| io::Error::other(format!("the suffix sorter failed: {error}")))?;
-    Ok(sorted.into_vec())
+    let mut sorted = zeros(text.len())?;
+    let sorter =
+        SuffixArrayConstruction::for_text_mut(text).in_borrowed_buffer(&mut sorted).single_threaded();
+    match sorter.run() {
+        Ok(_) => Ok(sorted),
+        Err(LibsaisError::OutOfMemory) => Err(io::ErrorKind::OutOfMemory.into()),
+        Err(error) => Err(io::Error::other(format!("the suffix sorter failed: {error}"))),
+    }
 }
 
 /// For each token the number of suffixes that start with a smaller one, and last the number of all.
-fn buckets(text: &[i32], vocab_size: u32) -> Vec<u64> {
-    let mut buckets = vec![0; vocab_size as usize + 2];
+fn buckets(text: &[i32], vocab_size: u32) -> io::Result<Vec<u64>> {
+    let mut buckets = zeros(vocab_size as usize + 2)?;
     for &symbol in text.iter().filter(|&&symbol| symbol != 0) {
         buckets[symbol as usize + 1] += 1;
     }
@@ -90,17 +99,30 @@ fn buckets(text: &[i32], vocab_size: u32) -> Vec<u64> {
         *bucket = sum;
     }
     buckets.remove(0);
-    buckets
+    Ok(buckets)
 }
 
 /// The most frequent successors of every token: where each token's entries start, and the entries (symbol and
 /// share), most frequent first.
-fn successors(text: &[i32], suffixes: &[i32], buckets: &[u64]) -> (Vec<u64>, Vec<u64>) {
-    let (mut index, mut entries) = (vec![0], Vec::new());
+fn successors(
+    text: &[i32],
+    suffixes: &[i32],
+    buckets: &[u64],
+    progress: &Progress,
+) -> io::Result<(Vec<u64>, Vec<u64>)> {
+    let (mut index, mut entries) = (Vec::new(), Vec::new());
+    index.try_reserve_exact(buckets.len())?;
+    index.push(0);
+    let vocab_size = buckets.len() - 1;
+    entries.try_reserve_exact(suffixes.len().min(vocab_size * MAX_SUCCESSORS))?;
     let mut counts: Vec<(u64, i32)> = Vec::new();
     for bucket in buckets.windows(2) {
         let ranks = &suffixes[bucket[0] as usize..bucket[1] as usize];
+        if ranks.len() > CHUNK {
+            progress.advance(0)?;
+        }
         counts.clear();
+        counts.try_reserve(ranks.len().min(vocab_size + 1))?;
         // Equal successors are neighbours, for the suffixes are sorted.
         for symbol in ranks.iter().map(|&position| text[position as usize + 1]) {
             match counts.last_mut() {
@@ -116,7 +138,7 @@ fn successors(text: &[i32], suffixes: &[i32], buckets: &[u64]) -> (Vec<u64>, Vec
         }
         index.push(entries.len() as u64);
     }
-    (index, entries)
+    Ok((index, entries))
 }
 
 fn write_packed(output: &mut Output, values: &[u64], bits: u32) -> io::Result<Range<u64>> {

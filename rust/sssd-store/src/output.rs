@@ -2,11 +2,11 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::TempPath;
-use xxhash_rust::xxh3::Xxh3Default;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::format::{BLOCK, Header, PAGE, SegmentEntry};
 
@@ -15,15 +15,19 @@ pub struct Output {
     target: PathBuf,
     path: PathBuf,
     temporary: Own<TempPath>,
-    file: Own<BufWriter<Checksummed>>,
+    file: Checksummed,
     position: u64,
 }
 
 impl Output {
     /// Starts a file with room for the header.
     pub fn create(target: &Path) -> io::Result<Self> {
-        let Some(name) = target.file_name().filter(|_| !target.is_dir()) else {
-            return Err(io::Error::new(io::ErrorKind::IsADirectory, "not the name of a file"));
+        // a rename would put the file in the place of a pipe or a device as well
+        let other = std::fs::metadata(target).is_ok_and(|metadata| !metadata.is_file());
+        let Some(name) = target.file_name().filter(|_| !other) else {
+            let kind =
+                if target.is_dir() { io::ErrorKind::IsADirectory } else { io::ErrorKind::InvalidInput };
+            return Err(io::Error::new(kind, "not the name of a file"));
         };
         let mut prefix = OsString::from(".");
         prefix.push(name);
@@ -31,7 +35,7 @@ impl Output {
         let made = tempfile::Builder::new().prefix(&prefix).suffix(".tmp").make_in(folder(target), create)?;
         let (mut file, temporary) = made.into_parts();
         file.seek(SeekFrom::Start(PAGE))?;
-        let file = Own::new(BufWriter::with_capacity(BLOCK as usize, Checksummed::new(file)));
+        let file = Checksummed::new(file)?;
         let (target, path) = (target.to_owned(), temporary.to_path_buf());
         Ok(Self { target, path, temporary: Own::new(temporary), file, position: PAGE })
     }
@@ -61,7 +65,7 @@ impl Output {
 
     /// What has been written, opened for reading.
     pub fn read_back(&mut self) -> io::Result<File> {
-        self.file.get()?.flush()?;
+        self.file.flush()?;
         File::open(&self.path)
     }
 
@@ -69,21 +73,22 @@ impl Output {
     /// bytes of the file.
     pub fn seal(self, header: Header, table: &[SegmentEntry]) -> io::Result<u64> {
         let body_end = self.position;
-        let Checksummed { mut file, checksums, .. } = self.file.take()?.into_inner()?.finish();
-        let (header, tail) = header.seal(body_end, &checksums, table);
+        let Checksummed { mut file, checksums, .. } = self.file.finish()?;
+        let (header, tail) = header.seal(body_end, &checksums, table)?;
         file.write_all(&tail)?;
         file.seek(SeekFrom::Start(0))?;
         file.write_all(&header)?;
         file.sync_all()?;
         drop(file);
-        self.temporary.take()?.persist(&self.target)?;
+        // by the C library, for tests of its failure; tempfile asks the kernel itself
+        let temporary = self.temporary.take()?.keep()?;
+        std::fs::rename(&temporary, &self.target).inspect_err(|_| drop(std::fs::remove_file(&temporary)))?;
         sync_folder(folder(&self.target))?;
         Ok(body_end + tail.len() as u64)
     }
 }
 
-/// What a forked child has a copy of, and must leave to its parent: not even to be dropped, which would remove the file
-/// or write what is buffered a second time.
+/// What a forked child has a copy of, and must leave to its parent: not even to be dropped, which would remove the file.
 struct Own<T> {
     value: Option<T>,
     process: u32,
@@ -95,15 +100,14 @@ impl<T> Own<T> {
     }
 
     /// The value, in the process that made it.
-    fn get(&mut self) -> io::Result<&mut T> {
-        let own = self.process == std::process::id();
-        self.value.as_mut().filter(|_| own).ok_or_else(|| io::Error::other(FOREIGN))
-    }
-
     fn take(mut self) -> io::Result<T> {
-        self.get()?;
+        check_process(self.process)?;
         self.value.take().ok_or_else(|| io::Error::other(FOREIGN))
     }
+}
+
+fn check_process(process: u32) -> io::Result<()> {
+    if process == std::process::id() { Ok(()) } else { Err(io::Error::other(FOREIGN)) }
 }
 
 const FOREIGN: &str = "the file belongs to the process that began it, not to a fork of it";
@@ -119,13 +123,13 @@ impl<T> Drop for Own<T> {
 impl Write for Output {
     #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.file.get()?.write(bytes)?;
+        let written = self.file.write(bytes)?;
         self.position += written as u64;
         Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.get()?.flush()
+        self.file.flush()
     }
 }
 
@@ -143,46 +147,56 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
-/// Takes a checksum of every block.
+/// Writes in blocks, of each of which it takes a checksum.
 struct Checksummed {
     file: File,
-    block: Xxh3Default,
-    room: u64,
+    /// The block that is being filled.
+    block: Vec<u8>,
+    /// How much of it is in the file already.
+    flushed: usize,
     checksums: Vec<u64>,
+    process: u32,
 }
 
 impl Checksummed {
-    fn new(file: File) -> Self {
-        Self { file, block: Xxh3Default::new(), room: BLOCK, checksums: Vec::new() }
+    fn new(file: File) -> io::Result<Self> {
+        let mut block = Vec::new();
+        block.try_reserve_exact(BLOCK as usize)?;
+        Ok(Self { file, block, flushed: 0, checksums: Vec::new(), process: std::process::id() })
     }
 
-    fn close_block(&mut self) {
-        self.checksums.push(self.block.digest());
-        self.block.reset();
-        self.room = BLOCK;
+    fn close_block(&mut self) -> io::Result<()> {
+        self.checksums.try_reserve(1)?;
+        self.flush()?;
+        self.checksums.push(xxh3_64(&self.block));
+        self.block.clear();
+        self.flushed = 0;
+        Ok(())
     }
 
-    fn finish(mut self) -> Self {
-        if self.room < BLOCK {
-            self.close_block();
+    fn finish(mut self) -> io::Result<Self> {
+        if !self.block.is_empty() {
+            self.close_block()?;
         }
-        self
+        Ok(self)
     }
 }
 
 impl Write for Checksummed {
+    #[inline]
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let fitting = bytes.len().min(self.room as usize);
-        let written = self.file.write(&bytes[..fitting])?;
-        self.block.update(&bytes[..written]);
-        self.room -= written as u64;
-        if self.room == 0 {
-            self.close_block();
+        if self.block.len() == BLOCK as usize {
+            self.close_block()?;
         }
-        Ok(written)
+        let fitting = bytes.len().min(BLOCK as usize - self.block.len());
+        self.block.extend_from_slice(&bytes[..fitting]);
+        Ok(fitting)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        check_process(self.process)?;
+        self.file.write_all(&self.block[self.flushed..])?;
+        self.flushed = self.block.len();
+        Ok(())
     }
 }

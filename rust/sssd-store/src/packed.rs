@@ -54,9 +54,22 @@ impl<'a> Packed<'a> {
     pub fn prefetch(self, index: u64) {
         let byte = index.wrapping_mul(u64::from(self.bits)) / 8;
         if let Some(byte) = usize::try_from(byte).ok().and_then(|byte| self.bytes.get(byte)) {
-            crate::bytes::prefetch(byte);
+            prefetch(byte);
         }
     }
+}
+
+/// Brings the cache line of `byte` closer.
+#[inline]
+pub fn prefetch(byte: &u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing architecturally and cannot fault; the address is that of a live reference.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(byte).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = byte;
 }
 
 /// The lowest `bits < 64` bits set.

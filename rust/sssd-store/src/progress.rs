@@ -1,9 +1,11 @@
-//! How far a build is, and whether it is still wanted.
+//! How far work is, and whether it is still wanted.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Watches and cancels [`crate::Builder::finish`] from another thread.
+use crate::{Error, Result};
+
+/// Watches and cancels what takes long from another thread.
 #[derive(Debug, Default)]
 pub struct Progress {
     done: AtomicU64,
@@ -16,7 +18,7 @@ impl Progress {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Makes the build fail with [`crate::Error::Cancelled`] at the next occasion (not while a segment is being sorted).
+    /// Makes the work fail with [`crate::Error::Cancelled`] at the next occasion (not while a segment is being sorted).
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
@@ -24,6 +26,10 @@ impl Progress {
     pub(crate) fn advance(&self, symbols: u64) -> io::Result<()> {
         self.done.fetch_add(symbols, Ordering::Relaxed);
         if self.cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 
     pub(crate) fn cancelled(&self) -> bool {

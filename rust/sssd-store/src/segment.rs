@@ -12,6 +12,7 @@ use sssd_core::Token;
 use crate::bytes::Bytes;
 use crate::format::{FENCE, SegmentEntry, symbol_bits};
 use crate::packed::{LOAD_BITS, Packed, mask};
+use crate::{Error, Result};
 
 /// Ranks of the suffixes that start with a query.
 pub type Interval = Range<u64>;
@@ -29,20 +30,20 @@ pub struct Query {
 
 impl Query {
     /// `tokens` must not be empty and must lie in the vocabulary.
-    pub fn new(tokens: &[Token], vocab_size: u32) -> Self {
+    pub fn new(tokens: &[Token], vocab_size: u32) -> Result<Self> {
         let bits = symbol_bits(vocab_size);
         let rest = &tokens[1..];
         let low = key(bits, rest.iter().map(|&token| u64::from(token) + 1));
         let used = (rest.len() as u64 * u64::from(bits)).min(64) as u32;
         let high = low | u64::MAX.checked_shr(used).unwrap_or(0);
-        let words = rest
-            .chunks((LOAD_BITS / bits) as usize)
-            .map(|chunk| {
-                let word = chunk.iter().rev().fold(0, |word, &token| word << bits | (u64::from(token) + 1));
-                (word, mask(bits * chunk.len() as u32))
-            })
-            .collect();
-        Self { first: tokens[0], key: (low, high), exact: rest.len() <= (64 / bits) as usize, words }
+        let chunks = rest.chunks((LOAD_BITS / bits) as usize);
+        let mut words = SmallVec::new();
+        words.try_reserve(chunks.len()).map_err(|_| Error::OutOfMemory("the tokens to look up".into()))?;
+        words.extend(chunks.map(|chunk| {
+            let word = chunk.iter().rev().fold(0, |word, &token| word << bits | (u64::from(token) + 1));
+            (word, mask(bits * chunk.len() as u32))
+        }));
+        Ok(Self { first: tokens[0], key: (low, high), exact: rest.len() <= (64 / bits) as usize, words })
     }
 }
 
@@ -124,7 +125,7 @@ impl Segment {
 
     fn prefetch_fence(&self, index: u64) {
         if let Some(byte) = self.section(3).get(8 * index as usize) {
-            crate::bytes::prefetch(byte);
+            crate::packed::prefetch(byte);
         }
     }
 

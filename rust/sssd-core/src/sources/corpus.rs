@@ -29,4 +29,9 @@ pub trait Corpus: Send + Sync {
     /// Appends the most frequent successors of `token` (at most 32), most frequent first, each with its share
     /// of the token's occurrences.
     fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>);
+
+    /// Whether it can be read now. Asked before each draft: one that cannot is left out of it.
+    fn is_readable(&self) -> bool {
+        true
+    }
 }

@@ -18,15 +18,20 @@ const CHECKSUMS_AT: usize = 104;
 const TABLE_AT: usize = 120;
 const TABLE_HASH: usize = 136;
 
-/// A file with two segments, more than one fence, and both ends of the vocabulary.
+/// Seven of its patterns of 7 bits are tokens that occur, 93 more are tokens, and the rest are none.
+const VOCAB: u32 = 100;
+const STEP: u32 = 16;
+
+/// A file with two segments and more than one fence.
 fn small_file() -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store");
-    let documents: Vec<Vec<Token>> =
-        (0..40).map(|document| (0..document).map(|index| (index * index + document) % 7).collect()).collect();
+    let documents: Vec<Vec<Token>> = (0..40)
+        .map(|document| (0..document).map(|index| (index * index + document) % 7 * STEP).collect())
+        .collect();
     let symbols = 12 * FENCE;
     assert!(documents.concat().len() as u64 > symbols / 2);
-    build(&path, BuildOptions::new(7), Some(symbols / 2), &documents);
+    build(&path, BuildOptions::new(VOCAB), Some(symbols / 2), &documents);
     std::fs::read(path).unwrap()
 }
 
@@ -38,6 +43,7 @@ fn exercise(bytes: Vec<u8>) -> (bool, bool) {
     for context in
         [[0, 1, 4, 2, 2, 4, 1, 0, 1], [6, 6, 5, 3, 3, 5, 6, 0, 2], [1, 2, 3, 4, 5, 6, vocab_size, 1, 4]]
     {
+        let context = context.map(|token| token.saturating_mul(STEP));
         matches.clear();
         store.matches(&context, 9, 8, &mut matches);
         assert!(matches.len() <= 9 * 8);
@@ -54,8 +60,9 @@ fn exercise(bytes: Vec<u8>) -> (bool, bool) {
     for position in [0, 1, 1 << 31, u64::from(u32::MAX), 1 << 32, u64::MAX] {
         store.continuation(position, &mut window);
     }
-    let counted = store.count(&[2, 4, 1]).and_then(|_| store.occurrences(&[4], 1000));
-    assert!(counted.is_ok() || vocab_size <= 4);
+    let counted =
+        store.count(&[2, 4, 1].map(|token| token * STEP)).and_then(|_| store.occurrences(&[4 * STEP], 1000));
+    assert!(counted.is_ok() || vocab_size <= 4 * STEP);
     (true, store.verify().is_ok())
 }
 
@@ -189,8 +196,30 @@ fn the_errors_say_what_is_wrong() {
     reseal(&mut overlapping);
     assert!(refused(overlapping).to_string().contains("overlap"));
     let store = Datastore::from_bytes("name", file).unwrap();
-    let error = store.check_model(Some(8), None).unwrap_err();
-    assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("the model has 8"));
-    assert!(store.check_model(Some(7), Some(&[1; 32])).is_ok(), "an unknown tokenizer is not compared");
-    assert!(matches!(store.count(&[7]), Err(Error::InvalidToken { token: 7, vocab_size: 7 })));
+    let error = store.check_model(Some(VOCAB + 1), None).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains("the model has 101"));
+    assert!(store.check_model(Some(VOCAB), Some(&[1; 32])).is_ok(), "an unknown tokenizer is not compared");
+    assert!(matches!(store.count(&[VOCAB]), Err(Error::InvalidToken { token: VOCAB, vocab_size: VOCAB })));
+}
+
+#[test]
+fn sections_outside_their_place_are_refused() {
+    let file = small_file();
+    let field = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap());
+    let table = field(TABLE_AT) as usize;
+    // the text of the first segment, and the suffixes of the second, which take less
+    let (text, suffixes) = (table + 32, table + 128 + 48);
+    let length = field(suffixes + 8) - field(suffixes);
+    let moved = |to: u64| {
+        let mut bytes = file.clone();
+        bytes[suffixes..suffixes + 8].copy_from_slice(&to.to_le_bytes());
+        bytes[suffixes + 8..suffixes + 16].copy_from_slice(&(to + length).to_le_bytes());
+        reseal(&mut bytes);
+        Datastore::from_bytes("name", bytes).err().map(|error| error.to_string())
+    };
+    assert_eq!(moved(field(suffixes)), None);
+    for to in [field(text), 0, field(suffixes) + 1, field(CHECKSUMS_AT).next_multiple_of(PAGE)] {
+        let error = moved(to).unwrap_or_default();
+        assert!(error.contains("a section lies outside its place"), "{to}: {error}");
+    }
 }

@@ -57,7 +57,7 @@ fn sparse_file(vocab_size: u32, document: &[u32]) -> tempfile::NamedTempFile {
         ..Default::default()
     };
     let checksums = vec![0; (end - PAGE).div_ceil(BLOCK) as usize];
-    let (header, tail) = header.seal(end, &checksums, &[entry]);
+    let (header, tail) = header.seal(end, &checksums, &[entry]).unwrap();
     file.seek(SeekFrom::Start(end)).unwrap();
     file.write_all(&tail).unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();

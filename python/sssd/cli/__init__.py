@@ -19,8 +19,11 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 1 after an error, which goes to stderr."""
+    """Runs one command and returns the exit status: 0, or 1 after an error, which goes to stderr; 2 if the arguments
+    make no command, or the inputs hold no document.
+    """
     from sssd import SssdError, __version__
+    from sssd.errors import EmptyCorpusError, UsageError
 
     parser = argparse.ArgumentParser(prog="python -m sssd", description="Training-free speculative decoding.")
     parser.add_argument("--version", action="version", version=f"sssd {__version__}")
@@ -44,4 +47,4 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (SssdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+        return 2 if isinstance(error, EmptyCorpusError | UsageError) else 1

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sssd.reading.options import ReadReport
+
 
 def show(table: Any) -> None:
     """Prints a table as wide as its content: a narrow terminal wraps its lines, but no number is cut."""
@@ -17,6 +19,13 @@ def show(table: Any) -> None:
     console.print(table, soft_wrap=True)
 
 
+def notes(report: ReadReport) -> None:
+    """Says on stderr what reading left out, skipped or changed."""
+    console = Console(stderr=True)
+    for line in report.notes():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def status(console: Console, text: str) -> Any:
     """A spinner beside a text that goes when it is done; the text alone where nothing can spin."""
     if not console.is_terminal:
@@ -24,7 +33,7 @@ def status(console: Console, text: str) -> Any:
     return console.status(text)
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr that goes when it is done."""
+def progress_bar(*, quiet: bool = False) -> Progress:
+    """A bar on stderr that goes when it is done; none if ``quiet``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)

@@ -38,7 +38,9 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int | None], object]
-"""Called with "reading" and bytes, then with "indexing" and symbols: how many are done, and of how many if known."""
+"""Called with "reading" and bytes, then with "indexing" and symbols: how many are done, and of how many if
+known.
+"""
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
@@ -73,11 +75,12 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Built:
-    """Builds a datastore from a corpus, all that ``python -m sssd build`` does. ``docs/corpora.md`` has the formats.
+    """Builds a datastore from a corpus, all that ``python -m sssd build`` does. ``docs/corpora.md`` has the
+    formats.
 
     Args:
-        inputs: a file, folder, pattern, URL, "-" for standard input, ``datasets`` dataset or list of records; or
-            a list of these.
+        inputs: a file, folder, pattern, URL, "-" for standard input, ``datasets`` dataset or list of
+            records; or a list of these.
         output: the file to write. Appears at the end; an interrupted build leaves what was there.
         tokenizer: for text: a tokenizer.json, its folder, or a tokenizer of tokenizers or transformers.
         chat_template: file of a chat template, or "none"; by default the tokenizer's.
@@ -148,7 +151,8 @@ def check_output(path: Path, *, force: bool) -> Path:
 
 
 def check_tokenizer(store: Datastore, tokenizer: Any) -> None:
-    """Refuses a store whose tokens are another tokenizer's. Files that do not say whose they are are not compared.
+    """Refuses a store whose tokens are another tokenizer's. Files that do not say whose they are are not
+    compared.
 
     Args:
         store: an open datastore.
@@ -162,9 +166,9 @@ def check_tokenizer(store: Datastore, tokenizer: Any) -> None:
         if file.fingerprint is not None and file.fingerprint not in loaded.fingerprints:
             built, given = file.fingerprint.hex()[:16], loaded.fingerprints[0].hex()[:16]
             raise VocabularyMismatchError(
-                f"{shown(file.path)} was built with another tokenizer (fingerprint {built}) than {loaded.name} "
-                f"(fingerprint {given}); build it with this one, or use it all the same with --any-tokenizer "
-                "(check_tokenizer=False)"
+                f"{shown(file.path)} was built with another tokenizer (fingerprint {built}) than "
+                f"{loaded.name} (fingerprint {given}); build it with this one, or use it all the same with "
+                "--any-tokenizer (check_tokenizer=False)"
             )
 
 

@@ -182,12 +182,12 @@ def read_trace(
     """Requests of a file in any form that ``build`` takes (``docs/corpora.md``), but token arrays.
 
     Args:
-        source: a file, or an input that was found. Each record holds ``prompt_ids`` and ``response_ids``; or texts
-            or messages (``prompt`` and ``response``, ``prompt`` and ``completion``, and the like); or a chat, of
-            which every message of the model is a request. With ids also ``topk_ids`` and ``topk_probs`` (per
-            response token) and ``prediction_ids``, where they were recorded.
-        tokenize: turns a text into token ids; needed for texts. One from ``load_tokenizer`` knows the model's chat
-            template too; without it, chats are written in plain text.
+        source: a file, or an input that was found. Each record holds ``prompt_ids`` and ``response_ids``;
+            or texts or messages (``prompt`` and ``response``, ``prompt`` and ``completion``, and the like);
+            or a chat, of which every message of the model is a request. With ids also ``topk_ids`` and
+            ``topk_probs`` (per response token) and ``prediction_ids``, where they were recorded.
+        tokenize: turns a text into token ids; needed for texts. One from ``load_tokenizer`` knows the
+            model's chat template too; without it, chats are written in plain text.
         options: how it is read.
         report: counts what is read, skipped and changed.
 

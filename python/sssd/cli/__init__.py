@@ -19,8 +19,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 1 after an error, which goes to stderr; 2 if the arguments
-    make no command, or the inputs hold no document.
+    """Runs one command and returns the exit status: 0, or 1 after an error, which goes to stderr; 2 if the
+    arguments make no command, or the inputs hold no document.
     """
     from sssd import SssdError, __version__
     from sssd.errors import EmptyCorpusError, UsageError

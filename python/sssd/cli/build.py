@@ -27,10 +27,10 @@ _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.description = (
-        "Builds a datastore from JSON, JSON Lines, CSV and text (also compressed), Parquet, Arrow, .npy and .bin "
-        "token arrays, chats, folders of these, and standard input. OUT appears in one step at the end; an "
-        "interrupted build leaves what was there. What is no datastore is never replaced. Exit code 2 if the "
-        "inputs hold no document."
+        "Builds a datastore from JSON, JSON Lines, CSV and text (also compressed), Parquet, Arrow, .npy "
+        "and .bin token arrays, chats, folders of these, and standard input. OUT appears in one step at "
+        "the end; an interrupted build leaves what was there. What is no datastore is never replaced. "
+        "Exit code 2 if the inputs hold no document."
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="the datastore file to write")
     parser.add_argument(
@@ -97,8 +97,8 @@ def _summary(built: Built, output: str) -> str:
     duplicates = f", {summary.duplicates:,} duplicates left out" if summary.duplicates else ""
     skipped = f", {built.report.bad:,} bad records skipped" if built.report.bad else ""
     return (
-        f"{shown(Path(output))}: {summary.tokens:,} tokens in {summary.documents:,} documents{duplicates}{skipped}, "
-        f"{summary.segments} segments, {summary.file_bytes:,} bytes"
+        f"{shown(Path(output))}: {summary.tokens:,} tokens in {summary.documents:,} documents"
+        f"{duplicates}{skipped}, {summary.segments} segments, {summary.file_bytes:,} bytes"
     )
 
 

@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         return str(escape(shown))
 
     console = Console()
+    if arguments.text is not None:
+        console.print(f"{len(ids)} tokens: {' '.join(map(str, ids))}", highlight=False, soft_wrap=True)
     store = open_datastore(arguments.files, tokenizer, arguments.any_tokenizer)
     assert store is not None
     with store:

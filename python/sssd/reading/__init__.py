@@ -1,7 +1,8 @@
 """Reading corpora and traces: one reader for all that ``build``, ``replay``, ``simulate`` and Python take.
 
-Files are found (:func:`find_inputs`), opened and taken apart into records (:func:`read_records`), and each record
-into documents or requests (:class:`Records`). Nothing is held in memory but a record or a stretch of a text.
+Files are found (:func:`find_inputs`), opened and taken apart into records (:func:`read_records`), and each
+record into documents or requests (:class:`Records`). Nothing is held in memory but a record or a stretch of
+a text.
 """
 
 from sssd.reading.inputs import Input, find_inputs

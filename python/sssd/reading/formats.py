@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ _CHUNK_TOKENS = 1 << 20
 
 
 def text_documents(file: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
-    """Plain text in documents of about a MiB that end with a line, or else with a word, so that no file is too large.
+    """Plain text in documents of about a MiB that end with a line, or else with a word, so that no file is
+    too large.
 
     Raises:
         CorpusError: the text is not UTF-8 or holds NULs.
@@ -26,7 +27,7 @@ def text_documents(file: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
     line = 1
     ended = False
     while not ended:
-        with damage(name, lambda: f", after line {line}"):
+        with damage(name, f", after line {line}"):
             try:
                 data = file.read(_TEXT_BYTES)
             except UnicodeDecodeError as error:
@@ -114,8 +115,7 @@ def arrow_rows(
     number = 0
     wanted = set(wanted)
     try:
-        with damage(name, lambda: f", after row {number}"):
-            file = cast(IO[bytes], file)
+        with damage(name):
             for batch in _batches(file, format, pyarrow, wanted):
                 names = batch.schema.names
                 columns = {column: _values(batch.column(column), pyarrow) for column in set(names) & wanted}
@@ -176,8 +176,8 @@ def token_pieces(
         vocab_size: number of token ids.
 
     Raises:
-        CorpusError: the file is not a one-dimensional array of integers, ends within an id, is of another type, or
-            has ids outside the vocabulary. The message names the type that would fit, if one does.
+        CorpusError: the file is not a one-dimensional array of integers, ends within an id, is of another
+            type, or has ids outside the vocabulary. The message names the type that would fit, if one does.
     """
     if format == "npy":
         kind, count = _npy_header(file, name)
@@ -186,7 +186,7 @@ def token_pieces(
         count = None
     done = 0
     while True:
-        with damage(name, lambda: f", after {done:,} ids"):
+        with damage(name, f", after {done:,} ids"):
             data = _read(file, _CHUNK_TOKENS * kind.itemsize)
         if not data:
             break
@@ -218,12 +218,12 @@ def _read(file: IO[bytes], size: int) -> bytes:
 def _npy_header(file: IO[bytes], name: str) -> tuple[np.dtype[Any], int]:
     try:
         with damage(name):
-            version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+            version = np.lib.format.read_magic(file)
             read = {
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
-            shape, _, kind = read(file)  # type: ignore[no-untyped-call]
+            shape, _, kind = read(file)
     except (ValueError, KeyError) as error:
         if isinstance(error, CorpusError):
             raise

@@ -59,7 +59,9 @@ _NO_CORPUS = (
 """Names, in small letters, of what stands in folders beside the corpus."""
 
 Item = Any
-"""What a caller may give as an input: a path, pattern or URL, ``-``, a ``datasets`` dataset, or an iterable of records."""
+"""What a caller may give as an input: a path, pattern or URL, ``-``, a ``datasets`` dataset, or an iterable
+of records.
+"""
 
 
 @dataclass(frozen=True)
@@ -274,42 +276,53 @@ def _at_url(url: str, options: ReadOptions, report: ReadReport) -> Iterator[Inpu
     try:
         system, path = fsspec.core.url_to_fs(url)
         if glob.has_magic(path):
-            paths = sorted(system.glob(path))
+            found = [_remote(system, file, options) for file in sorted(system.glob(path))]
         elif system.isdir(path):
-            root = PurePosixPath(path)
-            names: list[PurePath] = [
-                PurePosixPath(name).relative_to(root) for name in sorted(system.find(path))
+            found = [
+                _remote(system, file, options) for file in _below_url(system, path, url, options, report)
             ]
-            hidden = {name for name in names if any(part.startswith(".") for part in name.parts)}
-            report.left_out += [(shown(f"{url}/{name}"), "hidden") for name in sorted(hidden)]
-            names = [name for name in names if name not in hidden]
-            chosen = _chosen(names, {}, lambda name: shown(f"{url}/{name}"), options, report)
-            paths = [str(root / name) for name in chosen]
         else:
-            paths = [path]
-        if not paths:
-            raise CorpusError(f"{shown(url)}: no input there")
-        for file in paths:
-            format, compression = format_of(file)
-            name = shown(url if paths == [path] else system.unstrip_protocol(file))
-            yield Input(
-                name,
-                options.format or format,
-                compression,
-                _size(system, file),
-                lambda file=file: system.open(file, "rb"),
-            )
+            system.info(path)  # says so if there is none
+            found = [_remote(system, path, options)]
     except (CorpusError, OSError):
         raise
     except Exception as error:  # each file system has its own
         raise InvalidArgumentError(f"{shown(url)}: cannot be opened ({error})") from None
+    if not found:
+        raise CorpusError(f"{shown(url)}: no input there")
+    yield from found
 
 
-def _size(system: Any, path: str) -> int | None:
+def _below_url(system: Any, path: str, url: str, options: ReadOptions, report: ReadReport) -> Iterator[str]:
+    root = PurePosixPath(path)
+    names: list[PurePath] = []
+    for file in sorted(system.find(path)):
+        name = PurePosixPath(file).relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            report.left_out.append((shown(f"{url}/{name}"), "hidden"))
+        else:
+            names.append(name)
+    for name in _chosen(names, {}, lambda name: shown(f"{url}/{name}"), options, report):
+        yield str(root / name)
+
+
+def _remote(system: Any, path: str, options: ReadOptions) -> Input:
+    format, compression = format_of(path)
+    name = shown(system.unstrip_protocol(path))
+
+    def open_it() -> IO[bytes]:
+        try:
+            return cast(IO[bytes], system.open(path, "rb"))
+        except OSError:
+            raise
+        except Exception as error:
+            raise CorpusError(f"{name}: cannot be opened ({error})") from None
+
     try:
-        return cast("int | None", system.size(path))
+        size = system.size(path)
     except (OSError, NotImplementedError):
-        return None
+        size = None
+    return Input(name, options.format or format, compression, size, open_it)
 
 
 def _datasets(item: Any, name: str) -> Iterator[Input]:

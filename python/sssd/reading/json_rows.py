@@ -184,7 +184,7 @@ class _Values:
         """Takes more text, as much again as is left over, so that long values are not tried too often."""
         left = self.text[self.at :]
         place = f"{self.name}, after line {self._line_of(len(self.text))}"
-        with damage(self.name, lambda: f", after line {self._line_of(len(self.text))}"):
+        with damage(self.name, place.removeprefix(self.name)):
             data = self.file.read(max(_SNIFFED, len(left)))
         self.ended = not data
         try:

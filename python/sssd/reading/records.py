@@ -75,8 +75,8 @@ class Records:
     def wanted(self) -> set[str]:
         """The fields that may be looked at."""
         options = self.options
-        named = (options.field, options.text_field, options.ids_field, options.messages_field)
-        named += (options.prompt_field, options.response_field)
+        named = [options.field, options.text_field, options.ids_field, options.messages_field]
+        named += [options.prompt_field, options.response_field]
         chosen = {name for name in named if name}
         return chosen | set(TRACE_FIELDS) if chosen else FIELDS
 
@@ -131,8 +131,8 @@ class Records:
         """What kind of record it is, and in which fields; "none" if they are null."""
         options = self.options
         if options.response_field:
-            names = (options.prompt_field or options.response_field, options.response_field)
-            return row.present("pair", names)
+            pair = (options.prompt_field or options.response_field, options.response_field)
+            return row.present("pair", pair)
         if options.field:
             return row.present(row.kind_of(options.field), (options.field,))
         for kind in ("text", "messages", "ids"):
@@ -193,7 +193,9 @@ class Records:
             yield self._rendered_turn(plain, at, row)
 
     def _rendered_turn(self, messages: list[dict[str, Any]], at: int, row: "_Row") -> tuple[str, str]:
-        """The prompt that the template makes for a message, and what the model answers with, its end of turn included."""
+        """The prompt that the template makes for a message, and what the model answers with, its end of
+        turn included.
+        """
         until = self._render(messages[: at + 1], row, start=False)
         content = str(messages[at]["content"] or "")
         for start in (True, False):

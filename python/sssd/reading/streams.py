@@ -66,7 +66,8 @@ def peeked(file: IO[bytes], size: int) -> tuple[bytes, IO[bytes]]:
 
 
 class _Members(io.RawIOBase):
-    """Decompresses one member after another. Zeros may follow the last one, as tapes leave them, but nothing else.
+    """Decompresses one member after another. Zeros may follow the last one, as tapes leave them, but
+    nothing else.
 
     Python's own readers of bzip2 and xz end in silence at anything that is no further member.
     """
@@ -111,7 +112,7 @@ def _zstd_members(name: str) -> Callable[[], Any]:
             from backports import zstd
     except ImportError:
         raise InvalidArgumentError(f"{name}: zstd needs backports.zstd: pip install 'sssd[corpus]'") from None
-    window = {zstd.DecompressionParameter.window_log_max: 31}
+    window: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
     return lambda: zstd.ZstdDecompressor(options=window)
 
 
@@ -153,9 +154,11 @@ def decompressed(file: IO[bytes], kind: str, name: str) -> IO[bytes]:
 
 
 class damage:
-    """A block that reads an input: what decompressors raise becomes a :class:`CorpusError` that says where."""
+    """A block that reads an input: what decompressors raise becomes a :class:`CorpusError` that says
+    where.
+    """
 
-    def __init__(self, name: str, where: Callable[[], str] = str) -> None:
+    def __init__(self, name: str, where: str = "") -> None:
         self.name, self.where = name, where
 
     def __enter__(self) -> None:
@@ -167,7 +170,7 @@ class damage:
         # bz2 has no class of its own for its errors; those of the system have a number
         broken |= isinstance(error, OSError) and error.errno is None
         if broken:
-            raise CorpusError(f"{self.name}{self.where()}: damaged data ({error})") from None
+            raise CorpusError(f"{self.name}{self.where}: damaged data ({error})") from None
 
 
 class _Transcoded(io.RawIOBase):
@@ -232,14 +235,15 @@ def text_of(data: bytes, place: str) -> str:
 
 
 def lines(file: IO[bytes], name: str, bad: Bad) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and texts of the lines, with their ends. Lines that cannot be read are told to ``bad``.
+    """Numbers, from 1, and texts of the lines, with their ends. Lines that cannot be read are told to
+    ``bad``.
 
     Raises:
         CorpusError: the compressed data are damaged.
     """
     number = 0
     while True:
-        with damage(name, lambda: f", after line {number}"):
+        with damage(name, f", after line {number}"):
             try:
                 data = file.readline(MAX_RECORD_BYTES + 1)
             except UnicodeDecodeError as error:
@@ -267,7 +271,7 @@ def seekable(file: IO[bytes]) -> IO[bytes]:
     """The file, or a temporary copy of it, as formats need whose table of contents is at the end."""
     if file.seekable():
         return file
-    copy = tempfile.TemporaryFile()
+    copy = tempfile.TemporaryFile()  # noqa: SIM115: it is gone when nobody has it any more
     while data := file.read(_CHUNK):
         copy.write(data)
     copy.seek(0)

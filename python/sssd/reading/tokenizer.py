@@ -11,7 +11,9 @@ from sssd.reading.options import shown
 from sssd.reading.template import ChatTemplate, template_of_folder, template_tokens, tokens_of
 
 _PROBE = "The quick brown fox jumps over the lazy dog. HELLO, World: 1234567890 don't naïve café 東京 привет"
-"""A text of one line and single spaces, of which tokenizers of one kind make the same ids however they are loaded."""
+"""A text of one line and single spaces, of which tokenizers of one kind make the same ids however they are
+loaded.
+"""
 
 
 class VocabularyOwner(Protocol):
@@ -51,8 +53,8 @@ class LoadedTokenizer:
     """A tokenizer that takes every text whole.
 
     Args:
-        tokenizer: of the library tokenizers or of transformers. It is left as it is: one that truncates or pads
-            is copied.
+        tokenizer: of the library tokenizers or of transformers. It is left as it is: one that truncates or
+            pads is copied.
         name: for messages.
         template: the model's chat template; of transformers' tokenizer if None.
 
@@ -104,7 +106,8 @@ class LoadedTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
 
 
 def load_tokenizer(source: Any, chat_template: str | None = None) -> LoadedTokenizer:

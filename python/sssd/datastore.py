@@ -1,7 +1,7 @@
 """Datastores: a corpus of token documents on disk, how one is built, and whose tokens it holds."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sssd.errors import (
 )
 from sssd.reading.inputs import DATASTORE_MAGIC, Input, find_inputs
 from sssd.reading.options import ReadOptions, ReadReport, shown
-from sssd.reading.reader import ARRAYS, Opened, opened, read_records, token_arrays
+from sssd.reading.reader import Stretch, read
 from sssd.reading.records import Content, Records
 from sssd.reading.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_fingerprint
 
@@ -187,7 +187,7 @@ class _Build:
         self.builder, self.tokenizer, self.vocab_size = builder, tokenizer, vocab_size
         self.end_token_id, self.options = end_token_id, options
         self.records = Records(options, report, tokenizer.template if tokenizer else None)
-        self.bad = report.bad_record(options)
+        self.report, self.bad = report, report.bad_record(options)
         self.tokens = 0
         self._waiting: list[tuple[str, Content]] = []
         self._characters = 0
@@ -198,44 +198,30 @@ class _Build:
         total = None if None in sizes else sum(size or 0 for size in sizes)
         before = 0
         for input in inputs:
-            try:
-                with opened(input, self.options) as source:
-                    for _ in self._pieces(source):
-                        progress("reading", before + source.position(), total)
-            except CorpusError as error:
-                self.bad(error)
-            except OSError as error:
-                if not self.options.skip_bad:
-                    raise
-                self.bad(CorpusError(f"{input.name}: cannot be read ({error})"))
-            finally:
-                self._add_waiting()
-                self.builder.end_stream()
+            pieces = read(
+                input,
+                self.options,
+                self.report,
+                self.records.documents,
+                wanted=self.records.wanted,
+                vocab_size=self.vocab_size,
+            )
+            for source, place, piece in pieces:
+                if isinstance(piece, Stretch):
+                    self._add_stretch(place, piece)
+                else:
+                    self._wait(place, piece)
+                progress("reading", before + source.position(), total)
+            self._add_waiting()
+            self.builder.end_stream()
             before += input.size or 0
             progress("reading", before, total)
 
-    def _pieces(self, source: Opened) -> Iterable[None]:
-        """Adds an input; yields after every piece."""
-        if source.format in ARRAYS:
-            if self.end_token_id is None:
-                name = source.input.name
-                raise InvalidArgumentError(
-                    f"{name}: --end-token must tell where documents end in token arrays"
-                )
-            for _, ids in token_arrays(source, self.options, self.vocab_size):
-                self.builder.add_stream(ids, self.end_token_id)
-                self.tokens += len(ids)
-                yield
-            return
-        for place, record in read_records(source, self.options, self.bad, self.records.wanted):
-            try:
-                documents = self.records.documents(record, place)
-            except CorpusError as error:
-                self.bad(error)
-                continue
-            for document in documents:
-                self._wait(place, document)
-                yield
+    def _add_stretch(self, place: str, piece: Stretch) -> None:
+        if self.end_token_id is None:
+            raise InvalidArgumentError(f"{place}: --end-token must tell where documents end in token arrays")
+        self.builder.add_stream(piece.ids, self.end_token_id)
+        self.tokens += len(piece.ids)
 
     def _wait(self, place: str, document: Content) -> None:
         """Texts go to the tokenizer in batches."""

@@ -18,7 +18,7 @@ from sssd._core import SOURCES, DraftBatch, Drafter, DraftTree, PassBlock, Seque
 from sssd.errors import CorpusError, InvalidArgumentError
 from sssd.reading.inputs import Input, find_inputs, format_of
 from sssd.reading.options import ReadOptions, ReadReport
-from sssd.reading.reader import opened, read_records
+from sssd.reading.reader import read
 from sssd.reading.records import Content, Exchange, Records, is_ids, kind
 from sssd.reading.tokenizer import LoadedTokenizer
 
@@ -199,19 +199,14 @@ def read_trace(
     inputs = [source] if isinstance(source, Input) else find_inputs([source], options, report)
     records = Records(options, report, tokenize.template if isinstance(tokenize, LoadedTokenizer) else None)
     encode = tokenize.encode if isinstance(tokenize, LoadedTokenizer) else tokenize
-    bad = report.bad_record(options)
+
+    def take(record: Any, place: str) -> list[Request]:
+        return [_request(exchange, place, encode) for exchange in records.exchanges(record, place)]
+
     for input in inputs:
-        try:
-            with opened(input, options) as file:
-                for place, record in read_records(file, options, bad, records.wanted):
-                    try:
-                        requests = [_request(one, place, encode) for one in records.exchanges(record, place)]
-                    except TraceError as error:
-                        bad(error)
-                    else:
-                        yield from requests
-        except TraceError as error:
-            bad(error)
+        for _, _, request in read(input, options, report, take, wanted=records.wanted):
+            assert isinstance(request, Request)  # token arrays are refused
+            yield request
 
 
 def _request(exchange: Exchange, place: str, encode: Tokenize | None) -> Request:

@@ -2,6 +2,8 @@
 
 import csv
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 from sssd.errors import CorpusError, InvalidArgumentError
 from sssd.reading.options import DTYPES, MAX_RECORD_BYTES, Bad
-from sssd.reading.streams import damage, lines, peeked, seekable, text_of
+from sssd.reading.streams import damage, lines, peeked, text_of
 
 _TEXT_BYTES = 1 << 20
 _CHUNK_TOKENS = 1 << 20
@@ -28,13 +30,8 @@ def text_documents(file: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
     ended = False
     while not ended:
         with damage(name, f", after line {line}"):
-            try:
-                data = file.read(_TEXT_BYTES)
-            except UnicodeDecodeError as error:
-                raise CorpusError(
-                    f"{name}, after line {line}: not {error.encoding} ({error.reason})"
-                ) from None
-        ended = not data
+            data = _read(file, _TEXT_BYTES)
+        ended = len(data) < _TEXT_BYTES
         data = rest + data
         cut = len(data) if ended else data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
         if not cut:  # no line and no word ends here: cut between two characters
@@ -115,12 +112,12 @@ def arrow_rows(
     number = 0
     wanted = set(wanted)
     try:
-        with damage(name):
-            for batch in _batches(file, format, pyarrow, wanted):
+        with damage(name), tempfile.TemporaryFile() as copy:
+            for batch in _batches(file, copy, format, pyarrow, wanted):
                 names = batch.schema.names
-                columns = {column: _values(batch.column(column), pyarrow) for column in set(names) & wanted}
                 if len(set(names)) < len(names):
                     raise CorpusError(f"{name}: two columns of one name")
+                columns = {column: _values(batch.column(column), pyarrow) for column in set(names) & wanted}
                 for row in range(batch.num_rows):
                     number += 1
                     found = {column: columns[column][row] if column in columns else None for column in names}
@@ -129,23 +126,31 @@ def arrow_rows(
         raise CorpusError(f"{name}, after row {number}: not a readable {format} file ({error})") from None
 
 
-def _batches(file: IO[bytes], format: str, pyarrow: Any, wanted: set[str]) -> Iterator[Any]:
-    if format == "parquet":
-        table = pyarrow.parquet.ParquetFile(seekable(file))
+def _batches(file: IO[bytes], copy: IO[bytes], format: str, pyarrow: Any, wanted: set[str]) -> Iterator[Any]:
+    head, rest = peeked(file, 6)
+    if format == "arrow" and head != b"ARROW1":
+        with pyarrow.ipc.open_stream(rest) as stream:
+            yield from stream
+        return
+    # the table of contents is at the end
+    if file.seekable():
+        file.seek(0)
+    else:
+        shutil.copyfileobj(rest, copy)
+        copy.seek(0)
+        file = copy
+    if format == "arrow":
+        with pyarrow.ipc.open_file(file) as reader:
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index)
+        return
+    with pyarrow.parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
         for batch in table.iter_batches(batch_size=256, columns=[name for name in names if name in wanted]):
             # the columns that are not wanted, for messages
             arrays = {column: batch.column(column) for column in batch.schema.names}
             nothing = pyarrow.nulls(batch.num_rows)
             yield pyarrow.record_batch([arrays.get(column, nothing) for column in names], names)
-        return
-    head, file = peeked(file, 6)
-    if head != b"ARROW1":
-        yield from pyarrow.ipc.open_stream(file)
-        return
-    reader = pyarrow.ipc.open_file(seekable(file))
-    for index in range(reader.num_record_batches):
-        yield reader.get_batch(index)
 
 
 def _values(column: Any, pyarrow: Any) -> Any:
@@ -195,6 +200,8 @@ def token_pieces(
         if len(data) % kind.itemsize:
             raise CorpusError(f"{name}: ends within a token id of {kind.itemsize} bytes (wrong --dtype?)")
         ids = np.frombuffer(data, kind).astype(kind.newbyteorder("="), copy=False)
+        if count is not None and done + len(ids) > count:
+            raise CorpusError(f"{name}: more ids than the {count:,} that its header says")
         outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if len(outside):
             at = int(outside[0])

@@ -297,7 +297,7 @@ def _below_url(system: Any, path: str, url: str, options: ReadOptions, report: R
     root = PurePosixPath(path)
     names: list[PurePath] = []
     for file in sorted(system.find(path)):
-        name = PurePosixPath(file).relative_to(root)
+        name: PurePath = PurePosixPath(file).relative_to(root)
         if any(part.startswith(".") for part in name.parts):
             report.left_out.append((shown(f"{url}/{name}"), "hidden"))
         else:

@@ -78,7 +78,7 @@ class ReadOptions:
             raise InvalidArgumentError("prompt_field needs response_field")
         if self.encoding is not None:
             try:
-                b"".decode(self.encoding)
+                "a".encode(self.encoding)
             except LookupError:
                 raise InvalidArgumentError(f"unknown encoding {self.encoding!r}") from None
 

@@ -1,18 +1,20 @@
 """An input, opened, and its records one after another."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sssd.errors import CorpusError
 from sssd.reading.formats import arrow_rows, csv_rows, sniffed, text_documents, token_pieces
 from sssd.reading.inputs import DATASTORE_MAGIC, Input
 from sssd.reading.json_rows import json_rows
-from sssd.reading.options import FORMATS, Bad, ReadOptions
+from sssd.reading.options import FORMATS, Bad, ReadOptions, ReadReport
 from sssd.reading.streams import compression_of, damage, decompressed, peeked, utf8
+
+T = TypeVar("T")
 
 ARRAYS = ("npy", "bin")
 """Formats that hold nothing but token ids."""
@@ -82,25 +84,71 @@ def opened(input: Input, options: ReadOptions) -> Iterator[Opened]:
         raw.close()
 
 
-def read_records(
-    source: Opened, options: ReadOptions, bad: Bad, wanted: Iterable[str]
-) -> Iterator[tuple[str, Any]]:
-    """Places and records of an open input: objects as dicts, texts as strings, lists as they are.
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a token array, int [n], which says nothing of where documents end."""
+
+    ids: NDArray[Any]
+
+
+def read(
+    input: Input,
+    options: ReadOptions,
+    report: ReadReport,
+    take: Callable[[Any, str], list[T]],
+    *,
+    wanted: Iterable[str],
+    vocab_size: int | None = None,
+) -> Iterator[tuple[Opened, str, T | Stretch]]:
+    """What ``take`` makes of each record of an input, with the record's place (file and line).
 
     Args:
-        source: the input, of any format but token arrays.
-        options: its encoding.
-        bad: told of records that cannot be read.
-        wanted: columns that are looked at; others of a Parquet or Arrow file may come as None.
+        input: what to read.
+        options: how; if bad records are skipped, so is the rest of an input that breaks off.
+        report: counts what is skipped.
+        take: gets a record (an object as a dict, a text, or a list) and its place.
+        wanted: columns that it looks at; others of a Parquet or Arrow file may come as None.
+        vocab_size: number of token ids. If None, token arrays are refused.
 
     Raises:
-        CorpusError: what ``bad`` raises, or the rest of the input cannot be read.
+        CorpusError: the input, or one of its records, cannot be read, and that is not to be skipped.
+        OSError: likewise, for the system's reasons.
+        InvalidArgumentError: a package is missing.
     """
+    bad = report.bad_record(options)
+    try:
+        with opened(input, options) as source:
+            if source.format in ARRAYS and vocab_size is not None and source.file is not None:
+                pieces = token_pieces(
+                    source.file, input.name, source.format, dtype=options.dtype, vocab_size=vocab_size
+                )
+                yield from ((source, place, Stretch(ids)) for place, ids in pieces)
+                return
+            for place, record in _records(source, options, bad, wanted):
+                try:
+                    taken = take(record, place)
+                except CorpusError as error:
+                    bad(error)
+                else:
+                    yield from ((source, place, item) for item in taken)
+    except CorpusError as error:
+        bad(error)
+    except OSError as error:
+        if not options.skip_bad:
+            raise
+        bad(CorpusError(f"{input.name}: cannot be read ({error})"))
+
+
+def _records(
+    source: Opened, options: ReadOptions, bad: Bad, wanted: Iterable[str]
+) -> Iterator[tuple[str, Any]]:
     name, file = source.input.name, source.file
     if file is None:
         yield from _plain_records(source.input)
     elif source.format in ("parquet", "arrow"):
         yield from arrow_rows(file, name, source.format, wanted)
+    elif source.format in ARRAYS:
+        raise CorpusError(f"{name}: token ids, where records with fields are needed")
     else:
         with damage(name):
             file = utf8(file, name, options.encoding)
@@ -108,8 +156,6 @@ def read_records(
             yield from text_documents(file, name)
         elif source.format in ("csv", "tsv"):
             yield from csv_rows(file, name, "\t" if source.format == "tsv" else ",", bad)
-        elif source.format in ARRAYS:
-            raise CorpusError(f"{name}: token ids, where records with fields are needed")
         else:
             yield from json_rows(file, name, bad)
 
@@ -118,12 +164,3 @@ def _plain_records(input: Input) -> Iterator[tuple[str, Any]]:
     assert input.records is not None
     for number, record in enumerate(input.records(), 1):
         yield f"{input.name}, row {number}", record
-
-
-def token_arrays(
-    source: Opened, options: ReadOptions, vocab_size: int
-) -> Iterator[tuple[str, NDArray[np.integer[Any]]]]:
-    """Places and stretches of an open token array; see :func:`sssd.reading.formats.token_pieces`."""
-    assert source.file is not None
-    dtype = options.dtype
-    return token_pieces(source.file, source.input.name, source.format, dtype=dtype, vocab_size=vocab_size)

@@ -158,11 +158,12 @@ class Records:
     def _pair(self, row: "_Row", prompt: str, response: str) -> Iterator[Exchange]:
         before, after = row.fields[prompt], row.fields[response]
         if is_chat(after):
-            before = [] if before is after else before
+            messages = row.checked_messages(after, response)
             if isinstance(before, str):
                 before = [{"role": "user", "content": row.text(prompt)}]
-            before = [] if _starts(after, before) else row.checked_messages(before, prompt)
-            messages = [*before, *row.checked_messages(after, response)]
+            before = [] if prompt == response else row.checked_messages(before, prompt)
+            if messages[: len(before)] != before:  # preferences often have the prompt in both
+                messages = [*before, *messages]
             yield from (Exchange(*texts) for texts in self._turns(messages, row, len(before)))
             return
         if is_ids(after) or is_ids(before) or response.endswith("_ids"):
@@ -356,13 +357,10 @@ def kind(value: Any) -> str:
     if isinstance(value, list | tuple | np.ndarray):
         if not len(value):
             return "an empty list"
-        odd = next(
-            (item for item in value if not isinstance(item, int | np.integer) or isinstance(item, bool)), None
-        )
-        if odd is None:
-            least, most = min(value), max(value)
-            return f"a list of integers from {_short(least)} to {_short(most)}"
-        return f"a list with {kind(odd)} in it"
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int | np.integer):
+                return f"a list with {kind(item)} in it"
+        return f"a list of integers from {_short(min(value))} to {_short(max(value))}"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -386,11 +384,6 @@ def _joined(exchange: Exchange) -> Content:
     if isinstance(prompt, str) and isinstance(response, str):
         return prompt + response
     return np.concatenate([prompt, response])
-
-
-def _starts(messages: Any, start: Any) -> bool:
-    """Whether a chat holds its prompt too, as preferences often do."""
-    return isinstance(start, list) and bool(start) and messages[: len(start)] == start
 
 
 def _candidates(kind: str) -> tuple[tuple[str, ...], ...]:

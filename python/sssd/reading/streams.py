@@ -6,7 +6,6 @@ import gzip
 import io
 import lzma
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
@@ -154,7 +153,7 @@ def decompressed(file: IO[bytes], kind: str, name: str) -> IO[bytes]:
 
 
 class damage:
-    """A block that reads an input: what decompressors raise becomes a :class:`CorpusError` that says
+    """A block that reads an input: what decoders raise becomes a :class:`CorpusError` that says
     where.
     """
 
@@ -169,6 +168,8 @@ class damage:
         broken |= type(error).__name__ == "ZstdError"
         # bz2 has no class of its own for its errors; those of the system have a number
         broken |= isinstance(error, OSError) and error.errno is None
+        if isinstance(error, UnicodeDecodeError):  # of another encoding than UTF-8
+            raise CorpusError(f"{self.name}{self.where}: not {error.encoding} ({error.reason})") from None
         if broken:
             raise CorpusError(f"{self.name}{self.where}: damaged data ({error})") from None
 
@@ -244,12 +245,7 @@ def lines(file: IO[bytes], name: str, bad: Bad) -> Iterator[tuple[int, str]]:
     number = 0
     while True:
         with damage(name, f", after line {number}"):
-            try:
-                data = file.readline(MAX_RECORD_BYTES + 1)
-            except UnicodeDecodeError as error:
-                raise CorpusError(
-                    f"{name}, after line {number}: not {error.encoding} ({error.reason})"
-                ) from None
+            data = file.readline(MAX_RECORD_BYTES + 1)
             if not data:
                 return
             number += 1
@@ -265,14 +261,3 @@ def lines(file: IO[bytes], name: str, bad: Bad) -> Iterator[tuple[int, str]]:
             bad(error)
             continue
         yield number, text
-
-
-def seekable(file: IO[bytes]) -> IO[bytes]:
-    """The file, or a temporary copy of it, as formats need whose table of contents is at the end."""
-    if file.seekable():
-        return file
-    copy = tempfile.TemporaryFile()  # noqa: SIM115: it is gone when nobody has it any more
-    while data := file.read(_CHUNK):
-        copy.write(data)
-    copy.seek(0)
-    return cast(IO[bytes], copy)

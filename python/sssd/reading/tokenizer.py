@@ -106,8 +106,7 @@ class LoadedTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(source: Any, chat_template: str | None = None) -> LoadedTokenizer:
@@ -143,7 +142,7 @@ def load_tokenizer(source: Any, chat_template: str | None = None) -> LoadedToken
     template = None
     if chat_template is None and path.is_dir():
         template = template_of_folder(path)
-    elif chat_template not in (None, "none"):
+    elif chat_template is not None and chat_template != "none":
         tokens = template_tokens(file.parent)
-        template = ChatTemplate(Path(cast(str, chat_template)).read_text("utf-8"), tokens)
+        template = ChatTemplate(Path(chat_template).read_text("utf-8"), tokens)
     return LoadedTokenizer(tokenizer, shown(path), template)

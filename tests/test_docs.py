@@ -110,7 +110,7 @@ def test_commands_are_found():
     found = [command for page in PAGES for command in commands(page)]
     assert len(found) > 25
     assert ["make", "demo"] in found
-    assert any(command[:5] == ["python", "-m", "sssd", "build", "answers.sssd"] for command in found)
+    assert any(command[:6] == ["python", "-m", "sssd", "build", "-o", "answers.sssd"] for command in found)
 
 
 def test_promises_are_numbered_in_order_and_held_by_tests_that_exist():

@@ -767,7 +767,7 @@ class TestDatasets:
         rows = [{"text": "a"}, {"text": None}, {"text": "b"}]
         assert documents(self.Fake(rows)) == documents(rows) == documents(iter(rows)) == ["a", "b"]
         assert documents({"train": self.Fake(rows), "test": self.Fake(rows[:1])}) == ["a", "b", "a"]
-        with pytest.raises(CorpusError, match="dataset 1, row 1, field 'text'"):
+        with pytest.raises(CorpusError, match="dataset 1, row 1: field 'text'"):
             documents([{"text": 3}])
         for wrong in (3, {"text": "a"}, None, np.zeros(3)):
             with pytest.raises(InvalidArgumentError, match="an input must be"):

@@ -135,6 +135,8 @@ def check_output(path: Path, *, force: bool) -> Path:
     Raises:
         OutputError: there is something that is no datastore, or a datastore and not ``force``.
     """
+    if path == Path("-"):
+        raise OutputError("a datastore cannot be written to standard output; give the name of a file")
     target = Path(os.path.realpath(path))
     if not target.exists():
         return target

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sssd._core import SOURCES, DraftBatch, Drafter, DraftTree, PassBlock, Sequence
-from sssd.errors import CorpusError, InvalidArgumentError
+from sssd.errors import CorpusError
 from sssd.reading.inputs import Input, find_inputs, format_of
 from sssd.reading.options import ReadOptions, ReadReport
 from sssd.reading.reader import read
@@ -214,7 +214,7 @@ def _request(exchange: Exchange, place: str, encode: Tokenize | None) -> Request
     prediction = fields.get("prediction_ids")
     if prediction is not None and not is_ids(prediction):
         raise TraceError(
-            f"{place}, field 'prediction_ids': must be a list of token ids, not {kind(prediction)}"
+            f"{place}: field 'prediction_ids' must be a list of token ids, not {kind(prediction)}"
         )
     return Request(
         _ids(exchange.prompt, place, encode),
@@ -227,7 +227,7 @@ def _request(exchange: Exchange, place: str, encode: Tokenize | None) -> Request
 def _ids(content: Content, place: str, encode: Tokenize | None) -> NDArray[np.int32]:
     if isinstance(content, str):
         if encode is None:
-            raise InvalidArgumentError(f"{place}: holds texts; give a tokenizer with --tokenizer")
+            raise TraceError(f"{place}: holds texts; give a tokenizer with --tokenizer")
         return np.asarray(encode(content), np.int32)
     return content.astype(np.int32)
 
@@ -242,5 +242,5 @@ def _distributions(fields: Mapping[str, Any], place: str, rows: int) -> tuple[An
     if ids.ndim != 2 or ids.shape != probs.shape or len(ids) != rows:
         raise TraceError(f"{place}: topk_ids and topk_probs must both have shape [{rows}, k]")
     if not is_ids(ids.reshape(-1)):
-        raise TraceError(f"{place}, field 'topk_ids': must be token ids, not {kind(ids.reshape(-1))}")
+        raise TraceError(f"{place}: field 'topk_ids' must be token ids, not {kind(ids.reshape(-1))}")
     return ids.astype(np.int32), probs

@@ -67,7 +67,11 @@ def run(arguments: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=arguments.quiet
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=arguments.quiet or not console.is_terminal,
     ) as progress:
         tasks = {name: progress.add_task(name, visible=False) for name in ("reading", "indexing")}
 

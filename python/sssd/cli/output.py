@@ -1,13 +1,14 @@
 """What several commands show: tables on stdout, progress on stderr."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sssd.reading.options import ReadReport
+if TYPE_CHECKING:
+    from sssd.reading.options import ReadReport
 
 
 def show(table: Any) -> None:
@@ -19,7 +20,7 @@ def show(table: Any) -> None:
     console.print(table, soft_wrap=True)
 
 
-def notes(report: ReadReport) -> None:
+def notes(report: "ReadReport") -> None:
     """Says on stderr what reading left out, skipped or changed."""
     console = Console(stderr=True)
     for line in report.notes():
@@ -34,6 +35,7 @@ def status(console: Console, text: str) -> Any:
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:
-    """A bar on stderr that goes when it is done; none if ``quiet``."""
+    """A bar on stderr that goes when it is done; none if ``quiet``, or where it would not go away."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)

@@ -58,7 +58,7 @@ def opened(input: Input, options: ReadOptions) -> Iterator[Opened]:
         if head == DATASTORE_MAGIC:
             raise CorpusError(f"{input.name}: is a datastore, not a corpus")
         sniff = input.format not in ARRAYS
-        kind = compression_of(head, input.name, ending=input.compression, sniff=sniff)
+        kind = compression_of(head, input.name, named=input.compression, sniff=sniff)
         if raw.seekable():
             raw.seek(0)
             file = raw

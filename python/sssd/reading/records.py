@@ -307,7 +307,7 @@ class _Row:
             raise self.wrong(name, "a list of messages")
         for number, message in enumerate(value):
             if not isinstance(message, dict) or not isinstance(_role(message), str):
-                raise CorpusError(f"{self.place}, field {name!r}: message {number + 1} has no role")
+                raise CorpusError(f"{self.place}: field {name!r}: message {number + 1} has no role")
         return value
 
     def kind_of(self, name: str) -> str:
@@ -335,7 +335,7 @@ class _Row:
         return CorpusError(f"{self.place}: {wanted} (fields: {there})")
 
     def wrong(self, name: str, wanted: str) -> CorpusError:
-        return CorpusError(f"{self.place}, field {name!r}: must be {wanted}, not {kind(self.fields[name])}")
+        return CorpusError(f"{self.place}: field {name!r} must be {wanted}, not {kind(self.fields[name])}")
 
 
 NO_IDS = np.zeros(0, np.int64)

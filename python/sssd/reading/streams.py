@@ -115,13 +115,13 @@ def _zstd_members(name: str) -> Callable[[], Any]:
     return lambda: zstd.ZstdDecompressor(options=window)
 
 
-def compression_of(head: bytes, name: str, *, ending: str | None, sniff: bool) -> str | None:
+def compression_of(head: bytes, name: str, *, named: str | None, sniff: bool) -> str | None:
     """How contents are compressed, None if they are plain.
 
     Args:
         head: their first bytes, 8 if there are as many.
         name: for messages.
-        ending: the kind of compression that the file's name tells, if any.
+        named: the kind of compression that the file's name tells, if any.
         sniff: whether contents may be what their first bytes look like whatever the name says. Not for
             bare token ids, which can look like anything.
 
@@ -129,13 +129,13 @@ def compression_of(head: bytes, name: str, *, ending: str | None, sniff: bool) -
         CorpusError: the name says that it is compressed, and it is not.
     """
     kind = next((kind for magic, kind in _MAGICS.items() if head.startswith(magic)), None)
-    if ending and not head:
-        raise CorpusError(f"{name}: damaged {ending} data: the file is empty")
-    if kind is None and ending == "lzma":  # has no magic
-        return ending
-    if kind is None and ending and not sniff:
-        raise CorpusError(f"{name}: not {ending} data, which its name says")
-    return kind if sniff or ending else None
+    if named and not head:
+        raise CorpusError(f"{name}: damaged {named} data: the file is empty")
+    if kind is None and named == "lzma":  # has no magic
+        return named
+    if kind is None and named and not sniff:
+        raise CorpusError(f"{name}: not {named} data, which its name says")
+    return kind if sniff or named else None
 
 
 def decompressed(file: IO[bytes], kind: str, name: str) -> IO[bytes]:
@@ -169,9 +169,11 @@ class damage:
         # bz2 has no class of its own for its errors; those of the system have a number
         broken |= isinstance(error, OSError) and error.errno is None
         if isinstance(error, UnicodeDecodeError):  # of another encoding than UTF-8
-            raise CorpusError(f"{self.name}{self.where}: not {error.encoding} ({error.reason})") from None
+            raise CorpusError(
+                f"{self.name} cannot be read{self.where}: not {error.encoding} ({error.reason})"
+            ) from None
         if broken:
-            raise CorpusError(f"{self.name}{self.where}: damaged data ({error})") from None
+            raise CorpusError(f"{self.name} cannot be read{self.where}: damaged data ({error})") from None
 
 
 class _Transcoded(io.RawIOBase):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -43,10 +44,9 @@ def tokenizer_fingerprint(tokenizer: VocabularyOwner) -> bytes:
 
 
 def _vocabulary(tokenizer: VocabularyOwner) -> Any:
-    digest = hashlib.sha256()
-    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{token_id}\t{len(token)}\t{token}\n".encode("utf-8", "surrogatepass"))
-    return digest
+    tokens = sorted(tokenizer.get_vocab().items(), key=itemgetter(1, 0))
+    text = "".join(f"{token_id}\t{len(token)}\t{token}\n" for token, token_id in tokens)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass"))
 
 
 class LoadedTokenizer:
@@ -56,7 +56,7 @@ class LoadedTokenizer:
         tokenizer: of the library tokenizers or of transformers. It is left as it is: one that truncates or
             pads is copied.
         name: for messages.
-        template: the model's chat template; of transformers' tokenizer if None.
+        template: the model's chat template, if it has one.
 
     Raises:
         InvalidArgumentError: it is no such tokenizer.
@@ -67,9 +67,6 @@ class LoadedTokenizer:
             if not hasattr(tokenizer, method):
                 kind = type(tokenizer).__name__
                 raise InvalidArgumentError(f"a tokenizer of tokenizers or transformers is needed, not {kind}")
-        source = getattr(tokenizer, "chat_template", None)
-        if template is None and isinstance(source, str):
-            template = ChatTemplate(source, tokens_of(getattr(tokenizer, "special_tokens_map", {})))
         self.name, self.template = name, template
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._fast = hasattr(backend, "encode_batch_fast") or hasattr(backend, "encode_batch")
@@ -122,8 +119,8 @@ def load_tokenizer(source: Any, chat_template: str | None = None) -> LoadedToken
     if isinstance(source, LoadedTokenizer):
         return source
     if not isinstance(source, str | Path):
-        name = getattr(source, "name_or_path", None) or type(source).__name__
-        return LoadedTokenizer(source, shown(name))
+        name = shown(getattr(source, "name_or_path", None) or f"the given {type(source).__name__}")
+        return LoadedTokenizer(source, name, _template_of(source, chat_template))
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -139,10 +136,16 @@ def load_tokenizer(source: Any, chat_template: str | None = None) -> LoadedToken
         raise InvalidArgumentError(
             f"{shown(file)} is no tokenizer of the library tokenizers ({error})"
         ) from None
-    template = None
-    if chat_template is None and path.is_dir():
-        template = template_of_folder(path)
-    elif chat_template is not None and chat_template != "none":
-        tokens = template_tokens(file.parent)
-        template = ChatTemplate(Path(chat_template).read_text("utf-8"), tokens)
-    return LoadedTokenizer(tokenizer, shown(path), template)
+    return LoadedTokenizer(tokenizer, shown(path), _template_of(file.parent, chat_template))
+
+
+def _template_of(source: Any, chosen: str | None) -> ChatTemplate | None:
+    """The chat template that was chosen, or else that of a tokenizer's folder or of one of transformers."""
+    if chosen == "none":
+        return None
+    folder = source if isinstance(source, Path) else None
+    if folder is not None and chosen is None:
+        return template_of_folder(folder)
+    tokens = template_tokens(folder) if folder else tokens_of(getattr(source, "special_tokens_map", {}))
+    text = getattr(source, "chat_template", None) if chosen is None else Path(chosen).read_text("utf-8")
+    return ChatTemplate(text, tokens) if isinstance(text, str) else None

@@ -316,6 +316,7 @@ class TestBuild:
             (tmp_path / "a.npy", {"vocab_size": 9}, "--end-token"),
             ({"text": "a"}, {"vocab_size": 9}, "an input must be"),
             ([[{"text": "a"}]], {"tokenizer": tmp_path}, "no tokenizer.json"),
+            ([[{"text": "a"}]], {"tokenizer": model, "end_token_id": 44}, "end token 44 is outside 0..43"),
             ([[{"text": "a"}]], {"tokenizer": 3}, "a tokenizer of tokenizers or transformers"),
         ):
             with pytest.raises(InvalidArgumentError, match=message):
@@ -451,6 +452,16 @@ class TestChats:
         first, second = read_trace(path, tokenizer)
         assert first.response_ids.tolist() == ids("<bot> w3 w4 <end>")
         assert second.prompt_ids.tolist() == ids("<user> w1 w2 <end> <bot> w4 <end> <user> w5 <end>")
+
+    def test_half_surrogate_pairs_anywhere(self, tmp_path):
+        tokenizer = load_tokenizer(folder(tmp_path / "m", template="{{ messages | tojson }}"))
+        half = "\ud83d"
+        message = {"role": "assistant" + half, "content": "w1 " + half, "name": half}
+        path = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": half}, message]})
+        for one in (tokenizer, load_tokenizer(made())):
+            (request,) = read_trace(path, one)
+            assert len(request.response_ids)
+            build(path, tmp_path / "out", tokenizer=one, force=True, options=ReadOptions(chats="whole"))
 
     def test_templates_know_what_transformers_knows(self):
         source = "{{ messages | tojson }}"

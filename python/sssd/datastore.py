@@ -106,7 +106,9 @@ def build(
         if loaded is None:
             raise InvalidArgumentError("give --vocab-size or --tokenizer")
         vocab_size = loaded.vocab_size
-    single = isinstance(inputs, str | os.PathLike | Mapping) or hasattr(inputs, "features")
+    if end_token_id is not None and not 0 <= end_token_id < vocab_size:
+        raise InvalidArgumentError(f"the end token {end_token_id} is outside 0..{vocab_size - 1}")
+    single = isinstance(inputs, str | bytes | os.PathLike | Mapping) or hasattr(inputs, "features")
     report = ReadReport()
     found = find_inputs([inputs] if single else inputs, options, report, output=target)
     builder = DatastoreBuilder(

@@ -209,9 +209,10 @@ class Records:
 
     def _render(self, messages: list[dict[str, Any]], row: "_Row", *, start: bool) -> str:
         if self.template is None:
-            return "".join(f"<{message['role']}>\n{message['content'] or ''}\n" for message in messages)
+            texts = (f"<{message['role']}>\n{message['content'] or ''}\n" for message in messages)
+            return row.clean("".join(texts))
         try:
-            return self.template.render(messages, add_generation_prompt=start)
+            return row.clean(self.template.render(messages, add_generation_prompt=start))
         except CorpusError as error:
             raise CorpusError(f"{row.place}: {error}") from None
 

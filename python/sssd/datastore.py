@@ -75,7 +75,7 @@ def build(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Built:
-    """Builds a datastore from a corpus, all that ``python -m sssd build`` does. ``docs/corpora.md`` has the
+    """Builds a datastore from a corpus, all that ``python -m sssd build`` does. ``docs/reading.md`` has the
     formats.
 
     Args:

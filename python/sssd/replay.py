@@ -179,7 +179,7 @@ def read_trace(
     options: ReadOptions | None = None,
     report: ReadReport | None = None,
 ) -> Iterator[Request]:
-    """Requests of a file in any form that ``build`` takes (``docs/corpora.md``), but token arrays.
+    """Requests of a file in any form that ``build`` takes (``docs/reading.md``), but token arrays.
 
     Args:
         source: a file, or an input that was found. Each record holds ``prompt_ids`` and ``response_ids``;

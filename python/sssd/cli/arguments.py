@@ -12,7 +12,7 @@ from sssd.reading.options import DTYPES, FORMATS, ReadOptions
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what says how inputs are read; :func:`read_options` takes it."""
-    reading = parser.add_argument_group("reading (docs/corpora.md)")
+    reading = parser.add_argument_group("reading (docs/reading.md)")
     reading.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer.json or the model's folder, for text and chats"
     )

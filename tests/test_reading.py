@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -442,6 +443,17 @@ class TestTables:
                 file.write_bytes(data[:cut])
                 refused(file)
 
+    def test_damaged_offsets(self, tmp_path):
+        """They would end the process where nobody looks."""
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"input_ids": pyarrow.array([[1, 2], [3]], pyarrow.list_(pyarrow.int32()))})
+        for file in self.write(tmp_path, table)[1:]:
+            data = bytearray(file.read_bytes())
+            at = data.index(np.array([0, 2, 3], np.int32).tobytes())
+            data[at + 4 : at + 12] = np.array([1 << 19, 1 << 20], np.int32).tobytes()
+            file.write_bytes(data)
+            refused(file, "not a readable arrow file")
+
     def test_no_rows_are_no_documents(self, tmp_path):
         pyarrow = pytest.importorskip("pyarrow")
         for file in self.write(tmp_path, pyarrow.table({"text": pyarrow.array([], pyarrow.string())})):
@@ -517,6 +529,47 @@ class TestTokenArrays:
 
         with pytest.raises(CorpusError, match="records with fields"):
             list(read_trace(write("a.bin", b"\1\0\2\0")))
+
+
+SEEDS = {
+    "a.jsonl": lines({"text": "a"}, {"text": "bé", "x": [1, None]}, {"messages": CHAT}, {"ids": [1, 2, 3]}),
+    "a.json": json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode(),
+    "a.csv": b'id,text\n1,"a ""q"" b"\n2,b\n',
+    "a.txt": "line é\nline two\n".encode() * 3,
+    "a.npy": b"\x93NUMPY\x01\x00\x3e\x00{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }"
+    b" \n\x01\0\x02\0\x03\0",
+    "a.jsonl.gz": gzip.compress(lines({"text": "a"})),
+    "a.jsonl.xz": lzma.compress(lines({"text": "a"})),
+    "a.jsonl.bz2": bz2.compress(lines({"text": "a"})),
+}
+
+
+@given(
+    name=st.sampled_from(sorted(SEEDS)),
+    changes=st.lists(
+        st.tuples(
+            st.integers(0, 300),
+            st.integers(0, 5),
+            st.binary(max_size=3)
+            | st.sampled_from([b'"', b"[", b"]}", b",", b"\n", b"\\ud800", b"9" * 5000, b"NaN", b"\xff\xfe"]),
+        ),
+        max_size=4,
+    ),
+)
+@settings(max_examples=400, deadline=None)
+def test_bytes_of_any_kind_are_read_or_refused_by_name(tmp_path_factory, name, changes):
+    data = bytearray(SEEDS[name])
+    for at, length, change in changes:
+        data[at : at + length] = change
+    path = tmp_path_factory.mktemp("any") / name
+    path.write_bytes(data)
+    report = ReadReport()
+    kept = documents(path, skip_bad=True, report=report)
+    if report.bad:
+        with pytest.raises(CorpusError, match=re.escape(str(path))):
+            documents(path)
+    else:
+        assert documents(path) == kept
 
 
 class TestRecords:

@@ -114,6 +114,7 @@ def arrow_rows(
     try:
         with damage(name), tempfile.TemporaryFile() as copy:
             for batch in _batches(file, copy, format, pyarrow, wanted):
+                batch.validate(full=True)  # or damaged offsets would end the process
                 names = batch.schema.names
                 if len(set(names)) < len(names):
                     raise CorpusError(f"{name}: two columns of one name")
@@ -122,7 +123,7 @@ def arrow_rows(
                     number += 1
                     found = {column: columns[column][row] if column in columns else None for column in names}
                     yield f"{name}, row {number}", found
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
         raise CorpusError(f"{name}, after row {number}: not a readable {format} file ({error})") from None
 
 
@@ -231,9 +232,9 @@ def _npy_header(file: IO[bytes], name: str) -> tuple[np.dtype[Any], int]:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, kind = read(file)
-    except (ValueError, KeyError) as error:
-        if isinstance(error, CorpusError):
-            raise
+    except (CorpusError, OSError):
+        raise
+    except Exception as error:  # the header is an expression of Python, which numpy parses
         raise CorpusError(f"{name}: not a .npy file ({error})") from None
     if len(shape) != 1:
         raise CorpusError(f"{name}: an array of shape {shape}; token ids must be one-dimensional")

@@ -150,7 +150,10 @@ class TestJson:
             ('{"text": "a"}\n[1]x\n', ["line 2", "not JSON"]),
             ("1\n", ["line 1", "an object, not the number 1"]),
             ('"a"\ntrue\n', ["line 2", "not true"]),
-            ('{"other": 1}\n', ["line 1", "no field", "--text-field", "fields: other"]),
+            (
+                '{"other": 1}\n',
+                ["line 1", "no field that is known to hold a document", "--text-field", "fields: other"],
+            ),
             ('{"text": 3}\n', ["line 1", "field 'text'", "the number 3"]),
             ('{"text": NaN}\n', ["line 1", "field 'text'", "the number nan"]),
             ('{"text": {"a": 1}}\n', ["line 1", "field 'text'", "an object"]),
@@ -595,7 +598,10 @@ class TestRecords:
         assert read({"text": "no", "q": "x", "a": "yes"}, prompt_field="q", response_field="a") == ["yes"]
         for value, wanted in (("t", ["t"]), ([1, 2], [[1, 2]]), (CHAT, ["hi", "ab"]), (None, [])):
             assert read({"text": "no", "body": value}, field="body") == wanted
-        assert read({"text": None, "messages": CHAT}) == ["hi", "ab"]
+        for nothing in (None, "", []):
+            assert read({"text": nothing, "messages": CHAT}) == ["hi", "ab"]
+        assert read({"prompt": None, "response": "a"}) == read({"prompt": "", "response": "a"}) == ["a"]
+        assert read({"prompt": None, "completion": CHAT[2:3]}) == ["hi"]
         assert read({"role": "assistant", "content": "one"}) == ["one"]
         assert read({"role": "user", "content": "one"}) == []
         assert documents(write("a.jsonl", lines(CHAT, "text", [1, 2]))) == ["hi", "ab", "text", [1, 2]]

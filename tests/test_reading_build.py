@@ -20,7 +20,7 @@ from sssd.errors import (
     SssdError,
     VocabularyMismatchError,
 )
-from sssd.reading import ChatTemplate, ReadOptions, ReadReport, Records, load_tokenizer, tokenizer_fingerprint
+from sssd.reading import ChatTemplate, ReadOptions, load_tokenizer, tokenizer_fingerprint
 from sssd.replay import read_trace
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -239,13 +239,15 @@ class TestCommand:
         )
         status, out, err = self.run(capsys, *command)
         assert (status, out) == (2, "")
-        assert "no document in 1 inputs" in err
+        assert "no document in the inputs (1): " in err
         assert sorted(os.listdir(tmp_path)) == before
         trace = self.run(capsys, "replay", tmp_path / "a.jsonl", "--tokenizer", model)
         assert trace[0] in (1, 2)
 
     def test_all_bad_is_nothing_too(self, tmp_path, model, capsys):
         jsonl(tmp_path / "a.jsonl", {"text": 3}, {"text": 4})
+        jsonl(tmp_path / "b.jsonl", {"prompt": "w1", "response": "w2"})
+        assert self.run(capsys, "replay", tmp_path / "b.jsonl", "--skip-bad")[0] == 2  # without a tokenizer
         command = (tmp_path / "a.jsonl", "--tokenizer", model, "--skip-bad")
         for start in (("build", "-o", tmp_path / "out"), ("replay",)):
             status, _, err = self.run(capsys, *start, *command)
@@ -317,6 +319,9 @@ class TestBuild:
             ({"text": "a"}, {"vocab_size": 9}, "an input must be"),
             ([[{"text": "a"}]], {"tokenizer": tmp_path}, "no tokenizer.json"),
             ([[{"text": "a"}]], {"tokenizer": model, "end_token_id": 44}, "end token 44 is outside 0..43"),
+            ([[{"ids": [1]}]], {"vocab_size": -1}, "vocab_size must be between 1 and 16777216, not -1"),
+            ([[{"ids": [1]}]], {"vocab_size": 2**40}, "vocab_size must be"),
+            ([[{"ids": [1]}]], {"vocab_size": 9, "max_memory": -1}, "max_memory must be"),
             ([[{"text": "a"}]], {"tokenizer": 3}, "a tokenizer of tokenizers or transformers"),
         ):
             with pytest.raises(InvalidArgumentError, match=message):
@@ -410,6 +415,9 @@ class TestChats:
         assert rendered(chat_template=str(file)) == "from w1 w39 <end>"
         (where / "chat_template.jinja").write_text("jinja")
         assert rendered() == "jinja"
+        (where / "chat_template.jinja").write_bytes(b"\xff\xfe")
+        with pytest.raises(InvalidArgumentError, match=r"chat_template\.jinja.*not UTF-8"):
+            rendered()
         (where / "chat_template.jinja").unlink()
         several = [{"name": "tools", "template": "tools"}, {"name": "default", "template": "default"}]
         (where / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
@@ -452,6 +460,17 @@ class TestChats:
         first, second = read_trace(path, tokenizer)
         assert first.response_ids.tolist() == ids("<bot> w3 w4 <end>")
         assert second.prompt_ids.tolist() == ids("<user> w1 w2 <end> <bot> w4 <end> <user> w5 <end>")
+
+    def test_answers_without_a_word(self, tmp_path):
+        tokenizer = load_tokenizer(folder(tmp_path / "m", template=TEMPLATE))
+        empty = {"role": "assistant", "content": ""}
+        path = jsonl(
+            tmp_path / "a.jsonl", {"messages": [*self.CHAT, empty]}, {"messages": [self.CHAT[0], empty]}
+        )
+        assert len(list(read_trace(path, tokenizer))) == 2
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+        tools = load_tokenizer(folder(tmp_path / "t", template="{{ messages | tojson }}"))
+        assert len(list(read_trace(jsonl(path, {"messages": [self.CHAT[0], call]}), tools))) == 1
 
     def test_half_surrogate_pairs_anywhere(self, tmp_path):
         tokenizer = load_tokenizer(folder(tmp_path / "m", template="{{ messages | tojson }}"))
@@ -630,19 +649,8 @@ def test_chats_of_traces_keep_what_was_recorded(tmp_path):
         ({"topk_ids": [[3, -1], [4, 1]]}, "topk_ids"),
         ({"topk_probs": [["a", 1], [2, 3]]}, "must both have shape"),
         ({"prediction_ids": "x"}, "prediction_ids"),
-        ({"prompt_ids": None}, None),
+        ({"prompt_ids": None}, "prompt_ids"),
     ):
         path = jsonl(tmp_path / "b.jsonl", {**row, **change})
-        if part is None:
-            assert list(read_trace(path)) == []
-            continue
         with pytest.raises(CorpusError, match=rf"b\.jsonl, line 1.*{part}"):
             list(read_trace(path))
-
-
-def test_records_are_counted_once():
-    report = ReadReport()
-    records = Records(ReadOptions(), report)
-    assert records.documents({"text": "a"}, "x") == ["a"]
-    assert records.exchanges({"prompt": "a", "response": "b"}, "x")[0].response == "b"
-    assert report.documents == 2

@@ -42,6 +42,9 @@ Progress = Callable[[str, int, int | None], object]
 known.
 """
 
+MAX_VOCAB_SIZE = 1 << 24
+"""The most token ids that a datastore can have."""
+
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 
@@ -106,6 +109,10 @@ def build(
         if loaded is None:
             raise InvalidArgumentError("give --vocab-size or --tokenizer")
         vocab_size = loaded.vocab_size
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InvalidArgumentError(f"vocab_size must be between 1 and {MAX_VOCAB_SIZE}, not {vocab_size}")
+    if max_memory is not None and not 0 < max_memory < 1 << 63:
+        raise InvalidArgumentError(f"max_memory must be a number of bytes, not {max_memory}")
     if end_token_id is not None and not 0 <= end_token_id < vocab_size:
         raise InvalidArgumentError(f"the end token {end_token_id} is outside 0..{vocab_size - 1}")
     single = isinstance(inputs, str | bytes | os.PathLike | Mapping) or hasattr(inputs, "features")
@@ -123,7 +130,7 @@ def build(
         work.read(found, progress or (lambda *_: None))
         if not work.tokens:
             reasons = "; ".join(report.notes()) or "they are empty"
-            raise EmptyCorpusError(f"no document in {len(found)} inputs: {reasons}")
+            raise EmptyCorpusError(f"no document in the inputs ({len(found)}): {reasons}")
         check_output(Path(output), force=force)
         indexed = None if progress is None else lambda done, total: progress("indexing", done, total)
         return Built(target, builder.finish(indexed), report)

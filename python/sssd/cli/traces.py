@@ -40,6 +40,6 @@ class Traces:
         """
         if not self._report.documents:
             reasons = "; ".join(self._report.notes()) or "they are empty"
-            raise EmptyCorpusError(f"no request in {len(self.inputs)} inputs: {reasons}")
+            raise EmptyCorpusError(f"no request in the inputs ({len(self.inputs)}): {reasons}")
         if not self._quiet:
             notes(self._report)

@@ -130,6 +130,7 @@ def read(
                 except CorpusError as error:
                     bad(error)
                 else:
+                    report.documents += len(taken)
                     yield from ((source, place, item) for item in taken)
     except CorpusError as error:
         bad(error)

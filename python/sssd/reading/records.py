@@ -95,14 +95,14 @@ class Records:
             found = self._chat_documents(row.messages(names[0]), row)
         elif kind == "pair":
             found = [
-                _joined(exchange) if whole else exchange.response for exchange in self._pair(row, *names)
+                _joined(exchange) if whole else exchange.response
+                for exchange in self._pair(row, *names, alone=not whole)
             ]
         elif kind == "ids":
             found = [row.ids(names[0])]
         else:
             found = [row.text(names[0])]
         found = [item for item in found if (item.strip() if isinstance(item, str) else len(item))]
-        self.report.documents += len(found)
         self.report.empty += not found
         return found
 
@@ -123,12 +123,11 @@ class Records:
             found = list(self._pair(row, *names))
         else:
             raise row.wrong(names[0], "a prompt and a response, or a chat")
-        self.report.documents += len(found)
         self.report.empty += not found
         return found
 
     def _choose(self, row: "_Row", order: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-        """What kind of record it is, and in which fields; "none" if they are null."""
+        """What kind of record it is, and in which fields; "none" if there is nothing in them."""
         options = self.options
         if options.response_field:
             pair = (options.prompt_field or options.response_field, options.response_field)
@@ -143,19 +142,23 @@ class Records:
             for names in _candidates(kind):
                 if all(name in row.fields for name in names):
                     null = True
-                    if all(row.fields[name] is not None for name in names):
+                    value = row.fields[names[-1]]
+                    if value is not None if kind == "ids_pair" else not _is_void(value):
                         return "pair" if kind == "ids_pair" else kind, names
         if null:
             return "none", ()
-        raise row.missing(None)
+        raise row.missing(None, "a document" if "ids" in order else "a request")
 
     def _chat_documents(self, messages: list[dict[str, Any]], row: "_Row") -> list[Content]:
         if self.options.chats == "answers":
             return [answer for _, answer in self._turns(messages, row)]
-        messages = [self._message(message, row) for message in messages]
-        return [self._render(messages, row, start=False)]
+        plain = [self._message(message, row) for message in messages]
+        return [self._render(plain, row, start=False)] if plain else []
 
-    def _pair(self, row: "_Row", prompt: str, response: str) -> Iterator[Exchange]:
+    def _pair(self, row: "_Row", prompt: str, response: str, *, alone: bool = False) -> Iterator[Exchange]:
+        """The requests of two fields. If the response is wanted ``alone``, there need be no prompt."""
+        if alone and row.fields[prompt] is None:
+            prompt = response
         before, after = row.fields[prompt], row.fields[response]
         if is_chat(after):
             messages = row.checked_messages(after, response)
@@ -187,11 +190,10 @@ class Records:
             if at < first or not self._is_answer(messages[at], count=True):
                 continue
             content = message["content"] or ""
-            if self.template is None:
-                if content:
-                    yield self._render(plain[:at], row, start=True), content
-                continue
-            yield self._rendered_turn(plain, at, row)
+            if self.template is not None and (content or message.get("tool_calls")):
+                yield self._rendered_turn(plain, at, row)
+            elif content:
+                yield self._render(plain[:at], row, start=True), content
 
     def _rendered_turn(self, messages: list[dict[str, Any]], at: int, row: "_Row") -> tuple[str, str]:
         """The prompt that the template makes for a message, and what the model answers with, its end of
@@ -326,12 +328,12 @@ class _Row:
         for name in names:
             if name not in self.fields:
                 raise self.missing(name)
-        return ("none" if any(self.fields[name] is None for name in names) else found), names
+        return ("none" if self.fields[names[-1]] is None else found), names
 
-    def missing(self, name: str | None) -> CorpusError:
-        wanted = (
-            f"no field {name!r}" if name else "no field that holds one; choose with --text-field and the like"
-        )
+    def missing(self, name: str | None, what: str = "") -> CorpusError:
+        wanted = f"no field {name!r}"
+        if name is None:
+            wanted = f"no field that is known to hold {what}; --text-field and the like choose one"
         there = ", ".join(map(shown, list(self.fields)[:20])) or "none"
         return CorpusError(f"{self.place}: {wanted} (fields: {there})")
 
@@ -385,6 +387,10 @@ def _joined(exchange: Exchange) -> Content:
     if isinstance(prompt, str) and isinstance(response, str):
         return prompt + response
     return np.concatenate([prompt, response])
+
+
+def _is_void(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | np.ndarray) and not len(value))
 
 
 def _candidates(kind: str) -> tuple[tuple[str, ...], ...]:

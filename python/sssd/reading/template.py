@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sssd.errors import CorpusError, InvalidArgumentError
+from sssd.reading.options import shown
 
 
 class ChatTemplate:
@@ -87,7 +88,7 @@ def template_of_folder(folder: Path) -> ChatTemplate | None:
     """
     settings = _settings(folder / "tokenizer_config.json")
     file = folder / "chat_template.jinja"
-    source: Any = file.read_text("utf-8") if file.is_file() else None
+    source: Any = template_text(file) if file.is_file() else None
     source = (
         source
         or _settings(folder / "chat_template.json").get("chat_template")
@@ -99,6 +100,20 @@ def template_of_folder(folder: Path) -> ChatTemplate | None:
     if not isinstance(source, str):
         return None
     return ChatTemplate(source, template_tokens(folder))
+
+
+def template_text(file: Path) -> str:
+    """The source of a chat template.
+
+    Raises:
+        InvalidArgumentError: it is not UTF-8.
+    """
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"{shown(file)}: the chat template is not UTF-8 ({error.reason})"
+        ) from None
 
 
 def template_tokens(folder: Path) -> dict[str, str]:
@@ -127,5 +142,5 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise InvalidArgumentError(f"{file} is not JSON ({error})") from None
+        raise InvalidArgumentError(f"{shown(file)} is not JSON ({error})") from None
     return found if isinstance(found, dict) else {}

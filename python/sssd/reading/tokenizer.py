@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 from sssd.errors import InvalidArgumentError
 from sssd.reading.options import shown
-from sssd.reading.template import ChatTemplate, template_of_folder, template_tokens, tokens_of
+from sssd.reading.template import ChatTemplate, template_of_folder, template_text, template_tokens, tokens_of
 
 _PROBE = "The quick brown fox jumps over the lazy dog. HELLO, World: 1234567890 don't naïve café 東京 привет"
 """A text of one line and single spaces, of which tokenizers of one kind make the same ids however they are
@@ -147,5 +147,5 @@ def _template_of(source: Any, chosen: str | None) -> ChatTemplate | None:
     if folder is not None and chosen is None:
         return template_of_folder(folder)
     tokens = template_tokens(folder) if folder else tokens_of(getattr(source, "special_tokens_map", {}))
-    text = getattr(source, "chat_template", None) if chosen is None else Path(chosen).read_text("utf-8")
+    text = getattr(source, "chat_template", None) if chosen is None else template_text(Path(chosen))
     return ChatTemplate(text, tokens) if isinstance(text, str) else None

@@ -225,7 +225,9 @@ class TestJson:
         rows = [{"text": "a"}, {"text": "x" * (5 << 20)}, {"text": "b"}]
         path = write("a.jsonl", lines(*rows))
         refused(path, "line 2", "longer than 2 MiB")
-        assert documents(path, skip_bad=True) == ["a", "b"]
+        report = ReadReport()
+        assert documents(path, skip_bad=True, report=report) == ["a", "b"]
+        assert report.bad == 1
         refused(write("a.json", json.dumps(rows)), "element 2", "longer than 2 MiB")
 
     def test_half_surrogate_pairs_are_replaced_and_counted(self, write):

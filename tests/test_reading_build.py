@@ -310,6 +310,16 @@ class TestBuild:
         report = build([rows], tmp_path / "bad", tokenizer=model, options=ReadOptions(skip_bad=True)).report
         assert (report.bad, report.documents) == (1, 10_000)
 
+    def test_documents_end_with_their_file(self, tmp_path):
+        for name in ("a.npy", "b.npy"):
+            np.save(tmp_path / name, np.array([2, 3, 1, 4, 5]))
+        built = build(
+            [tmp_path / "a.npy", tmp_path / "b.npy"], tmp_path / "out", vocab_size=9, end_token_id=1
+        )
+        assert built.summary.documents == 4
+        with Datastore.open(built.path) as store:
+            assert (store.count([2, 3, 1]), store.count([5, 2])) == (2, 0)
+
     def test_missing_arguments(self, tmp_path, model):
         np.save(tmp_path / "a.npy", np.arange(3))
         for inputs, options, message in (

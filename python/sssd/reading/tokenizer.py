@@ -92,12 +92,13 @@ class LoadedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens around it."""
-        return self.encode_batch([text])[0]
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids if self._fast else encoding)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts."""
         if not self._fast:
-            return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+            return [self.encode(text) for text in texts]
         encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
         return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
 

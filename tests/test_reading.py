@@ -219,6 +219,18 @@ class TestJson:
         data = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         assert documents(write("a.jsonl", data)) == texts
 
+    @pytest.mark.parametrize("size", range(1, 40))
+    def test_pieces_of_any_size(self, write, monkeypatch, size):
+        """A number may be cut in two as well."""
+        monkeypatch.setattr(sys.modules["sssd.reading.json_rows"], "_SNIFFED", size)
+        path = write("a.json", '[{"text": "aé"},\n 12345678, true, {"text": "b"}]')
+        report = ReadReport()
+        assert documents(path, skip_bad=True, report=report) == ["aé", "b"]
+        assert [str(error).partition(", ")[2][:26] for error in report.errors] == [
+            "element 2 (line 2): expect",
+            "element 3 (line 2): expect",
+        ]
+
     def test_records_longer_than_the_limit_are_named(self, write, monkeypatch):
         for module in ("streams", "json_rows"):
             monkeypatch.setattr(sys.modules[f"sssd.reading.{module}"], "MAX_RECORD_BYTES", 2 << 20)
@@ -455,7 +467,7 @@ class TestTables:
         for file in self.write(tmp_path, table)[1:]:
             data = bytearray(file.read_bytes())
             at = data.index(np.array([0, 2, 3], np.int32).tobytes())
-            data[at + 4 : at + 12] = np.array([1 << 19, 1 << 20], np.int32).tobytes()
+            data[at + 4 : at + 8] = np.array([1 << 19], np.int32).tobytes()
             file.write_bytes(data)
             refused(file, "not a readable arrow file")
 

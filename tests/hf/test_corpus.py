@@ -88,7 +88,9 @@ def test_stores_of_another_tokenizer_are_refused(world):
     with pytest.raises(VocabularyMismatchError, match="check_tokenizer=False"):
         generate(world, "mine", tokenizer=world["other"])
     assert generate(world, "other", tokenizer=world["other"]).sequences.equal(world["output"])
-    assert generate(world, "other", check_tokenizer=False).sequences.equal(world["output"])
+    for given in (None, world["mine"]):
+        result = generate(world, "other", check_tokenizer=False, tokenizer=given)
+        assert result.sequences.equal(world["output"])
 
 
 def test_a_model_from_nowhere_is_not_compared(world, monkeypatch):

@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,21 @@ def serving():
     }
 
 
-NAMES = {"README.md": readme, "hardware.md": hardware, "serving.md": serving}
+def reading():
+    """A folder with a chat, records, and a model's folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = Path(tempfile.mkdtemp())
+    (folder / "chats.jsonl").write_text(
+        '{"chat": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}'
+    )
+    (folder / "model").mkdir()
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    tokenizers.Tokenizer(words).save(str(folder / "model/tokenizer.json"))
+    names = {"dataset": [{"chat": None}], "output": folder / "out.sssd", "model_folder": folder / "model"}
+    return {"folder": folder, **names}
+
+
+NAMES = {"README.md": readme, "reading.md": reading, "hardware.md": hardware, "serving.md": serving}
 """What a page takes for granted, where it has blocks of Python."""
 
 
@@ -72,6 +87,8 @@ def test_blocks_of_python_run(page):
     if page.name == "README.md":
         assert names["output"].equal(names["model"].generate(**names["inputs"]))
         assert len(names["trees"][0]) > 0
+    if page.name == "reading.md":
+        assert names["built"].summary.tokens == 1
 
 
 def commands(page):
@@ -110,7 +127,7 @@ def test_commands_are_found():
     found = [command for page in PAGES for command in commands(page)]
     assert len(found) > 25
     assert ["make", "demo"] in found
-    assert any(command[:5] == ["python", "-m", "sssd", "build", "answers.sssd"] for command in found)
+    assert any(command[:6] == ["python", "-m", "sssd", "build", "-o", "answers.sssd"] for command in found)
 
 
 def test_promises_are_numbered_in_order_and_held_by_tests_that_exist():

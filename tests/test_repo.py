@@ -145,3 +145,14 @@ def test_the_weights_that_ship_are_those_that_their_provenance_names():
     weights = (folder / "weights.bin").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == provenance["sha256"]
     assert sssd.Drafter().state_dict() == {"weights.v2": weights}
+
+
+def test_readers_load_what_they_need_when_they_need_it():
+    code = (
+        "import sys\n"
+        "import sssd.datastore, sssd.reading, sssd.replay\n"
+        "heavy = {'pyarrow', 'fsspec', 'jinja2', 'tokenizers', 'transformers', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

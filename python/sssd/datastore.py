@@ -1,69 +1,68 @@
-"""Datastores: a corpus of token documents on disk, and the readers that corpora are built from."""
+"""Datastores: a corpus of token documents on disk, how one is built, and whose tokens it holds."""
 
-import gzip
-import hashlib
-import json
-import lzma
 import os
-import sys
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, Protocol, cast
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, FileInfo
-from sssd.errors import DatastoreChangedError, InvalidArgumentError, SssdError
+from sssd.errors import (
+    CorpusError,
+    DatastoreChangedError,
+    EmptyCorpusError,
+    InvalidArgumentError,
+    InvalidTokenError,
+    OutputError,
+    VocabularyMismatchError,
+)
+from sssd.reading.inputs import DATASTORE_MAGIC, Input, find_inputs
+from sssd.reading.options import ReadOptions, ReadReport, shown
+from sssd.reading.reader import Stretch, read
+from sssd.reading.records import Content, Records
+from sssd.reading.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_fingerprint
 
 __all__ = [
     "BuildSummary",
+    "Built",
     "CorpusError",
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
-    "Document",
     "FileInfo",
-    "corpus_files",
-    "corpus_format",
-    "read_documents",
-    "read_tokens",
+    "build",
+    "check_output",
+    "check_tokenizer",
     "tokenizer_fingerprint",
 ]
 
-Document = str | NDArray[np.int64]
-"""One document, as text or as token ids."""
+Progress = Callable[[str, int, int | None], object]
+"""Called with "reading" and bytes, then with "indexing" and symbols: how many are done, and of how many if
+known.
+"""
 
-FORMATS = ("jsonl", "parquet", "arrow", "text", "npy", "bin")
-"""What :func:`corpus_format` recognises."""
+MAX_VOCAB_SIZE = 1 << 24
+"""The most token ids that a datastore can have."""
 
-_SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".md": "text",
-    ".npy": "npy",
-    ".bin": "bin",
-}
-_COMPRESSIONS = (".gz", ".xz", ".zst")
-_FIELDS = ("text", "messages", "conversations", "input_ids", "token_ids", "ids", "content")
-_TEXT_BYTES = 1 << 20
-_CHUNK_TOKENS = 1 << 20
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_DOCUMENTS = 4096
 
 
-class CorpusError(SssdError, ValueError):
-    """A corpus file does not contain what its format demands."""
+@dataclass(frozen=True)
+class Built:
+    """What :func:`build` has written.
 
+    Attributes:
+        path: the file.
+        summary: tokens, documents and the like.
+        report: what was left out, skipped or changed.
+    """
 
-class VocabularyOwner(Protocol):
-    """What :func:`tokenizer_fingerprint` needs of a tokenizer."""
-
-    def get_vocab(self) -> dict[str, int]:
-        """Every token with its id."""
+    path: Path
+    summary: BuildSummary
+    report: ReadReport
 
 
 def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -> Datastore:
@@ -79,231 +78,196 @@ def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -
     return store
 
 
-def tokenizer_fingerprint(tokenizer: VocabularyOwner) -> bytes:
-    """SHA-256 of the vocabulary in the order of the ids, 32 bytes; equal for equal vocabularies."""
-    digest = hashlib.sha256()
-    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{token_id}\t{len(token)}\t{token}\n".encode("utf-8", "surrogatepass"))
-    return digest.digest()
-
-
-def corpus_format(path: Path) -> str | None:
-    """The format that the name of a file tells (compression aside), None if unknown."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
-
-
-def corpus_files(path: Path) -> list[Path]:
-    """The corpus files at a path: itself, or all below a folder in the order of their names.
-
-    A folder saved by the Hugging Face library datasets gives the files of its ``state.json`` only.
-
-    Raises:
-        FileNotFoundError: there is nothing at ``path``.
-        CorpusError: the folder holds no corpus file.
-    """
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(2, os.strerror(2), str(path))
-    states = sorted(path.rglob("state.json"))
-    if states:
-        files = [
-            state.parent / entry["filename"]
-            for state in states
-            for entry in json.loads(state.read_text("utf-8")).get("_data_files", [])
-        ]
-    else:
-        files = sorted(file for file in path.rglob("*") if file.is_file() and corpus_format(file))
-    if not files:
-        raise CorpusError(f"{path}: no file in a known format below this folder ({', '.join(_SUFFIXES)})")
-    return files
-
-
-def read_documents(
-    file: IO[bytes], name: str, *, format: str | None = None, field: str | None = None
-) -> Iterator[Document]:
-    """Reads the documents of one file, without holding it in memory.
+def build(
+    inputs: Any,
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    chat_template: str | None = None,
+    vocab_size: int | None = None,
+    end_token_id: int | None = None,
+    options: ReadOptions | None = None,
+    deduplicate: bool = False,
+    max_memory: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Built:
+    """Builds a datastore from a corpus, all that ``python -m sssd build`` does. ``docs/reading.md`` has the
+    formats.
 
     Args:
-        file: opened for reading in binary mode, compressed if ``name`` ends in .gz, .xz or .zst.
-        name: file name, for the format and for messages.
-        format: one of ``FORMATS`` but npy and bin; by the name if None.
-        field: member or column with the document: text, token ids, or a chat (a list of messages with
-            ``role`` and ``content``, of which each assistant turn becomes a document). If None, the first
-            present of text, messages, conversations, input_ids, token_ids, ids, content.
+        inputs: a file, folder, pattern, URL, "-" for standard input, ``datasets`` dataset or list of
+            records; or a list of these.
+        output: the file to write. Appears at the end; an interrupted build leaves what was there.
+        tokenizer: for text: a tokenizer.json, its folder, or a tokenizer of tokenizers or transformers.
+        chat_template: file of a chat template, or "none"; by default the tokenizer's.
+        vocab_size: number of token ids; the tokenizer's if None.
+        end_token_id: ends documents in token arrays; appended to every document that is text.
+        options: how inputs are read.
+        deduplicate: leave out repeated documents.
+        max_memory: bound of the builder's memory, bytes.
+        force: replace ``output`` if it is a datastore. What is none is never replaced.
+        progress: see :data:`Progress`.
 
     Raises:
-        CorpusError: the contents are not as expected; the message tells the place.
-        InvalidArgumentError: the format is unknown, or its package is not installed.
+        OutputError: ``output`` may not be replaced.
+        CorpusError: an input cannot be read; the message names file, line and field.
+        EmptyCorpusError: there is no document.
+        InvalidArgumentError: an argument is out of range or missing, or a package is not installed.
+        OSError: a file cannot be read or written.
     """
-    format = format or corpus_format(Path(name))
-    if format == "jsonl":
-        rows = _json_rows(file, name)
-    elif format in ("parquet", "arrow"):
-        rows = _arrow_rows(file, name, format, field)
-    elif format == "text":
-        yield from _text(file, name)
-        return
-    else:
-        known = ", ".join(FORMATS)
-        raise InvalidArgumentError(f"{name}: unknown corpus format; choose one with --format ({known})")
-    for place, row in rows:
-        yield from _row_documents(row, field, place)
+    options = options or ReadOptions()
+    target = check_output(Path(output), force=force)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer, chat_template)
+    if vocab_size is None:
+        if loaded is None:
+            raise InvalidArgumentError("give --vocab-size or --tokenizer")
+        vocab_size = loaded.vocab_size
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InvalidArgumentError(f"vocab_size must be between 1 and {MAX_VOCAB_SIZE}, not {vocab_size}")
+    if max_memory is not None and not 0 < max_memory < 1 << 63:
+        raise InvalidArgumentError(f"max_memory must be a number of bytes, not {max_memory}")
+    if end_token_id is not None and not 0 <= end_token_id < vocab_size:
+        raise InvalidArgumentError(f"the end token {end_token_id} is outside 0..{vocab_size - 1}")
+    single = isinstance(inputs, str | bytes | os.PathLike | Mapping) or hasattr(inputs, "features")
+    report = ReadReport()
+    found = find_inputs([inputs] if single else inputs, options, report, output=target)
+    builder = DatastoreBuilder(
+        target,
+        vocab_size=vocab_size,
+        fingerprint=loaded.fingerprints[0] if loaded else None,
+        deduplicate=deduplicate,
+        max_memory=max_memory,
+    )
+    try:
+        work = _Build(builder, loaded, vocab_size, end_token_id, options, report)
+        work.read(found, progress or (lambda *_: None))
+        if not work.tokens:
+            reasons = "; ".join(report.notes()) or "they are empty"
+            raise EmptyCorpusError(f"no document in the inputs ({len(found)}): {reasons}")
+        check_output(Path(output), force=force)
+        indexed = None if progress is None else lambda done, total: progress("indexing", done, total)
+        return Built(target, builder.finish(indexed), report)
+    finally:
+        builder.close()
 
 
-def read_tokens(
-    file: IO[bytes], name: str, *, format: str | None = None, dtype: str = "uint32"
-) -> Iterator[NDArray[Any]]:
-    """Reads a one-dimensional token array in stretches of about a million.
+def check_output(path: Path, *, force: bool) -> Path:
+    """The file that a build to ``path`` writes: itself, or what it links to.
+
+    Raises:
+        OutputError: there is something that is no datastore, or a datastore and not ``force``.
+    """
+    if path == Path("-"):
+        raise OutputError("a datastore cannot be written to standard output; give the name of a file")
+    target = Path(os.path.realpath(path))
+    if not target.exists():
+        return target
+    if not target.is_file():
+        raise OutputError(f"{shown(path)} is a folder or device; give the name of a file to write")
+    with target.open("rb") as file:
+        if file.read(len(DATASTORE_MAGIC)) != DATASTORE_MAGIC:
+            raise OutputError(
+                f"{shown(path)} is there and no datastore, so it is not replaced; choose another name"
+            )
+    if not force:
+        raise OutputError(f"{shown(path)} is there already; --force (force=True) replaces it")
+    return target
+
+
+def check_tokenizer(store: Datastore, tokenizer: Any) -> None:
+    """Refuses a store whose tokens are another tokenizer's. Files that do not say whose they are are not
+    compared.
 
     Args:
-        file: opened for reading in binary mode.
-        name: file name, for the format and for messages.
-        format: "npy", or "bin" (nothing but little-endian ids); by the name if None.
-        dtype: type of the ids in a .bin file.
+        store: an open datastore.
+        tokenizer: what :func:`build` takes.
 
     Raises:
-        CorpusError: the file is not a one-dimensional array of integers, or ends within an id.
+        VocabularyMismatchError: names both.
     """
-    format = format or corpus_format(Path(name))
-    kind = np.dtype(dtype).newbyteorder("<")
-    if format == "npy":
-        try:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, kind = read_header(file)
-        except (ValueError, KeyError) as error:
-            raise CorpusError(f"{name}: not a .npy file ({error})") from None
-        if len(shape) != 1:
-            raise CorpusError(f"{name}: an array of shape {shape}; token ids must be one-dimensional")
-    if kind.kind not in "iu":
-        raise CorpusError(f"{name}: an array of {kind}; token ids must be integers")
-    while data := file.read(_CHUNK_TOKENS * kind.itemsize):
-        if len(data) % kind.itemsize:
-            raise CorpusError(f"{name}: ends within a token id of {kind.itemsize} bytes (wrong --dtype?)")
-        yield np.frombuffer(data, kind).astype(kind.newbyteorder("="), copy=False)
+    loaded = load_tokenizer(tokenizer, "none")
+    for file in store.info.files:
+        if file.fingerprint is not None and file.fingerprint not in loaded.fingerprints:
+            built, given = file.fingerprint.hex()[:16], loaded.fingerprints[0].hex()[:16]
+            raise VocabularyMismatchError(
+                f"{shown(file.path)} was built with another tokenizer (fingerprint {built}) than "
+                f"{loaded.name} (fingerprint {given}); build it with this one, or use it all the same with "
+                "--any-tokenizer (check_tokenizer=False)"
+            )
 
 
-_Damage = tuple[type[Exception], ...]
+class _Build:
+    """One build: inputs in, documents added."""
 
+    def __init__(
+        self,
+        builder: DatastoreBuilder,
+        tokenizer: LoadedTokenizer | None,
+        vocab_size: int,
+        end_token_id: int | None,
+        options: ReadOptions,
+        report: ReadReport,
+    ) -> None:
+        self.builder, self.tokenizer, self.vocab_size = builder, tokenizer, vocab_size
+        self.end_token_id, self.options = end_token_id, options
+        self.records = Records(options, report, tokenizer.template if tokenizer else None)
+        self.report, self.bad = report, report.bad_record(options)
+        self.tokens = 0
+        self._waiting: list[tuple[str, Content]] = []
+        self._characters = 0
 
-def _decompressed(file: IO[bytes], name: str) -> tuple[IO[bytes], _Damage]:
-    """The plain contents, and what reading them raises if they are damaged."""
-    suffix = Path(name).suffix.lower()
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=file)), (EOFError, gzip.BadGzipFile, zlib.error)
-    if suffix == ".xz":
-        return cast(IO[bytes], lzma.LZMAFile(cast(BinaryIO, file))), (EOFError, lzma.LZMAError)
-    if suffix == ".zst":
-        try:
-            if sys.version_info >= (3, 14):
-                from compression import zstd
+    def read(self, inputs: list[Input], progress: Progress) -> None:
+        """Adds the documents of all inputs. Where bad records are skipped, so is the rest of a bad file."""
+        sizes = [input.size for input in inputs]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        before = 0
+        for input in inputs:
+            pieces = read(
+                input,
+                self.options,
+                self.report,
+                self.records.documents,
+                wanted=self.records.wanted,
+                vocab_size=self.vocab_size,
+            )
+            for source, place, piece in pieces:
+                if isinstance(piece, Stretch):
+                    self._add_stretch(place, piece)
+                else:
+                    self._wait(place, piece)
+                progress("reading", before + source.position(), total)
+            self._add_waiting()
+            self.builder.end_stream()
+            before += input.size or 0
+            progress("reading", before, total)
+
+    def _add_stretch(self, place: str, piece: Stretch) -> None:
+        if self.end_token_id is None:
+            raise InvalidArgumentError(f"{place}: --end-token must tell where documents end in token arrays")
+        self.builder.add_stream(piece.ids, self.end_token_id)
+        self.tokens += len(piece.ids)
+
+    def _wait(self, place: str, document: Content) -> None:
+        """Texts go to the tokenizer in batches."""
+        if isinstance(document, str):
+            if self.tokenizer is None:
+                raise InvalidArgumentError(f"{place}: the corpus is text; give --tokenizer")
+            self._characters += len(document)
+        self._waiting.append((place, document))
+        if self._characters >= _BATCH_CHARACTERS or len(self._waiting) >= _BATCH_DOCUMENTS:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        waiting, self._waiting, self._characters = self._waiting, [], 0
+        texts = [document for _, document in waiting if isinstance(document, str)]
+        encoded = iter(self.tokenizer.encode_batch(texts) if self.tokenizer and texts else ())
+        end = [] if self.end_token_id is None else [self.end_token_id]
+        for place, document in waiting:
+            ids = np.asarray([*next(encoded), *end] if isinstance(document, str) else document, np.int64)
+            try:
+                self.builder.add(ids)
+            except InvalidTokenError as error:
+                self.bad(CorpusError(f"{place}: {error}"))
             else:
-                from backports import zstd
-        except ImportError:
-            raise InvalidArgumentError(
-                f"{name}: .zst needs backports.zstd: pip install 'sssd[corpus]'"
-            ) from None
-        return cast(IO[bytes], zstd.ZstdFile(file)), (EOFError, zstd.ZstdError)
-    return file, ()
-
-
-def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
-    stream, damage = _decompressed(file, name)
-    number = 0
-    try:
-        for number, line in enumerate(stream, 1):
-            yield number, line
-    except damage as error:
-        raise CorpusError(f"{name}: damaged compressed data after line {number} ({error})") from None
-
-
-def _json_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in _lines(file, name):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CorpusError(f"{name}: line {number} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise CorpusError(f"{name}: line {number} is not a JSON object")
-        yield f"{name}: line {number}", row
-
-
-def _arrow_rows(
-    stream: IO[bytes], name: str, format: str, field: str | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InvalidArgumentError(f"{name}: {format} needs pyarrow: pip install 'sssd[corpus]'") from None
-    try:
-        number = 0
-        for batch in _arrow_batches(stream, format, pyarrow):
-            wanted = (field,) if field else _FIELDS
-            batch = batch.select([column for column in wanted if column in batch.schema.names][:1])
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{name}: row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"{name}: not a readable {format} file ({error})") from None
-
-
-def _arrow_batches(stream: IO[bytes], format: str, pyarrow: Any) -> Iterable[Any]:
-    if format == "parquet":
-        return cast(Iterable[Any], pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=1024))
-    magic = stream.read(6)
-    stream.seek(0)
-    if magic != b"ARROW1":
-        return cast(Iterable[Any], pyarrow.ipc.open_stream(stream))
-    reader = pyarrow.ipc.open_file(stream)
-    return (reader.get_batch(index) for index in range(reader.num_record_batches))
-
-
-def _text(file: IO[bytes], name: str) -> Iterator[Document]:
-    """Plain text in documents of about a MiB that end with a line, so that no file is too large."""
-    lines: list[bytes] = []
-    size = 0
-    for _, line in _lines(file, name):
-        lines.append(line)
-        size += len(line)
-        if size >= _TEXT_BYTES:
-            yield b"".join(lines).decode("utf-8", "replace")
-            lines, size = [], 0
-    if lines:
-        yield b"".join(lines).decode("utf-8", "replace")
-
-
-def _row_documents(row: dict[str, Any], field: str | None, place: str) -> Iterator[Document]:
-    name = field or next((known for known in _FIELDS if known in row), None)
-    if name is None or name not in row:
-        wanted = f"no field {field!r}" if field else "no field with a document; choose one with --field"
-        raise CorpusError(f"{place}: {wanted} (fields: {', '.join(row) or 'none'})")
-    value = row[name]
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list) and all(isinstance(item, dict) for item in value) and value:
-        yield from _assistant_turns(value)
-    elif isinstance(value, list) and all(type(item) is int for item in value):
-        yield np.array(value, np.int64)
-    elif value is not None:
-        raise CorpusError(f"{place}: field {name!r} is neither text, nor token ids, nor a list of messages")
-
-
-def _assistant_turns(messages: list[dict[str, Any]]) -> Iterator[str]:
-    for message in messages:
-        if message.get("role", message.get("from")) not in ("assistant", "gpt", "model"):
-            continue
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):  # parts, of which some may be images
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-        if content:
-            yield str(content)
+                self.tokens += len(ids)

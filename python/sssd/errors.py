@@ -30,6 +30,22 @@ class UnsupportedModelError(SssdError):
     """The model, cache or generation option cannot be verified losslessly."""
 
 
+class CorpusError(SssdError, ValueError):
+    """An input does not hold what its format demands; the message names file, line and field."""
+
+
+class EmptyCorpusError(CorpusError):
+    """The inputs hold no document. The command line ends with exit code 2."""
+
+
+class UsageError(SssdError):
+    """The arguments on the command line do not make a command, which then ends with exit code 2."""
+
+
+class OutputError(SssdError, ValueError):
+    """The file to write may not be replaced: it is no datastore, or one that was not to be replaced."""
+
+
 class DatastoreError(SssdError):
     """A datastore file cannot be used."""
 

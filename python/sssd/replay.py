@@ -5,12 +5,9 @@ generated tokens and drafts at most ``max_nodes`` nodes; the longest root path t
 accepted; then the accepted tokens and one more are appended (fewer at the end).
 """
 
-import gzip
-import json
-import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePath
 from time import perf_counter_ns
 from typing import Any
 
@@ -18,13 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sssd._core import SOURCES, DraftBatch, Drafter, DraftTree, PassBlock, Sequence
-from sssd.errors import SssdError
+from sssd.errors import CorpusError
+from sssd.reading.inputs import Input, find_inputs, format_of
+from sssd.reading.options import ReadOptions, ReadReport
+from sssd.reading.reader import read
+from sssd.reading.records import Content, Exchange, Records, is_ids, kind
+from sssd.reading.tokenizer import LoadedTokenizer
 
 Tokenize = Callable[[str], list[int]]
 
-
-class TraceError(SssdError, ValueError):
-    """A trace file is not JSON Lines of requests."""
+TraceError = CorpusError
+"""A trace does not hold requests in a form that is known."""
 
 
 @dataclass(frozen=True)
@@ -163,71 +164,83 @@ def count_accepted(tree: DraftTree, recording: NDArray[np.int32]) -> int:
     return len(accepted_path(tree, recording))
 
 
-def trace_name(path: Path) -> str:
-    """The file's name without its endings (.jsonl, .gz, .xz)."""
-    name = path.name
-    while Path(name).suffix in {".gz", ".xz", ".jsonl", ".json"}:
-        name = Path(name).stem
+def trace_name(path: str | PurePath) -> str:
+    """The file's name without the endings that tell format and compression (.jsonl, .gz, .parquet)."""
+    name = PurePath(path).name
+    while format_of(name) != (None, None) and (stem := PurePath(name).stem) != name:
+        name = stem
     return name
 
 
-def read_trace(path: Path, tokenize: Tokenize | None = None) -> Iterator[Request]:
-    """Requests of a JSON Lines file, plain, .gz or .xz.
+def read_trace(
+    source: str | PurePath | Input,
+    tokenize: Tokenize | LoadedTokenizer | None = None,
+    *,
+    options: ReadOptions | None = None,
+    report: ReadReport | None = None,
+) -> Iterator[Request]:
+    """Requests of a file in any form that ``build`` takes (``docs/reading.md``), but token arrays.
 
     Args:
-        path: each line holds ``prompt_ids`` and ``response_ids``, or the texts ``prompt`` and
-            ``response``; with ids also ``topk_ids`` and ``topk_probs`` (per response token) and
-            ``prediction_ids``, where they were recorded.
-        tokenize: turns a text into token ids; needed for texts.
+        source: a file, or an input that was found. Each record holds ``prompt_ids`` and ``response_ids``;
+            or texts or messages (``prompt`` and ``response``, ``prompt`` and ``completion``, and the like);
+            or a chat, of which every message of the model is a request. With ids also ``topk_ids`` and
+            ``topk_probs`` (per response token) and ``prediction_ids``, where they were recorded.
+        tokenize: turns a text into token ids; needed for texts. One from ``load_tokenizer`` knows the
+            model's chat template too; without it, chats are written in plain text.
+        options: how it is read.
+        report: counts what is read, skipped and changed.
 
     Raises:
-        TraceError: a line is not such an object; names file and line.
+        TraceError: a record is no request; names file, line and field.
+        OSError: the file cannot be read.
     """
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield _request(json.loads(line), tokenize)
-                    except (ValueError, TypeError, KeyError, OverflowError) as error:
-                        raise TraceError(f"{path}, line {number}: {error}") from error
-        except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-            raise TraceError(f"{path} cannot be read: {error}") from error
+    options, report = options or ReadOptions(), report or ReadReport()
+    inputs = [source] if isinstance(source, Input) else find_inputs([source], options, report)
+    records = Records(options, report, tokenize.template if isinstance(tokenize, LoadedTokenizer) else None)
+    encode = tokenize.encode if isinstance(tokenize, LoadedTokenizer) else tokenize
+
+    def take(record: Any, place: str) -> list[Request]:
+        return [_request(exchange, place, encode) for exchange in records.exchanges(record, place)]
+
+    for input in inputs:
+        for _, _, request in read(input, options, report, take, wanted=records.wanted):
+            assert isinstance(request, Request)  # token arrays are refused
+            yield request
 
 
-def _request(record: Any, tokenize: Tokenize | None) -> Request:
-    if not isinstance(record, dict):
-        raise ValueError("expected a JSON object")
-    if "prompt_ids" in record and "response_ids" in record:
-        prediction = record.get("prediction_ids")
-        return Request(
-            _ids(record["prompt_ids"]),
-            _ids(record["response_ids"]),
-            *_distributions(record),
-            None if prediction is None else _ids(prediction),
+def _request(exchange: Exchange, place: str, encode: Tokenize | None) -> Request:
+    fields = exchange.fields or {}
+    prediction = fields.get("prediction_ids")
+    if prediction is not None and not is_ids(prediction):
+        raise TraceError(
+            f"{place}: field 'prediction_ids' must be a list of token ids, not {kind(prediction)}"
         )
-    if "prompt" in record and "response" in record:
-        if tokenize is None:
-            raise ValueError("holds texts; give a tokenizer with --tokenizer")
-        return Request(_ids(tokenize(record["prompt"])), _ids(tokenize(record["response"])))
-    raise ValueError("expected prompt_ids and response_ids, or prompt and response")
+    return Request(
+        _ids(exchange.prompt, place, encode),
+        _ids(exchange.response, place, encode),
+        *_distributions(fields, place, len(exchange.response)),
+        None if prediction is None else np.asarray(prediction, np.int32),
+    )
 
 
-def _distributions(record: dict[str, Any]) -> tuple[Any, Any]:
-    if record.get("topk_ids") is None or record.get("topk_probs") is None:
+def _ids(content: Content, place: str, encode: Tokenize | None) -> NDArray[np.int32]:
+    if isinstance(content, str):
+        if encode is None:
+            raise TraceError(f"{place}: holds texts; give a tokenizer with --tokenizer")
+        return np.asarray(encode(content), np.int32)
+    return content.astype(np.int32)
+
+
+def _distributions(fields: Mapping[str, Any], place: str, rows: int) -> tuple[Any, Any]:
+    if fields.get("topk_ids") is None or fields.get("topk_probs") is None:
         return None, None
-    ids, probs = np.asarray(record["topk_ids"]), np.asarray(record["topk_probs"], np.float32)
-    rows = len(record["response_ids"])
+    try:
+        ids, probs = np.asarray(fields["topk_ids"]), np.asarray(fields["topk_probs"], np.float32)
+    except (ValueError, TypeError, OverflowError):
+        ids = probs = np.zeros(0, np.int64)
     if ids.ndim != 2 or ids.shape != probs.shape or len(ids) != rows:
-        raise ValueError(f"topk_ids and topk_probs must both have shape [{rows}, k]")
-    return _ids(ids.reshape(-1)).reshape(ids.shape), probs
-
-
-def _ids(values: Any) -> NDArray[np.int32]:
-    ids = np.asarray(values)
-    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-        raise ValueError("token ids must be a list of integers")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
-        raise ValueError("token ids must be in 0..2^31")
-    return ids.astype(np.int32)
+        raise TraceError(f"{place}: topk_ids and topk_probs must both have shape [{rows}, k]")
+    if not is_ids(ids.reshape(-1)):
+        raise TraceError(f"{place}: field 'topk_ids' must be token ids, not {kind(ids.reshape(-1))}")
+    return ids.astype(np.int32), probs

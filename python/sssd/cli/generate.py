@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sssd import SssdError
-from sssd.cli.arguments import at_least
+from sssd._core import Datastore
+from sssd.cli.arguments import add_any_tokenizer_argument, at_least, open_datastore
 from sssd.errors import InvalidArgumentError
 
 
@@ -40,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="weight dtype, e.g. float32 or bfloat16 (default: the folder's)"
     )
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
+    parser.add_argument(
+        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file; repeatable"
+    )
+    add_any_tokenizer_argument(parser)
     add_generation_arguments(parser)
 
 
@@ -83,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_new_tokens,
         arguments.max_nodes,
         arguments.compare,
+        open_datastore(arguments.datastore, tokenizer, arguments.any_tokenizer),
     )
     console = Console()
     console.print(outcome.text())
@@ -148,6 +154,7 @@ def decode(
     max_new_tokens: int,
     max_nodes: int | None,
     compare: bool,
+    datastore: Datastore | None = None,
 ) -> Outcome:
     """Decodes one prompt greedily with drafts and, if asked, first with ``model.generate`` alone."""
     from sssd import hf
@@ -173,7 +180,15 @@ def decode(
         output, plain_seconds = _timed(lambda: model.generate(**inputs, **options))
         plain_tokens = output[0, start:].tolist()
     result, seconds = _timed(
-        lambda: hf.generate(model, **inputs, **options, max_nodes=max_nodes, return_dict_in_generate=True)
+        lambda: hf.generate(
+            model,
+            **inputs,
+            **options,
+            max_nodes=max_nodes,
+            datastore=datastore,
+            check_tokenizer=False,  # by whoever opened it
+            return_dict_in_generate=True,
+        )
     )
     tokens = result.sequences[0, start:].tolist()
     return Outcome(

@@ -1,11 +1,14 @@
 """What several commands show: tables on stdout, progress on stderr."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from sssd.reading.options import ReadReport
 
 
 def show(table: Any) -> None:
@@ -17,6 +20,13 @@ def show(table: Any) -> None:
     console.print(table, soft_wrap=True)
 
 
+def notes(report: "ReadReport") -> None:
+    """Says on stderr what reading left out, skipped or changed."""
+    console = Console(stderr=True)
+    for line in report.notes():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def status(console: Console, text: str) -> Any:
     """A spinner beside a text that goes when it is done; the text alone where nothing can spin."""
     if not console.is_terminal:
@@ -24,7 +34,8 @@ def status(console: Console, text: str) -> Any:
     return console.status(text)
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr that goes when it is done."""
+def progress_bar(*, quiet: bool = False) -> Progress:
+    """A bar on stderr that goes when it is done; none if ``quiet``, or where it would not go away."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from sssd.cli.build import load_tokenizer
-from sssd.datastore import Datastore
+from sssd.cli.arguments import add_any_tokenizer_argument, open_datastore
 from sssd.errors import InvalidArgumentError
+from sssd.reading.tokenizer import load_tokenizer
 
 _SHOWN_LENGTHS = 16
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer.json or its folder; also decodes what is shown"
     )
+    add_any_tokenizer_argument(parser)
     parser.add_argument(
         "--samples", type=int, default=1000, metavar="N", help="occurrences that the tree counts"
     )
@@ -37,23 +38,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the occurrences of each suffix of the query, and what follows the longest that occurs."""
-    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
+    tokenizer = load_tokenizer(arguments.tokenizer, "none") if arguments.tokenizer else None
     ids = arguments.ids
     if arguments.text is not None:
         if tokenizer is None:
             raise InvalidArgumentError("--text needs --tokenizer")
-        ids = tokenizer.encode(arguments.text, add_special_tokens=False).ids
+        try:
+            arguments.text.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgumentError("--text is not UTF-8") from None
+        ids = tokenizer.encode(arguments.text)
     if not ids:
         raise InvalidArgumentError("the query has no tokens")
 
     def show(tokens: list[int]) -> str:
         shown = " ".join(map(str, tokens))
         if tokenizer:
-            shown += f"  {tokenizer.decode(tokens, skip_special_tokens=False)!r}"
+            shown += f"  {tokenizer.decode(tokens)!r}"
         return str(escape(shown))
 
     console = Console()
-    with Datastore.open(arguments.files) as store:
+    if arguments.text is not None:
+        console.print(f"{len(ids)} tokens: {' '.join(map(str, ids))}", highlight=False, soft_wrap=True)
+    store = open_datastore(arguments.files, tokenizer, arguments.any_tokenizer)
+    assert store is not None
+    with store:
         suffixes = [ids[-length:] for length in range(min(len(ids), _SHOWN_LENGTHS), 0, -1)]
         counts = [store.count(suffix) for suffix in suffixes]
         table = Table("length", "occurrences", "tokens")

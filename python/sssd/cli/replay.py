@@ -8,9 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from sssd import SOURCES, Datastore, Drafter
-from sssd.cli.arguments import add_trace_arguments, budgets, tokenizer
+from sssd.cli.arguments import add_trace_arguments, budgets, open_datastore
 from sssd.cli.output import progress_bar, show
-from sssd.replay import Replay, read_trace, trace_name
+from sssd.cli.traces import Traces
+from sssd.replay import Replay
 
 PRIVATE_SOFT_BYTES = 1 << 20
 """Room for one request's distributions, where every request has a drafter of its own."""
@@ -39,15 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Replays each trace at each budget and prints a table."""
-    tokenize = tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    datastore = Datastore.open(arguments.datastore) if arguments.datastore else None
+    traces = Traces(arguments)
+    datastore = open_datastore(arguments.datastore, traces.tokenizer, arguments.any_tokenizer)
     rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        for path in arguments.traces:
-            requests = list(read_trace(path, tokenize))
+    with progress_bar(quiet=arguments.quiet) as progress:
+        for name, requests in traces:
             if arguments.no_feedback:
                 requests = [replace(request, topk_ids=None, topk_probs=None) for request in requests]
-            task = progress.add_task(trace_name(path), total=len(requests) * len(arguments.budgets))
+            task = progress.add_task(name, total=len(requests) * len(arguments.budgets))
             for budget in arguments.budgets:
                 replay = Replay(budget)
                 live = arguments.share == "live"
@@ -57,8 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
                         drafter = _drafter(arguments.end_token_id, datastore, live)
                     replay.run(drafter, request)
                     progress.advance(task)
-                rows.append(replay.row(trace_name(path)))
+                rows.append(replay.row(name))
             progress.remove_task(task)
+    traces.end()
     tables = [_table(rows), _sources(rows)]
     if arguments.reliability:
         tables.append(_reliability(rows))

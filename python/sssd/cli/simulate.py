@@ -9,13 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sssd import Datastore
-from sssd.cli.arguments import add_trace_arguments, tokenizer
+from sssd.cli.arguments import add_trace_arguments, open_datastore
 from sssd.cli.output import progress_bar, show
 from sssd.cli.replay import PRIVATE_SOFT_BYTES
+from sssd.cli.traces import Traces
 from sssd.hardware import CostCurve
 from sssd.hardware.simulate import FIXED_RULES, RULES, compare, sequences, simulate_rules
-from sssd.replay import read_trace, trace_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Simulates every rule on each trace and prints a table for each batch size."""
     curve = CostCurve.load(arguments.cost)
-    tokenize = tokenizer(arguments.tokenizer) if arguments.tokenizer else None
-    datastore = Datastore.open(arguments.datastore) if arguments.datastore else None
+    traces = Traces(arguments)
+    datastore = open_datastore(arguments.datastore, traces.tokenizer, arguments.any_tokenizer)
     begin = sequences(
         end_token_ids=arguments.end_token_id,
         datastore=datastore,
@@ -49,15 +48,14 @@ def run(arguments: argparse.Namespace) -> None:
         soft_bytes=PRIVATE_SOFT_BYTES,
     )
     rows: list[dict[str, Any]] = []
-    with progress_bar() as progress:
-        task = progress.add_task("", total=len(arguments.traces) * len(arguments.batch) * len(RULES))
-        for path in arguments.traces:
-            name = trace_name(path)
+    with progress_bar(quiet=arguments.quiet) as progress:
+        task = progress.add_task("", total=len(traces.inputs) * len(arguments.batch) * len(RULES))
+        for name, requests in traces:
             progress.update(task, description=name)
-            requests = list(read_trace(path, tokenize))
             rows += simulate_rules(
                 name, requests, curve, arguments.batch, begin, lambda: progress.advance(task)
             )
+    traces.end()
     kind = "measured" if curve.source == "measured" else f"{curve.source}, not measured"
     Console().print(
         f"{curve.model} on {curve.device} ({kind}): speed-up over autoregressive decoding", soft_wrap=True

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from sssd._core import DraftBatch, Drafter, DraftTree, Pace, Sequence, SizingRule
+from sssd._core import Datastore, DraftBatch, Drafter, DraftTree, Pace, Sequence, SizingRule
 from sssd.errors import BatchError
 from sssd.hf.choices import BatchSampler, choices, most_probable, top_k
 from sssd.hf.contract import Call, cache_argument, must_stand_in_place, position_limit
@@ -124,10 +124,12 @@ class Decoder:
         self.rows = [Row(i, prompts[i], last[i], ids[i : i + 1]) for i in range(self.batch)]
         self.active = list(self.rows)
 
-    def begin(self, drafter: Any, stack: ExitStack) -> None:
+    def begin(self, drafter: Any, stack: ExitStack, datastore: Datastore | None = None) -> None:
         """Opens one drafting sequence per row."""
         if drafter is None:
-            drafter = Drafter(vocab_size=self.vocab_size, end_token_ids=sorted(self.end_ids))
+            drafter = Drafter(
+                vocab_size=self.vocab_size, end_token_ids=sorted(self.end_ids), datastore=datastore
+            )
         for row in self.rows:
             # drafters of other kinds need not know of lengths
             bound = {}

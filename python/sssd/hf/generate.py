@@ -12,6 +12,7 @@ from sssd._core import SizingRule
 from sssd.errors import InvalidArgumentError, UnsupportedModelError
 from sssd.hardware.curve import CostCurve
 from sssd.hf.contract import Call, LoopSignature, cache_argument, warn_once, why_not
+from sssd.hf.corpus import open_datastore
 from sssd.hf.decoder import Decoder
 from sssd.hf.profile import rule_of
 
@@ -56,6 +57,8 @@ class _Options:
     cost: CostCurve | None
     fast_path: bool
     on_unsupported: str
+    datastore: Any
+    check_tokenizer: bool
 
     def __post_init__(self) -> None:
         nodes, cost = self.max_nodes, self.cost
@@ -65,6 +68,8 @@ class _Options:
             raise InvalidArgumentError(f"cost must be a sssd.hardware.CostCurve, not {type(cost).__name__}")
         if cost is not None and nodes is not None:
             raise InvalidArgumentError("give max_nodes or cost, not both")
+        if self.drafter is not None and self.datastore is not None:
+            raise InvalidArgumentError("give drafter or datastore, not both; a drafter can hold a datastore")
         if self.on_unsupported not in ("fallback", "raise"):
             raise InvalidArgumentError(
                 f"on_unsupported must be 'fallback' or 'raise', not {self.on_unsupported!r}"
@@ -80,6 +85,8 @@ def generate(
     cost: CostCurve | None = None,
     fast_path: bool = True,
     on_unsupported: Literal["fallback", "raise"] = "fallback",
+    datastore: Any = None,
+    check_tokenizer: bool = True,
     generation_config: Any = None,
     logits_processor: Any = None,
     stopping_criteria: Any = None,
@@ -117,6 +124,10 @@ def generate(
         fast_path: Whether verify passes of known models may run on sssd's own code (``sssd.hf.fast``), which
             on a CPU holds a second, reordered copy of the weights.
         on_unsupported: ``"fallback"`` decodes what cannot be verified plainly, ``"raise"`` refuses it.
+        datastore: A corpus to match as well, for a new drafter: a path, several paths, or an open
+            ``sssd.Datastore``. Not together with ``drafter``.
+        check_tokenizer: Whether ``datastore`` must have been built with the model's tokenizer: ``tokenizer``,
+            if given, or the tokenizer.json beside the model. Without either, nothing is compared.
         generation_config: As in ``model.generate``.
         logits_processor: As in ``model.generate``. Called on the walk only, with each token's own prefix.
         stopping_criteria: As in ``model.generate``. Evaluated after every token; nothing follows a stop.
@@ -129,10 +140,12 @@ def generate(
 
     Raises:
         InvalidArgumentError: ``max_nodes`` is not an integer >= 0, ``cost`` is no cost curve, both are given,
-            or ``on_unsupported`` is none of the two.
+            ``on_unsupported`` is none of the two, or ``drafter`` comes with ``datastore``.
+        VocabularyMismatchError: ``datastore`` holds another tokenizer's tokens.
+        OSError, DatastoreError: ``datastore`` cannot be opened.
         UnsupportedModelError: The call cannot be verified and ``on_unsupported`` is ``"raise"``.
     """
-    options = _Options(drafter, max_nodes, cost, fast_path, on_unsupported)
+    options = _Options(drafter, max_nodes, cost, fast_path, on_unsupported, datastore, check_tokenizer)
     if hasattr(generation_config, "_eos_token_tensor"):  # transformers calls, everything is prepared
         return _decode(
             model,
@@ -236,7 +249,11 @@ def _decode_with_drafts(call: Call, options: _Options) -> Any:
             rule = SizingRule(options.cost)
         elif options.max_nodes is None:
             rule = rule_of(call.model, decoder.passes)
-        decoder.begin(options.drafter, stack)
+        store = options.datastore
+        if store is not None:
+            given = call.mode_inputs.get("tokenizer")
+            store = open_datastore(store, call.model, given, check_tokenizer=options.check_tokenizer)
+        decoder.begin(options.drafter, stack, store)
         decoder.run(options.max_nodes, rule)
         sequences, fields = decoder.result()
     if not call.config.return_dict_in_generate:

@@ -19,7 +19,7 @@ mod tree;
 
 pub use index::Lookahead;
 pub use logits::top_k;
-pub use memory::{MemoryFull, MemoryPool, Reservation, make_room};
+pub use memory::{MemoryFull, MemoryPool, Reservation, make_room, room_for_a_thread};
 pub use namespace::{Common, Namespace};
 pub use pass::{FlatTrees, MAX_WIDTH, PassBlock, PassError, Shape};
 pub use predictor::inputs::Limits;

@@ -56,6 +56,16 @@ pub fn push<T>(items: &mut Vec<T>, item: T) {
     items.push(item);
 }
 
+/// Whether there is memory to start a thread: one that finds its stack but no room for its thread-local data ends the
+/// process.
+pub fn room_for_a_thread() -> bool {
+    let mut room = Vec::<u8>::new();
+    let found = room.try_reserve_exact(8 << 20).is_ok();
+    // or the compiler would leave it out
+    std::hint::black_box(&mut room);
+    found
+}
+
 /// Unwinds with [`MemoryFull`].
 #[cold]
 pub fn give_up(wanted: usize) -> ! {

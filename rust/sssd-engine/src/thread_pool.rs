@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use sssd_core::room_for_a_thread;
+
 use crate::gate;
 use crate::request::Request;
 use crate::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
@@ -102,6 +104,9 @@ impl<S: Shared> ThreadPool<S> {
 
 /// A thread that ends when the pool does; nothing if the system has none to spare.
 fn start<S: Shared>(number: usize) -> Option<SyncSender<Job<S>>> {
+    if !room_for_a_thread() {
+        return None;
+    }
     let (sender, receiver) = sync_channel(QUEUE);
     let thread = thread::Builder::new().name(format!("sssd-{number}"));
     thread.spawn(move || work(&receiver)).ok().map(|_| sender)

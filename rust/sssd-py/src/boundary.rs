@@ -4,7 +4,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use pyo3::exceptions::{PyKeyboardInterrupt, PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
-use sssd_core::{MAX_NODES, MemoryFull};
+use sssd_core::{MAX_NODES, MemoryFull, room_for_a_thread};
 use sssd_engine::{Interrupted, Request, RequestError, gate};
 
 use crate::errors::error;
@@ -132,51 +132,63 @@ pub fn call_cancelled<T: Send + 'static>(
     cancelled: Arc<AtomicBool>,
     work: impl FnOnce(Interrupted) -> T + Send + 'static,
 ) -> PyResult<T> {
-    let (sender, receiver) = sync_channel(1);
     let flag = Arc::clone(&cancelled);
-    let run = move || {
-        let pass = gate::enter();
-        let done = catch_unwind(AssertUnwindSafe(|| work(&|| flag.load(Ordering::Relaxed))));
-        drop(pass);
-        let _ = sender.send(done);
-    };
-    let (run, receiver) = (Arc::new(Mutex::new(Some(run))), Mutex::new(receiver));
-    let take = |run: &Mutex<Option<_>>| run.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let theirs = Arc::clone(&run);
-    let started = thread::Builder::new().name("sssd-call".into()).spawn(move || {
-        if let Some(run) = take(&theirs) {
-            run();
-        }
-    });
-    if started.is_err()
-        && let Some(run) = take(&run)
-    {
-        // no thread is to be had: signals wait
-        py.detach(run);
-    }
+    let mut running = Running::start(py, move || {
+        let _pass = gate::enter();
+        work(&|| flag.load(Ordering::Relaxed))
+    })?;
     let mut ended: Option<(PyErr, Instant)> = None;
     loop {
-        let received =
-            py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(TICK));
-        match (received, ended) {
-            (Ok(_), Some((signal, _))) | (Err(RecvTimeoutError::Disconnected), Some((signal, _))) => {
-                return Err(signal);
-            }
-            (Ok(done), None) => return done.map_err(|panic| panicked(py, &*panic)),
-            (Err(RecvTimeoutError::Disconnected), None) => {
-                return Err(error(py, "InternalError", "a thread was lost, please report it"));
-            }
-            (Err(RecvTimeoutError::Timeout), Some((signal, since))) => {
-                if since.elapsed() > GRACE {
-                    return Err(signal);
-                }
-                ended = Some((signal, since));
-            }
-            (Err(RecvTimeoutError::Timeout), None) => {
+        match (running.wait(py)?, ended) {
+            (Some(_), Some((signal, _))) => return Err(signal),
+            (Some(done), None) => return Ok(done),
+            (None, Some((signal, since))) if since.elapsed() > GRACE => return Err(signal),
+            (None, Some(waiting)) => ended = Some(waiting),
+            (None, None) => {
                 ended = py.check_signals().err().map(|signal| (signal, Instant::now()));
                 cancelled.store(ended.is_some(), Ordering::Relaxed);
             }
         }
+    }
+}
+
+/// Work on another thread, and where its result comes to.
+pub struct Running<T>(Receiver<thread::Result<T>>);
+
+impl<T: Send + 'static> Running<T> {
+    /// Where no thread is to be had, the work is done when this returns.
+    pub fn start(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> PyResult<Self> {
+        let (sender, receiver) = sync_channel(1);
+        // a thread that does not start would take the work with it
+        let work = Arc::new(Mutex::new(Some(move || {
+            let done = catch_unwind(AssertUnwindSafe(work));
+            let _ = sender.send(done); // nobody may listen after Ctrl-C
+        })));
+        let theirs = Arc::clone(&work);
+        let thread = thread::Builder::new().name("sssd-call".into());
+        if !room_for_a_thread() || thread.spawn(move || run(&theirs)).is_err() {
+            py.detach(|| run(&work));
+        }
+        Ok(Self(receiver))
+    }
+
+    /// Waits a moment for it.
+    pub fn wait(&mut self, py: Python<'_>) -> PyResult<Option<T>> {
+        let receiver = &mut self.0;
+        match py.detach(move || receiver.recv_timeout(TICK)) {
+            Ok(done) => done.map(Some).map_err(|panic| panicked(py, &*panic)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(error(py, "InternalError", "the work stopped without a result; please report it"))
+            }
+        }
+    }
+}
+
+fn run(work: &Mutex<Option<impl FnOnce()>>) {
+    let work = work.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(work) = work {
+        work();
     }
 }
 

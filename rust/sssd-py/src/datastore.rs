@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
@@ -14,15 +13,12 @@ use pyo3::types::{PyBytes, PyList, PyRange, PySlice, PyTuple};
 use sssd_core::{Corpus, Token};
 use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
-    room_for_a_thread,
 };
 
-use crate::boundary::enter;
+use crate::boundary::{Running, enter};
 use crate::errors::error;
 use crate::tokens::{int32, tokens_into};
 
-/// How often long work looks for Ctrl-C, and a build reports its progress.
-const POLL: Duration = Duration::from_millis(50);
 /// Token ids read from Python, and arrays given to it, between two moments in which other threads can run.
 const PIECE: usize = 1 << 15;
 /// Work on fewer tokens is done at once.
@@ -432,44 +428,6 @@ fn watched<T: Send + 'static>(
             interrupted = py.check_signals();
             if interrupted.is_err() {
                 watch.cancel();
-            }
-        }
-    }
-}
-
-fn run(work: &Mutex<Option<impl FnOnce()>>) {
-    let work = work.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(work) = work {
-        work();
-    }
-}
-
-/// The result of work on another thread.
-struct Running<T>(Receiver<T>);
-
-impl<T: Send + 'static> Running<T> {
-    /// Where no thread is to be had, the work is done when this returns.
-    fn start(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> PyResult<Self> {
-        let (sender, receiver) = sync_channel(1);
-        // a thread that does not start would take the work with it
-        let work = Arc::new(Mutex::new(Some(move || {
-            let _ = sender.send(work()); // nobody may listen after Ctrl-C
-        })));
-        let theirs = Arc::clone(&work);
-        if !room_for_a_thread() || thread::Builder::new().spawn(move || run(&theirs)).is_err() {
-            enter(py, true, || run(&work))?;
-        }
-        Ok(Self(receiver))
-    }
-
-    /// Waits a moment for it.
-    fn wait(&mut self, py: Python<'_>) -> PyResult<Option<T>> {
-        let receiver = &mut self.0;
-        match py.detach(move || receiver.recv_timeout(POLL)) {
-            Ok(result) => Ok(Some(result)),
-            Err(RecvTimeoutError::Timeout) => Ok(None),
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(error(py, "InternalError", "the work stopped without a result; please report it"))
             }
         }
     }

@@ -6,7 +6,7 @@ use std::thread;
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Limits, Model, Sequence, Token};
+use sssd_core::{Limits, Model, Sequence, Token, room_for_a_thread};
 use sssd_engine::{Engine, Request, gate};
 
 use crate::boundary::{
@@ -387,6 +387,9 @@ impl Drop for PySequence {
             && matches!(self.request.try_with(long), Ok(Ok(true)) | Err(_))
         {
             let request = Arc::clone(&self.request);
+            if !room_for_a_thread() {
+                return;
+            }
             let freed = thread::Builder::new().name("sssd-free".into()).spawn(move || {
                 let _pass = gate::enter();
                 request.close();

@@ -218,9 +218,3 @@ impl Deref for Bytes {
         }
     }
 }
-
-/// Whether there is memory to start a thread: one that finds its stack but no room for its thread-local data ends the
-/// process.
-pub fn room_for_a_thread() -> bool {
-    MmapMut::map_anon(8 << 20).is_ok()
-}

@@ -18,7 +18,7 @@ mod segment;
 mod tests;
 
 pub use builder::{BuildOptions, BuildSummary, Builder};
-pub use bytes::{Load, room_for_a_thread};
+pub use bytes::Load;
 pub use datastore::{Datastore, FileInfo};
 pub use error::{Error, Result};
 pub use format::VERSION;

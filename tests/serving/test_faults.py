@@ -1,5 +1,6 @@
-"""Every system call of saving and loading fails once, with several errors, and the process is killed before each."""
+"""Every system call of saving and loading fails once, with several errors, or the process is killed there."""
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -16,9 +17,8 @@ import pytest
 FILE = "drafter.sssd-state"
 MARK = 54321
 KILL = 0
-NAMES = {0: "read", 1: "write", 3: "close", 74: "fsync", 75: "fsync", 83: "mkdir", 257: "open", 332: "stat"} | (
-    dict.fromkeys((82, 264, 316), "rename")
-)
+NAMES = {0: "read", 1: "write", 3: "close", 74: "fsync", 75: "fsync", 83: "mkdir", 257: "open", 332: "stat"}
+NAMES |= dict.fromkeys((82, 264, 316), "rename")
 ERRORS = {
     "EIO": errno.EIO,
     "ENOSPC": errno.ENOSPC,
@@ -86,10 +86,8 @@ class Faults:
         return (json.loads(told)[0] if told else "killed"), calls
 
     def mark(self):
-        try:
+        with contextlib.suppress(OSError):
             os.close(MARK)
-        except OSError:
-            pass
 
     def tokens(self, folder):
         return self.loaded(folder, threads=1).live_tokens if (folder / FILE).exists() else 0
@@ -113,7 +111,7 @@ class Faults:
                         continue
                     faults += 1
                     if calls[at][0] == "stat" and told == errno.EEXIST:
-                        # where std cannot look whether what is in the way is a folder, it says what is in the way
+                        # where std cannot look whether it is a folder that is in the way, it says what is in the way
                         told = error
                     if problem := self.wrong(case, folder, told, error):
                         self.problems.append(f"{case}, {name} at call {at} {calls[at]}: {problem}")
@@ -194,4 +192,4 @@ def test_the_file_is_synced_before_it_is_renamed_and_the_folder_after(results):
 if __name__ == "__main__":
     faults = Faults(*sys.argv[1:])
     cases = {case: faults.run(case) for case in CASES}
-    print(json.dumps({"cases": cases, "problems": faults.problems}))
+    json.dump({"cases": cases, "problems": faults.problems}, sys.stdout)

@@ -111,7 +111,7 @@ class Faults:
                         continue
                     faults += 1
                     if calls[at][0] == "stat" and told == errno.EEXIST:
-                        # where std cannot look whether it is a folder that is in the way, it says what is in the way
+                        # std says what is in the way if it cannot see whether that is a folder
                         told = error
                     if problem := self.wrong(case, folder, told, error):
                         self.problems.append(f"{case}, {name} at call {at} {calls[at]}: {problem}")

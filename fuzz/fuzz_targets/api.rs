@@ -102,7 +102,9 @@ fn rows(tokens: &[Token]) -> (Vec<Token>, Vec<f32>) {
 }
 
 fn begin(engine: &Engine, operation: &Operation) -> Option<Arc<Request>> {
-    let Operation::Begin { name, prompt, prediction, max_length, background } = operation else { return None };
+    let Operation::Begin { name, prompt, prediction, max_length, background } = operation else {
+        return None;
+    };
     let name = NAMES[usize::from(*name) % NAMES.len()];
     let (prompt, prediction) = (prompt.tokens(), prediction.tokens());
     let max_length = max_length.map(usize::from);
@@ -120,7 +122,8 @@ fn act(engine: &Engine, requests: &mut Vec<Arc<Request>>, operation: &Operation)
             let Some(request) = of(*which) else { return };
             let tokens = tokens.tokens();
             let (ids, probs) = rows(&tokens);
-            let _ = engine.extend(&request, &tokens, feedback.then_some(TopK { k: 2, ids: &ids, probs: &probs }));
+            let _ =
+                engine.extend(&request, &tokens, feedback.then_some(TopK { k: 2, ids: &ids, probs: &probs }));
         }
         Operation::Follow { which, nodes } => {
             let Some(request) = of(*which) else { return };

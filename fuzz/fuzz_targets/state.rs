@@ -71,7 +71,8 @@ fn payload(data: &[u8], good: &Good) -> Option<Vec<u8>> {
     let mut payload = good.payload.clone();
     for change in rest.chunks_exact(11) {
         let place = u32::from_le_bytes([change[0], change[1], change[2], 0]) as usize;
-        let at = if kind % 4 > 0 { good.places[place % good.places.len()] } else { place % (payload.len() - 7) };
+        let at =
+            if kind % 4 > 0 { good.places[place % good.places.len()] } else { place % (payload.len() - 7) };
         payload[at..at + 8].copy_from_slice(&change[3..]);
     }
     Some(payload)

@@ -107,8 +107,12 @@ fuzz_target!(|data: &[u8]| -> Keep {
     let Ok(store) = Datastore::from_bytes("fuzzed", bytes) else { return Keep::Keep };
     ask(&store);
     let vocab = store.vocab_size();
-    let options =
-        Options { vocab_size: Some(vocab), store: Some(Arc::new(store)), max_bytes: MAX_BYTES, ..Options::default() };
+    let options = Options {
+        vocab_size: Some(vocab),
+        store: Some(Arc::new(store)),
+        max_bytes: MAX_BYTES,
+        ..Options::default()
+    };
     let engine = Engine::new(options).unwrap();
     use_namespace(&engine, "", &[0, 1, 3, 8, 0, 1, 3].map(|token| token % vocab));
     check_memory(&engine);

@@ -716,8 +716,12 @@ def ask(folder: Path, tests: list[str]) -> str:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     else:
         command = ["cargo", "test", "--locked", "-p", *tests[0].split()]
-    environment = os.environ | {"PYTHONPATH": str(folder / "python"), "CARGO_PROFILE_DEV_DEBUG": "0"}
-    environment["CARGO_TARGET_DIR"] = str(folder / "target")
+    environment = os.environ | {
+        "PYTHONPATH": str(folder / "python"),
+        "CARGO_PROFILE_DEV_DEBUG": "0",
+        "CARGO_TARGET_DIR": str(folder / "target"),
+        "SSSD_FUZZ_FILES": "3000",
+    }
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -8,9 +8,10 @@
 //! Forks share what they have in common: an immutable *base*, and on top of it each one's own positions and the
 //! heads that differ from the base's.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use crate::memory::{MemoryFull, Reservation};
+use crate::memory::{MemoryFull, Reservation, try_clone, try_reserve};
 use crate::{MAX_TOKEN, Token};
 
 /// The context lengths that have a chain of their own.
@@ -65,7 +66,7 @@ const AHEAD: u32 = 64;
 const AHEAD_BESIDE_LONGER: u32 = 24;
 
 /// Positions with their chains, and the newest position of each context.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct Layer {
     links: Vec<Links>,
     /// For each position and further length, the previous position on the chain or `NONE`.
@@ -75,17 +76,18 @@ struct Layer {
 }
 
 impl Index {
-    pub fn with_capacity(tokens: usize) -> Self {
-        let (links, far) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
-        let own = Layer { links, far, ..Layer::default() };
-        Self { tokens: Vec::with_capacity(tokens), own, ..Self::default() }
+    /// Indexes tokens that nobody has reserved memory for.
+    pub fn append(&mut self, tokens: &[Token]) -> Result<(), MemoryFull> {
+        self.reserve(tokens.len())?;
+        tokens.iter().for_each(|&token| self.push(token));
+        Ok(())
     }
 
     pub fn tokens(&self) -> &[Token] {
         &self.tokens
     }
 
-    /// Indexes one more token. The caller keeps the length below `NONE`.
+    /// Indexes one more token, for which memory was reserved. The caller keeps the length below `NONE`.
     pub fn push(&mut self, token: Token) {
         let position = self.tokens.len() as u32;
         // placeholders are told apart by their places, so that no search finds one by another
@@ -101,7 +103,7 @@ impl Index {
         self.own.push(token, links);
     }
 
-    /// Forgets the newest tokens, down to `len` of them. Above a base it takes memory: see `reserve`.
+    /// Forgets the newest tokens, down to `len` of them. Above a base it takes memory: see `reserve_pops`.
     pub fn truncate(&mut self, len: usize) {
         while self.tokens.len() > len {
             self.pop();
@@ -138,10 +140,10 @@ impl Index {
             self.share(reservation)?;
         }
         Ok(Self {
-            tokens: self.tokens.clone(),
+            tokens: try_clone(&self.tokens)?,
             base: self.base.clone(),
             kept: self.kept,
-            own: self.own.clone(),
+            own: self.own.try_clone()?,
         })
     }
 
@@ -154,7 +156,9 @@ impl Index {
             Some(base) => {
                 // both are there for a moment
                 paid.try_resize(base.layer.memory_bytes() + 2 * self.own.memory_bytes())?;
-                base.layer.clone().overlaid(self.kept, std::mem::take(&mut self.own))
+                let mut layer = base.layer.try_clone()?;
+                layer.overlay(self.kept, &mut self.own)?;
+                layer
             }
         };
         if self.base.is_none() {
@@ -166,13 +170,14 @@ impl Index {
         Ok(())
     }
 
-    /// Takes the base back once no fork shares it any more.
+    /// Takes the base back once no fork shares it any more, if there is memory for both at once.
     pub fn reclaim(&mut self, reservation: &mut Reservation) {
-        if self.base.as_mut().is_some_and(|base| Arc::get_mut(base).is_some())
+        if let Some(base) = self.base.as_mut().and_then(Arc::get_mut)
+            && base.layer.overlay(self.kept, &mut self.own).is_ok()
             && let Some(base) = self.base.take().and_then(Arc::into_inner)
         {
             let Base { layer, reservation: paid } = base;
-            self.own = layer.overlaid(self.kept, std::mem::take(&mut self.own));
+            self.own = layer;
             self.kept = 0;
             reservation.merge(paid);
         }
@@ -192,33 +197,34 @@ impl Index {
     /// Bytes held for this index alone after `count` tokens have been forgotten, at most. What is forgotten below
     /// a base takes memory.
     pub fn bytes_after_pops(&self, count: usize) -> usize {
-        let more = if self.base.is_some() { count } else { 0 };
-        self.bytes_with(0) + self.heads_bytes(more) - self.heads_bytes(0)
+        self.bytes_with(0) + self.heads_bytes(self.below_base(count)) - self.heads_bytes(0)
     }
 
     fn heads_bytes(&self, more: usize) -> usize {
-        let bytes = |heads: &Heads| {
-            let mut slots = heads.slots.len();
-            while !heads.fits(slots, more) {
-                slots = Heads::more(slots);
-            }
-            slots * size_of::<Slot>()
-        };
-        self.own.heads.iter().map(bytes).sum()
+        self.own.heads.iter().map(|heads| heads.slots_with(more) * size_of::<Slot>()).sum()
     }
 
     /// Takes the memory for `tokens` more tokens, whatever they are.
-    pub fn reserve(&mut self, tokens: usize) {
+    pub fn reserve(&mut self, tokens: usize) -> Result<(), MemoryFull> {
         let room = |capacity, len| grown(capacity, len, tokens) - len;
         let (held, links) = (self.tokens.len(), self.own.links.len());
-        self.tokens.reserve_exact(room(self.tokens.capacity(), held));
-        self.own.links.reserve_exact(room(self.own.links.capacity(), links));
-        self.own.far.reserve_exact(room(self.own.far.capacity(), links));
-        for heads in &mut self.own.heads {
-            while !heads.fits(heads.slots.len(), tokens) {
-                heads.grow();
-            }
-        }
+        let tokens_room = room(self.tokens.capacity(), held);
+        try_reserve(&mut self.tokens, tokens_room)?;
+        let links_room = room(self.own.links.capacity(), links);
+        try_reserve(&mut self.own.links, links_room)?;
+        let far_room = room(self.own.far.capacity(), links);
+        try_reserve(&mut self.own.far, far_room)?;
+        self.own.reserve_heads(tokens)
+    }
+
+    /// Takes the memory for forgetting `count` tokens.
+    pub fn reserve_pops(&mut self, count: usize) -> Result<(), MemoryFull> {
+        self.own.reserve_heads(self.below_base(count))
+    }
+
+    /// How many of the newest `count` tokens are the base's. The heads of the others are this index's own already.
+    fn below_base(&self, count: usize) -> usize {
+        count.saturating_sub(self.own.links.len())
     }
 
     /// Bytes held for this index alone after `reserve(tokens)`.
@@ -259,7 +265,7 @@ impl Index {
             let (hashes, known) = hashes(&tail[..end]);
             for layer in std::iter::once(&self.own).chain(self.base.iter().map(|base| &base.layer)) {
                 for (heads, &hash) in layer.heads.iter().zip(&hashes[..known]) {
-                    let slot = heads.slots.get(Heads::home(hash) & heads.slots.len().wrapping_sub(1));
+                    let slot = heads.slots.get(heads.home(hash));
                     lookahead.seen ^= slot.map_or(0, |slot| slot.position);
                 }
             }
@@ -327,8 +333,8 @@ impl Index {
 
     /// Compares everything with an index made anew.
     pub fn check(&self) -> Result<(), String> {
-        let mut fresh = Self::with_capacity(self.tokens.len());
-        self.tokens.iter().for_each(|&token| fresh.push(token));
+        let mut fresh = Self::default();
+        fresh.append(&self.tokens).map_err(|full| full.to_string())?;
         if self.kept + self.own.links.len() != self.tokens.len() {
             return Err(format!("{} + {} links", self.kept, self.own.links.len()));
         }
@@ -388,8 +394,16 @@ impl Layer {
         self.heads.iter().map(|heads| heads.used).fold(self.links.len(), usize::max)
     }
 
-    /// This layer cut to `kept` positions, with `above` on top of it.
-    fn overlaid(mut self, kept: usize, above: Self) -> Self {
+    /// Cuts this layer to `kept` positions and puts on top of it what is `above`, which is then empty. If there is no
+    /// memory for it, nothing changes.
+    fn overlay(&mut self, kept: usize, above: &mut Self) -> Result<(), MemoryFull> {
+        let more = (kept + above.links.len()).saturating_sub(self.links.len());
+        try_reserve(&mut self.links, more)?;
+        try_reserve(&mut self.far, more)?;
+        for (heads, above) in self.heads.iter_mut().zip(&above.heads) {
+            heads.reserve(above.used)?;
+        }
+        let above = std::mem::take(above);
         self.links.truncate(kept);
         self.links.extend(above.links);
         self.far.truncate(kept);
@@ -403,7 +417,20 @@ impl Layer {
                 }
             }
         }
-        self
+        Ok(())
+    }
+
+    fn reserve_heads(&mut self, more: usize) -> Result<(), MemoryFull> {
+        self.heads.iter_mut().try_for_each(|heads| heads.reserve(more))
+    }
+
+    fn try_clone(&self) -> Result<Self, MemoryFull> {
+        let (links, far) = (try_clone(&self.links)?, try_clone(&self.far)?);
+        let mut copy = Self { links, far, ..Self::default() };
+        for (copy, heads) in copy.heads.iter_mut().zip(&self.heads) {
+            *copy = Heads { slots: try_clone(&heads.slots)?, ..*heads };
+        }
+        Ok(copy)
     }
 
     fn memory_bytes(&self) -> usize {
@@ -450,11 +477,13 @@ impl Hash {
 }
 
 /// An open-addressing table from context hash to newest position. A context is known by its hash alone: a
-/// collision merges two chains, which readers see as a match that is too short.
-#[derive(Clone, Default)]
+/// collision merges two chains, which readers see as a match that is too short. Where a hash has its slot is secret, so
+/// that no choice of tokens crowds slots together.
+#[derive(Default)]
 struct Heads {
     slots: Vec<Slot>,
     used: usize,
+    seed: Seed,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -463,6 +492,20 @@ struct Slot {
     hash: u32,
     position: u32,
 }
+
+#[derive(Clone, Copy)]
+struct Seed(u64, u64);
+
+impl Default for Seed {
+    fn default() -> Self {
+        let random = RandomState::new();
+        Self(random.hash_one(0), random.hash_one(1) | 1)
+    }
+}
+
+/// Slots that are passed on the way to one's own, at most: with ten million entries hardly ever half as many. A table
+/// where it is more changes its seed.
+const PROBES: usize = 1024;
 
 impl Heads {
     fn get(&self, hash: u32) -> Option<u32> {
@@ -474,11 +517,8 @@ impl Heads {
         self.get(hash).unwrap_or(NONE)
     }
 
-    /// Makes `position` the newest one of `hash` and returns the one before.
+    /// Makes `position` the newest one of `hash` and returns the one before. Room for it was reserved.
     fn insert(&mut self, hash: u32, position: u32) -> Option<u32> {
-        if !self.fits(self.slots.len(), 1) {
-            self.grow();
-        }
         let index = self.locate(hash);
         let slot = &mut self.slots[index];
         if slot.hash == hash {
@@ -486,6 +526,9 @@ impl Heads {
         }
         self.used += 1;
         *slot = Slot { hash, position };
+        if self.distance(hash, index) > PROBES {
+            self.reseed();
+        }
         None
     }
 
@@ -504,8 +547,7 @@ impl Heads {
             if slot.hash == 0 {
                 break;
             }
-            let home = Self::home(slot.hash) & mask;
-            if index.wrapping_sub(home) & mask >= index.wrapping_sub(vacant) & mask {
+            if self.distance(slot.hash, index) >= index.wrapping_sub(vacant) & mask {
                 self.slots[vacant] = slot;
                 vacant = index;
             }
@@ -513,24 +555,45 @@ impl Heads {
         self.slots[vacant] = Slot::default();
     }
 
-    /// Whether `slots` slots hold `more` entries and leave a quarter vacant.
-    fn fits(&self, slots: usize, more: usize) -> bool {
-        (self.used + more) * 4 <= slots * 3
+    /// Takes the memory for `more` entries.
+    fn reserve(&mut self, more: usize) -> Result<(), MemoryFull> {
+        let slots = self.slots_with(more);
+        if slots == self.slots.len() {
+            return Ok(());
+        }
+        let mut new = Vec::new();
+        try_reserve(&mut new, slots)?;
+        new.resize(slots, Slot::default());
+        let old = std::mem::replace(&mut self.slots, new);
+        self.place(old);
+        Ok(())
     }
 
-    /// The next size.
-    fn more(slots: usize) -> usize {
-        (slots * 2).max(16)
+    /// Slots that hold `more` entries and leave a quarter vacant.
+    fn slots_with(&self, more: usize) -> usize {
+        let mut slots = self.slots.len();
+        while (self.used + more) * 4 > slots * 3 {
+            slots = (slots * 2).max(16);
+        }
+        slots
     }
 
-    fn home(hash: u32) -> usize {
-        (hash >> 1) as usize
+    /// Where the way to the slot of `hash` begins. Any two hashes meet there as rarely as random numbers.
+    fn home(&self, hash: u32) -> usize {
+        let Seed(one, two) = self.seed;
+        let product = u128::from(u64::from(hash) ^ one) * u128::from(two);
+        ((product >> 64) as u64 ^ product as u64) as usize & self.slots.len().wrapping_sub(1)
+    }
+
+    /// Slots from the home of `hash` to `index`.
+    fn distance(&self, hash: u32, index: usize) -> usize {
+        index.wrapping_sub(self.home(hash)) & self.slots.len().wrapping_sub(1)
     }
 
     /// The slot of `hash`, or the vacant one where it belongs; 0 in an empty table.
     fn locate(&self, hash: u32) -> usize {
         let mask = self.slots.len().wrapping_sub(1);
-        let mut index = Self::home(hash) & mask;
+        let mut index = self.home(hash);
         while let Some(slot) = self.slots.get(index) {
             if slot.hash == hash || slot.hash == 0 {
                 return index;
@@ -540,13 +603,22 @@ impl Heads {
         0
     }
 
-    fn grow(&mut self) {
-        let slots = vec![Slot::default(); Self::more(self.slots.len())];
-        for slot in std::mem::replace(&mut self.slots, slots) {
-            if slot.hash != 0 {
-                let index = self.locate(slot.hash);
-                self.slots[index] = slot;
-            }
+    /// Gives every entry another place.
+    fn reseed(&mut self) {
+        let mut old = Vec::new();
+        // without memory the table stays as it is: right, and slow
+        if try_reserve(&mut old, self.used).is_ok() {
+            old.extend(self.slots.iter().filter(|slot| slot.hash != 0));
+            self.slots.fill(Slot::default());
+            self.seed = Seed::default();
+            self.place(old);
+        }
+    }
+
+    fn place(&mut self, entries: Vec<Slot>) {
+        for slot in entries.into_iter().filter(|slot| slot.hash != 0) {
+            let index = self.locate(slot.hash);
+            self.slots[index] = slot;
         }
     }
 
@@ -564,8 +636,8 @@ mod tests {
     proptest! {
         #[test]
         fn chains_link_equal_contexts(tokens in prop::collection::vec(0u32..4, 0..120)) {
-            let mut index = Index::with_capacity(0);
-            tokens.iter().for_each(|&token| index.push(token));
+            let mut index = Index::default();
+            index.append(&tokens).unwrap();
             prop_assert_eq!(index.tokens(), &tokens[..]);
             for (order, length) in ORDERS.into_iter().enumerate() {
                 for end in length..=tokens.len() {
@@ -582,8 +654,8 @@ mod tests {
 
         #[test]
         fn match_length_counts_backwards(tokens in prop::collection::vec(0u32..2, 1..60)) {
-            let mut index = Index::with_capacity(0);
-            tokens.iter().for_each(|&token| index.push(token));
+            let mut index = Index::default();
+            index.append(&tokens).unwrap();
             let context: Vec<_> = tokens.iter().rev().copied().collect();
             for position in 0..tokens.len() {
                 let expected = (0..=position).take_while(|&i| tokens[position - i] == context[i]).count();
@@ -606,7 +678,7 @@ mod tests {
                     0 | 1 => {
                         index.reclaim(reservation);
                         let expected = index.bytes_with(tokens.len());
-                        index.reserve(tokens.len());
+                        index.reserve(tokens.len()).unwrap();
                         prop_assert_eq!(index.memory_bytes().0, expected);
                         tokens.iter().for_each(|&token| index.push(token));
                         prop_assert_eq!(index.memory_bytes().0, expected);
@@ -614,6 +686,7 @@ mod tests {
                     }
                     2 => {
                         history.truncate(history.len().saturating_sub(tokens.len() * 2));
+                        index.reserve_pops(tokens.len() * 2).unwrap();
                         index.truncate(history.len());
                     }
                     3 => {
@@ -645,15 +718,44 @@ mod tests {
         }
     }
 
+    /// Hashes whose slots would be one beside the other by any public rule.
+    fn crowd(count: u32) -> impl Iterator<Item = u32> {
+        (0..count).map(|n| n << 13 | 1)
+    }
+
+    #[test]
+    fn no_choice_of_hashes_makes_ways_long() {
+        let mut heads = Heads::default();
+        heads.reserve(100_000).unwrap();
+        crowd(100_000).for_each(|hash| _ = heads.insert(hash, hash));
+        let ways = crowd(100_000).map(|hash| heads.distance(hash, heads.locate(hash)));
+        assert!(ways.max().unwrap() < PROBES / 2);
+    }
+
+    #[test]
+    fn a_table_whose_ways_are_long_takes_another_seed() {
+        // a seed that makes slots of what is chosen
+        let mut heads = Heads { seed: Seed(0, 1), ..Heads::default() };
+        heads.reserve(3 * PROBES as usize).unwrap();
+        let slots = heads.slots.len() as u32;
+        let hashes = || (1..=3 * PROBES as u32).map(|n| n.wrapping_mul(slots) | 1);
+        hashes().for_each(|hash| assert_eq!(heads.insert(hash, hash), None));
+        assert!(heads.seed.1 != 1);
+        hashes().for_each(|hash| assert_eq!(heads.find(hash), hash));
+        assert!(hashes().all(|hash| heads.distance(hash, heads.locate(hash)) <= PROBES));
+        hashes().for_each(|hash| heads.remove(hash));
+        assert_eq!((heads.used, heads.slots.iter().filter(|slot| slot.hash != 0).count()), (0, 0));
+    }
+
     #[test]
     fn forks_share_their_positions_and_give_them_back() {
         let mut index = Index::default();
-        (0..1000).for_each(|token| index.push(token % 7));
+        index.append(&(0..1000).map(|token| token % 7).collect::<Vec<_>>()).unwrap();
         let (alone, _) = index.memory_bytes();
         let mut reservation = Reservation::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX);
         reservation.try_resize(alone).unwrap();
         let mut forks: Vec<_> = (0..8).map(|_| index.fork(&mut reservation).unwrap()).collect();
-        forks.iter_mut().for_each(|fork| fork.push(1));
+        forks.iter_mut().for_each(|fork| fork.append(&[1]).unwrap());
         let (own, base) = forks[0].memory_bytes();
         assert!(own < 10_000 && own + base <= alone + 10_000);
         drop(forks);

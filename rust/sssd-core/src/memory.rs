@@ -5,21 +5,47 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use thiserror::Error;
 
-/// The limit would be exceeded; nothing was changed.
+/// There is no memory for what was asked; nothing was changed.
 #[derive(Clone, Copy, Debug, Error, PartialEq)]
-#[error(
-    "{wanted} more bytes would exceed the {scope} limit of {limit} bytes, of which {used} are in use; finish or \
-     close sequences, or raise the limit"
-)]
-pub struct MemoryFull {
-    /// Whose limit: `"drafter's"` or `"request's"`.
-    pub scope: &'static str,
-    /// Bytes asked for.
-    pub wanted: usize,
-    /// Bytes held.
-    pub used: usize,
-    /// Bytes allowed.
-    pub limit: usize,
+pub enum MemoryFull {
+    /// A limit would be exceeded.
+    #[error(
+        "{wanted} more bytes would exceed the {scope} limit of {limit} bytes, of which {used} are in use; finish or \
+         close sequences, or raise the limit"
+    )]
+    Limit {
+        /// Whose limit: `"drafter's"` or `"request's"`.
+        scope: &'static str,
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes held.
+        used: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// The system has none.
+    #[error(
+        "the system has no memory for {wanted} more bytes; finish or close sequences, or set max_bytes to what the \
+         process may take"
+    )]
+    System {
+        /// Bytes asked for.
+        wanted: usize,
+    },
+}
+
+/// Makes room for exactly `more` items, or says that there is none.
+pub fn try_reserve<T>(items: &mut Vec<T>, more: usize) -> Result<(), MemoryFull> {
+    let wanted = more.saturating_mul(size_of::<T>());
+    items.try_reserve_exact(more).map_err(|_| MemoryFull::System { wanted })
+}
+
+/// A copy, if there is room for it.
+pub fn try_clone<T: Copy>(items: &[T]) -> Result<Vec<T>, MemoryFull> {
+    let mut copy = Vec::new();
+    try_reserve(&mut copy, items.len())?;
+    copy.extend_from_slice(items);
+    Ok(copy)
 }
 
 /// One part in so many of a limit is kept for requests that run: new ones do not get it.
@@ -30,6 +56,8 @@ const KEPT: usize = 8;
 pub struct MemoryPool {
     limit: usize,
     used: AtomicUsize,
+    /// Of which for what requests share.
+    shared: AtomicUsize,
     peak: AtomicUsize,
     refused: AtomicU64,
 }
@@ -37,7 +65,8 @@ pub struct MemoryPool {
 impl MemoryPool {
     /// Allows at most `limit` bytes.
     pub fn new(limit: usize) -> Self {
-        Self { limit, used: AtomicUsize::new(0), peak: AtomicUsize::new(0), refused: AtomicU64::new(0) }
+        let [used, shared, peak] = [const { AtomicUsize::new(0) }; 3];
+        Self { limit, used, shared, peak, refused: AtomicU64::new(0) }
     }
 
     /// Bytes allowed.
@@ -48,6 +77,11 @@ impl MemoryPool {
     /// Bytes held.
     pub fn used(&self) -> usize {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// Bytes held for what requests share.
+    pub fn shared(&self) -> usize {
+        self.shared.load(Ordering::Relaxed)
     }
 
     /// The most bytes ever held.
@@ -70,7 +104,7 @@ impl MemoryPool {
             }
             Err(used) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
-                Err(MemoryFull { scope: "drafter's", wanted, used, limit: self.limit })
+                Err(MemoryFull::Limit { scope: "drafter's", wanted, used, limit: self.limit })
             }
         }
     }
@@ -87,13 +121,19 @@ pub struct Reservation {
     bytes: usize,
     limit: usize,
     entering: bool,
+    shared: bool,
 }
 
 impl Reservation {
     /// Holds nothing yet, and never more than `limit` bytes. Until it is admitted, part of the pool's limit is
     /// kept for those who are.
     pub fn new(pool: &Arc<MemoryPool>, limit: usize) -> Self {
-        Self { pool: Arc::clone(pool), bytes: 0, limit, entering: true }
+        Self { pool: Arc::clone(pool), bytes: 0, limit, entering: true, shared: false }
+    }
+
+    /// For what requests share: it grows as long as part of the pool's limit is left for those who run.
+    pub fn shared(pool: &Arc<MemoryPool>) -> Self {
+        Self { pool: Arc::clone(pool), bytes: 0, limit: usize::MAX, entering: true, shared: true }
     }
 
     /// From now on the whole limit is open to it.
@@ -108,7 +148,8 @@ impl Reservation {
 
     /// Another owner under the same limits, who holds nothing yet.
     pub fn new_empty(&self) -> Self {
-        Self::new(&self.pool, self.limit)
+        let Self { ref pool, limit, shared, .. } = *self;
+        Self { pool: Arc::clone(pool), bytes: 0, limit, entering: true, shared }
     }
 
     /// Holds exactly `bytes` from now on.
@@ -118,9 +159,13 @@ impl Reservation {
             Some(0) => return Ok(()),
             Some(wanted) if bytes > self.limit => {
                 self.pool.refused.fetch_add(1, Ordering::Relaxed);
-                return Err(MemoryFull { scope: "request's", wanted, used: self.bytes, limit: self.limit });
+                return Err(MemoryFull::Limit { scope: "request's", wanted, used: self.bytes, limit: self.limit });
             }
             Some(wanted) => self.pool.add(wanted, self.entering)?,
+        }
+        if self.shared {
+            // wraps where it becomes less
+            self.pool.shared.fetch_add(bytes.wrapping_sub(self.bytes), Ordering::Relaxed);
         }
         self.bytes = bytes;
         Ok(())
@@ -130,7 +175,8 @@ impl Reservation {
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
-        Self { pool: Arc::clone(&self.pool), bytes, limit: self.limit, entering: self.entering }
+        let Self { ref pool, limit, entering, shared, .. } = *self;
+        Self { pool: Arc::clone(pool), bytes, limit, entering, shared }
     }
 
     /// Takes over what another owner holds, beyond its own limit if need be.
@@ -142,6 +188,9 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.pool.subtract(self.bytes);
+        if self.shared {
+            self.pool.shared.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
     }
 }
 
@@ -161,8 +210,8 @@ mod tests {
         assert!(two.try_resize(70).is_err(), "part is kept for those who run");
         two.admit();
         one.try_resize(70).unwrap();
-        assert_eq!(one.try_resize(81).unwrap_err().scope, "request's");
-        assert_eq!(two.try_resize(31).unwrap_err().scope, "drafter's");
+        assert!(matches!(one.try_resize(81), Err(MemoryFull::Limit { scope: "request's", .. })));
+        assert!(matches!(two.try_resize(31), Err(MemoryFull::Limit { scope: "drafter's", .. })));
         two.try_resize(30).unwrap();
         let part = one.split(50);
         assert_eq!((one.bytes(), part.bytes(), pool.used()), (20, 50, 100));

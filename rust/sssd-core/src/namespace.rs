@@ -1,10 +1,11 @@
 //! What sequences share: the datastore, the end tokens, and what requests learn from one another: the live store, the
 //! target's distributions, the predictor's weights, and how the sources fared.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use crate::memory::{MemoryFull, Reservation};
+use crate::memory::{MemoryFull, MemoryPool, Reservation};
 use crate::predictor::arena::Scratch;
 use crate::predictor::weights::Model;
 use crate::sources::feedback::FeedbackTable;
@@ -13,71 +14,102 @@ use crate::sources::seqlock::WORDS as FEEDBACK_WORDS;
 use crate::stats::Stats;
 use crate::{Corpus, Token};
 
+/// What all namespaces of a drafter have in common.
+pub struct Common {
+    end_tokens: Vec<Token>,
+    store: Option<Arc<dyn Corpus>>,
+    pool: Arc<MemoryPool>,
+    /// For those who draft at the same time, each with what pays for it.
+    scratch: Mutex<Vec<(Box<Scratch>, Reservation)>>,
+}
+
+impl Common {
+    /// For drafters that draft nothing after an end token and match `store`. What they hold is charged to `pool`.
+    pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, pool: &Arc<MemoryPool>) -> Self {
+        Self { end_tokens, store, pool: Arc::clone(pool), scratch: Mutex::default() }
+    }
+
+    /// Runs `work` with memory that drafts use one after the other.
+    pub(crate) fn with_scratch(&self, work: impl FnOnce(&mut Scratch)) {
+        let kept = lock(&self.scratch).pop();
+        let (mut scratch, mut paid) =
+            kept.unwrap_or_else(|| (Box::default(), Reservation::shared(&self.pool)));
+        work(&mut scratch);
+        if paid.try_resize(scratch.memory_bytes()).is_ok() {
+            lock(&self.scratch).push((scratch, paid));
+        }
+    }
+}
+
 /// What the sequences of one tenant share: nothing goes from one namespace to another but the datastore.
 pub struct Namespace {
     pub(crate) shared: Arc<Shared>,
 }
 
 pub(crate) struct Shared {
-    pub end_tokens: Vec<Token>,
-    pub store: Option<Arc<dyn Corpus>>,
+    pub common: Arc<Common>,
     pub knowledge: Knowledge,
-    /// For those who draft at the same time.
-    pub scratch: Mutex<Vec<Scratch>>,
     /// When the last sequence of it ended, or it was made.
     pub last_end: Mutex<Instant>,
-    /// Pays for the knowledge.
-    _reservation: Reservation,
+    /// Pays for the rest.
+    _paid: Reservation,
+}
+
+impl Shared {
+    pub fn end_tokens(&self) -> &[Token] {
+        &self.common.end_tokens
+    }
+
+    pub fn store(&self) -> Option<&dyn Corpus> {
+        self.common.store.as_deref()
+    }
 }
 
 impl Namespace {
-    /// A namespace that drafts nothing after an end token. `reservation` pays for the knowledge.
+    /// A namespace that knows nothing but the weights that ship. `live_bytes` and `soft_bytes` limit what it can come to
+    /// know, which is charged as it grows; `bytes` are charged from the start beside its own.
     pub fn new(
-        end_tokens: Vec<Token>,
-        store: Option<Arc<dyn Corpus>>,
-        knowledge: Knowledge,
-        mut reservation: Reservation,
+        common: &Arc<Common>,
+        live_bytes: usize,
+        soft_bytes: usize,
+        bytes: usize,
     ) -> Result<Self, MemoryFull> {
-        reservation.try_resize(knowledge.most_bytes())?;
+        let mut paid = Reservation::shared(&common.pool);
+        paid.try_resize(size_of::<Shared>() + bytes)?;
         Ok(Self {
             shared: Arc::new(Shared {
-                end_tokens,
-                store,
-                knowledge,
-                scratch: Mutex::default(),
+                common: Arc::clone(common),
+                knowledge: Knowledge::new(live_bytes, soft_bytes, &paid),
                 last_end: Mutex::new(Instant::now()),
-                _reservation: reservation,
+                _paid: paid,
             }),
         })
     }
 
-    /// Bytes that what its sequences share may come to.
-    pub fn most_bytes(&self) -> usize {
-        self.shared.knowledge.most_bytes()
-    }
-
-    /// The documents of the live store, oldest first, and how often each was of use lately.
-    pub fn documents(&self) -> Vec<(Vec<Token>, u32)> {
-        self.shared.knowledge.live.documents()
-    }
-
-    /// What the target held probable, as entries of a table, with their places.
-    pub fn feedback_entries(&self) -> Vec<(u64, [u64; FEEDBACK_WORDS])> {
-        self.shared.knowledge.feedback.entries()
-    }
-
-    /// Takes over what another namespace has learned. Entries from a table of another size are of no use, and those with
-    /// tokens from `limit` on are left out.
-    pub fn restore(
+    /// Calls `act` with the documents of the live store, oldest first, and how often each was of use lately.
+    pub fn for_each_document<E>(
         &self,
-        model: Model,
-        documents: &[(Vec<Token>, u32)],
-        feedback: &[(u64, [u64; FEEDBACK_WORDS])],
-        limit: Token,
-    ) {
-        self.set_model(model);
-        self.shared.knowledge.live.restore(documents);
-        self.shared.knowledge.feedback.restore(feedback, limit);
+        act: impl FnMut(&[Token], u32) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.shared.knowledge.live.for_each_document(act)
+    }
+
+    /// Calls `act` with what the target held probable, as entries of a table.
+    pub fn for_each_feedback<E>(
+        &self,
+        act: impl FnMut(&[u64; FEEDBACK_WORDS]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.shared.knowledge.feedback.for_each_entry(act)
+    }
+
+    /// Takes over a document of another live store.
+    pub fn restore_document(&self, tokens: &[Token], used: u32) {
+        self.shared.knowledge.live.restore(tokens, used);
+    }
+
+    /// Takes over what another target held probable, unless there are tokens from `limit` on.
+    pub fn restore_feedback(&self, words: &[u64; FEEDBACK_WORDS], limit: Token) {
+        self.shared.knowledge.feedback.restore(words, limit);
     }
 
     /// How many sequences there are.
@@ -92,17 +124,22 @@ impl Namespace {
 
     /// Tokens after which nothing is drafted.
     pub fn end_tokens(&self) -> &[Token] {
-        &self.shared.end_tokens
+        self.shared.end_tokens()
     }
 
-    /// The weights that the next sequence starts with.
-    pub fn model(&self) -> Arc<Model> {
-        self.shared.knowledge.model()
+    /// Calls `act` with the weights that the next sequence starts with.
+    pub fn with_model<T>(&self, act: impl FnOnce(&Model) -> T) -> T {
+        act(&self.shared.knowledge.model())
     }
 
     /// Replaces the weights that sequences start with.
-    pub fn set_model(&self, model: Model) {
-        self.shared.knowledge.set_model(model);
+    pub fn set_model(&self, model: Model) -> Result<(), MemoryFull> {
+        self.shared.knowledge.set_model(model)
+    }
+
+    /// Goes back to the weights that ship.
+    pub fn reset_model(&self) {
+        *lock(&self.shared.knowledge.model) = Weights::shipped();
     }
 
     /// How drafts fared, by source.
@@ -121,39 +158,85 @@ impl Namespace {
     }
 }
 
+/// The predictor's weights, and what pays for them: nothing for those that ship.
+pub(crate) struct Weights {
+    model: Model,
+    paid: Option<Reservation>,
+}
+
+impl Weights {
+    pub fn shipped() -> Arc<Self> {
+        static SHIPPED: OnceLock<Arc<Weights>> = OnceLock::new();
+        Arc::clone(SHIPPED.get_or_init(|| Arc::new(Self { model: Model::default(), paid: None })))
+    }
+
+    fn new(model: Model, mut paid: Reservation) -> Result<Arc<Self>, MemoryFull> {
+        paid.try_resize(model.memory_bytes())?;
+        Ok(Arc::new(Self { model, paid: Some(paid) }))
+    }
+
+    /// The weights to change; a copy that `paid` pays for, if others have them too.
+    pub fn own(this: &mut Arc<Self>, mut paid: Reservation) -> Result<&mut Model, MemoryFull> {
+        if Arc::get_mut(this).is_none() {
+            paid.try_resize(this.model.memory_bytes())?;
+            *this = Self::new(this.model.try_clone()?, paid)?;
+        }
+        // nobody else has it
+        Arc::get_mut(this).map(|own| &mut own.model).ok_or(MemoryFull::System { wanted: 0 })
+    }
+
+    /// Bytes charged.
+    pub fn charged_bytes(&self) -> usize {
+        self.paid.as_ref().map_or(0, Reservation::bytes)
+    }
+}
+
+impl Deref for Weights {
+    type Target = Model;
+
+    fn deref(&self) -> &Model {
+        &self.model
+    }
+}
+
 /// Shared by the requests that may know of one another.
-pub struct Knowledge {
-    pub(crate) live: LiveStore,
-    pub(crate) feedback: FeedbackTable,
-    model: Mutex<Arc<Model>>,
+pub(crate) struct Knowledge {
+    pub live: LiveStore,
+    pub feedback: FeedbackTable,
+    model: Mutex<Arc<Weights>>,
     stats: Mutex<Stats>,
+    /// Where what is learned is charged.
+    paid: Reservation,
 }
 
 impl Knowledge {
-    /// Knows nothing but the weights; `live_bytes` and `soft_bytes` limit what it can come to know.
-    pub fn new(model: Model, live_bytes: usize, soft_bytes: usize) -> Self {
+    fn new(live_bytes: usize, soft_bytes: usize, paid: &Reservation) -> Self {
         Self {
-            live: LiveStore::new(live_bytes),
-            feedback: FeedbackTable::new(soft_bytes),
-            model: Mutex::new(Arc::new(model)),
+            live: LiveStore::new(live_bytes, paid.new_empty()),
+            feedback: FeedbackTable::new(soft_bytes, paid.new_empty()),
+            model: Mutex::new(Weights::shipped()),
             stats: Mutex::default(),
+            paid: paid.new_empty(),
         }
     }
 
     /// The weights that the next sequence starts with.
-    pub fn model(&self) -> Arc<Model> {
+    pub fn model(&self) -> Arc<Weights> {
         Arc::clone(&lock(&self.model))
     }
 
-    /// Replaces the weights that sequences start with.
-    pub fn set_model(&self, model: Model) {
-        *lock(&self.model) = Arc::new(model);
+    fn set_model(&self, model: Model) -> Result<(), MemoryFull> {
+        let weights = Weights::new(model, self.paid.new_empty())?;
+        *lock(&self.model) = weights;
+        Ok(())
     }
 
-    /// Takes over what a request has learned since it started from `base`.
-    pub(crate) fn learn(&self, base: &Arc<Model>, learned: &Arc<Model>) {
-        if !Arc::ptr_eq(base, learned) {
-            Arc::make_mut(&mut lock(&self.model)).merge(base, learned);
+    /// Takes over what a request has learned since it started from `base`, if there is memory for it.
+    pub fn learn(&self, base: &Arc<Weights>, learned: &Arc<Weights>) {
+        if !Arc::ptr_eq(base, learned)
+            && let Ok(model) = Weights::own(&mut lock(&self.model), self.paid.new_empty())
+        {
+            model.merge(base, learned);
         }
     }
 
@@ -162,18 +245,13 @@ impl Knowledge {
         *lock(&self.stats)
     }
 
-    pub(crate) fn count(&self, stats: &Stats) {
+    pub fn count(&self, stats: &Stats) {
         lock(&self.stats).add(stats);
-    }
-
-    /// Bytes of memory that it may come to hold.
-    pub fn most_bytes(&self) -> usize {
-        self.live.most_bytes() + self.feedback.most_bytes() + lock(&self.model).memory_bytes()
     }
 
     /// Bytes of memory held.
     pub fn memory_bytes(&self) -> usize {
-        self.live.memory_bytes() + self.feedback.memory_bytes() + lock(&self.model).memory_bytes()
+        self.live.memory_bytes() + self.feedback.memory_bytes() + lock(&self.model).charged_bytes()
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::index::{Index, Lookahead, grown};
-use crate::memory::{MemoryFull, Reservation};
-use crate::namespace::{Namespace, Shared, lock};
+use crate::memory::{MemoryFull, Reservation, try_clone, try_reserve};
+use crate::namespace::{Namespace, Shared, Weights, lock};
 use crate::predictor::Predictor;
 use crate::predictor::correct::Calibration;
 use crate::predictor::inputs::{Inputs, Limits};
@@ -32,8 +32,8 @@ pub struct Sequence {
     /// What `aligned` was before each token of the output, to go back to.
     past: Vec<Aligned>,
     /// The weights that it started with, and its own.
-    base: Arc<Model>,
-    model: Arc<Model>,
+    base: Arc<Weights>,
+    model: Arc<Weights>,
     calibration: Calibration,
     predictor: Predictor,
     stats: Stats,
@@ -55,18 +55,21 @@ impl Sequence {
         prediction: &[Token],
         reservation: Reservation,
     ) -> Result<Self, MemoryFull> {
-        let mut sequence = Self::new(Arc::clone(&namespace.shared), prediction, reservation)?;
+        let mut sequence = Self::new(namespace, reservation)?;
+        sequence.predict(prediction)?;
         sequence.prefill(prompt)?;
         Ok(sequence)
     }
 
-    fn new(shared: Arc<Shared>, prediction: &[Token], reservation: Reservation) -> Result<Self, MemoryFull> {
+    /// Starts without tokens.
+    pub fn new(namespace: &Namespace, reservation: Reservation) -> Result<Self, MemoryFull> {
+        let shared = Arc::clone(&namespace.shared);
         let base = shared.knowledge.model();
         let mut sequence = Self {
             shared,
             index: Index::default(),
             predicted: 0,
-            aligned: Aligned::new(prediction.len() as u32),
+            aligned: Aligned::default(),
             recent: Recent::default(),
             past: Vec::new(),
             model: Arc::clone(&base),
@@ -81,9 +84,15 @@ impl Sequence {
             drafted_at: 0,
         };
         sequence.reserve()?;
-        sequence.prefill(prediction)?;
-        sequence.predicted = prediction.len();
         Ok(sequence)
+    }
+
+    /// Adds to the predicted output, before there is a prompt.
+    pub fn predict(&mut self, prediction: &[Token]) -> Result<(), MemoryFull> {
+        self.prefill(prediction)?;
+        self.predicted += prediction.len();
+        self.aligned = Aligned::new(self.predicted as u32);
+        Ok(())
     }
 
     /// It has begun: from now on its memory comes first.
@@ -108,7 +117,7 @@ impl Sequence {
         self.forget_draft();
         self.append(tokens, |sequence, _, token| {
             if output {
-                sequence.past.push(sequence.aligned.clone());
+                sequence.past.push(sequence.aligned);
             }
             sequence.index.push(token);
         })
@@ -130,12 +139,10 @@ impl Sequence {
             let past = grown(self.past.capacity(), self.past.len(), tokens.len());
             let bytes =
                 self.index.bytes_with(tokens.len()) + past * size_of::<Aligned>() + self.other_bytes();
-            if let Err(full) = self.reservation.try_resize(bytes) {
+            if let Err(full) = self.take(bytes, tokens.len(), past) {
                 self.forget(before);
                 return Err(full);
             }
-            self.index.reserve(tokens.len());
-            self.past.reserve_exact(past - self.past.len());
             for (at, &token) in tokens.iter().enumerate() {
                 push(self, chunk * CHUNK + at, token);
             }
@@ -143,16 +150,32 @@ impl Sequence {
         Ok(())
     }
 
+    /// Charges `bytes` and takes the memory for `tokens` more tokens and `past` states.
+    fn take(&mut self, bytes: usize, tokens: usize, past: usize) -> Result<(), MemoryFull> {
+        self.reservation.try_resize(bytes)?;
+        self.index.reserve(tokens)?;
+        let more = past - self.past.len();
+        try_reserve(&mut self.past, more)
+    }
+
     /// Takes tokens back, down to `len` of them, as if they had never come; what was learned from them stays
     /// learned. The outcome of the last draft is not awaited any more.
     pub fn truncate(&mut self, len: usize) -> Result<(), MemoryFull> {
-        let cut = self.tokens().len().saturating_sub(len);
+        while !self.truncate_part(len, usize::MAX)? {}
+        Ok(())
+    }
+
+    /// The same for at most `most` of these tokens; true once all are gone. Only the first part may fail.
+    pub fn truncate_part(&mut self, len: usize, most: usize) -> Result<bool, MemoryFull> {
+        let held = self.tokens().len();
+        let cut = held.saturating_sub(len);
         self.index.reclaim(&mut self.reservation);
         let past = self.past.capacity() * size_of::<Aligned>();
         self.reservation.try_resize(self.index.bytes_after_pops(cut) + past + self.other_bytes())?;
+        self.index.reserve_pops(cut)?;
         self.forget_draft();
-        self.forget(len);
-        Ok(())
+        self.forget(held - cut.min(most));
+        Ok(cut <= most)
     }
 
     /// The last draft is of no place that will be again.
@@ -184,8 +207,8 @@ impl Sequence {
             shared: Arc::clone(&self.shared),
             index: self.index.fork(&mut self.reservation)?,
             predicted: self.predicted,
-            aligned: self.aligned.clone(),
-            past: self.past.clone(),
+            aligned: self.aligned,
+            past: try_clone(&self.past)?,
             recent: self.recent.clone(),
             // what was learned up to here is merged once, by this sequence
             base: Arc::clone(&self.model),
@@ -209,13 +232,28 @@ impl Sequence {
     /// is the distribution that token `i` came from. After an error nothing has been appended. Returns what the
     /// tokens have told of the draft, if its outcome was awaited.
     pub fn extend(&mut self, tokens: &[Token], top: Option<TopK>) -> Result<Option<Outcome>, MemoryFull> {
-        self.append(tokens, |sequence, row, token| sequence.push(row, token, top))?;
+        self.extend_part(tokens, top)?;
+        Ok(self.learn(tokens))
+    }
+
+    /// Appends some of the tokens that the target has produced; [`Sequence::learn`] is to follow the last of them.
+    pub fn extend_part(&mut self, tokens: &[Token], top: Option<TopK>) -> Result<(), MemoryFull> {
+        self.append(tokens, |sequence, row, token| sequence.push(row, token, top))
+    }
+
+    /// Learns from how the last draft fared, now that `tokens` have come after it.
+    pub fn learn(&mut self, tokens: &[Token]) -> Option<Outcome> {
         let mut outcome = None;
         if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
             let placeholder = tokens.iter().position(|&token| token > MAX_TOKEN);
+            let Ok(model) = Weights::own(&mut self.model, self.reservation.new_empty()) else {
+                // as a draft that did not fit into memory
+                self.predictor.forget();
+                return None;
+            };
             outcome = self.predictor.learn(
-                Arc::make_mut(&mut self.model),
+                model,
                 &mut self.calibration,
                 &tokens[..placeholder.unwrap_or(tokens.len())],
                 &mut self.stats,
@@ -229,7 +267,7 @@ impl Sequence {
                 self.count();
             }
         }
-        Ok(outcome)
+        outcome
     }
 
     /// Begins to read what appending `tokens` and drafting after them will read.
@@ -256,7 +294,7 @@ impl Sequence {
                 self.recent.update(known.tokens(), token);
             }
         }
-        self.past.push(self.aligned.clone());
+        self.past.push(self.aligned);
         self.index.push(token);
         self.aligned.follow(&self.index);
     }
@@ -299,9 +337,10 @@ impl Sequence {
         self.drafts += 1;
         self.drafted_at = self.tokens().len();
         self.calibration.start(self.model.ages(self.past.len()));
-        let mut scratch = lock(&self.shared.scratch).pop().unwrap_or_default();
-        self.with_inputs(limits, |predictor, inputs| predictor.draft(nodes, inputs, &mut scratch));
-        lock(&self.shared.scratch).push(scratch);
+        let shared = Arc::clone(&self.shared);
+        shared.common.with_scratch(|scratch| {
+            self.with_inputs(limits, |predictor, inputs| predictor.draft(nodes, inputs, scratch));
+        });
         self.drafts
     }
 
@@ -337,41 +376,46 @@ impl Sequence {
 
     fn with_inputs(&mut self, limits: Limits, work: impl FnOnce(&mut Predictor, &Inputs)) {
         let knowledge = &self.shared.knowledge;
+        let live = knowledge.live.read();
         // the last token to come needs no draft
         let left = self.max_length.saturating_sub(self.index.tokens().len() - self.predicted + 1);
         let inputs = Inputs {
             index: &self.index,
             predicted: self.predicted,
             aligned: &self.aligned,
-            store: self.shared.store.as_deref(),
-            live: &knowledge.live,
+            store: self.shared.store(),
+            live: Some(&*live),
             feedback: &knowledge.feedback,
             recent: &self.recent,
             model: &self.model,
             calibration: &self.calibration,
-            end_tokens: &self.shared.end_tokens,
+            end_tokens: self.shared.end_tokens(),
             age: self.past.len(),
             limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
         };
         work(&mut self.predictor, &inputs);
     }
 
-    /// Gives what is new since the last commit to the live store.
-    pub fn commit(&mut self) {
+    /// Gives what is new since the last commit to the live store. Between parts of it `interrupted` is asked whether to
+    /// leave it at that; false if it was.
+    pub fn commit(&mut self, interrupted: &mut dyn FnMut() -> bool) -> bool {
         let tokens = &self.index.tokens()[self.predicted..];
-        if self.committed < tokens.len() {
-            // enough of the old to find the new by
-            let new = &tokens[self.committed.saturating_sub(8)..];
-            // no document crosses a placeholder
-            new.split(|&token| token > MAX_TOKEN).for_each(|part| self.shared.knowledge.live.commit(part));
-            self.committed = tokens.len();
+        if self.committed == tokens.len() {
+            return true;
         }
+        // enough of the old to find the new by
+        let new = &tokens[self.committed.saturating_sub(8)..];
+        self.committed = tokens.len();
+        // no document crosses a placeholder
+        let mut parts = new.split(|&token| token > MAX_TOKEN);
+        parts.all(|part| self.shared.knowledge.live.commit(part, interrupted))
     }
 
-    /// Ends the request: later ones learn from it.
-    pub fn finish(mut self) {
-        self.commit();
+    /// Ends the request: later ones learn from it. False if it was interrupted, and part of its text is not learned.
+    pub fn finish(mut self, interrupted: &mut dyn FnMut() -> bool) -> bool {
+        let committed = self.commit(interrupted);
         self.shared.knowledge.learn(&self.base, &self.model);
+        committed
     }
 
     fn count(&mut self) {
@@ -386,12 +430,12 @@ impl Sequence {
     /// Bytes of memory that the sequence holds, what it shares with forks included.
     pub fn memory_bytes(&self) -> usize {
         let (own, shared) = self.index.memory_bytes();
-        own + shared + self.past.capacity() * size_of::<Aligned>() + self.other_bytes()
+        self.model.charged_bytes() + own + shared + self.past.capacity() * size_of::<Aligned>() + self.other_bytes()
     }
 
-    /// Bytes of the weights and of the last draft. The weights may become its own at any time.
+    /// Bytes of the last draft, and of what does not grow. Weights are charged by themselves.
     fn other_bytes(&self) -> usize {
-        size_of::<Self>() + Recent::MOST_BYTES + self.model.memory_bytes() + self.predictor.memory_bytes()
+        size_of::<Self>() + Recent::MOST_BYTES + self.predictor.memory_bytes()
     }
 
     /// Charges what is held alone.
@@ -434,7 +478,7 @@ impl Drop for Sequence {
 mod tests {
     use super::*;
     use crate::memory::MemoryPool;
-    use crate::{Corpus, Knowledge, Match};
+    use crate::{Common, Corpus, Match};
     use proptest::prelude::*;
 
     /// A corpus in which much follows everything: few samples, long lists, sums above 1 now and then.
@@ -462,8 +506,7 @@ mod tests {
 
     fn namespace() -> Namespace {
         let pool = Arc::new(MemoryPool::new(usize::MAX));
-        let knowledge = Knowledge::new(Model::default(), 0, 0);
-        Namespace::new(vec![7], None, knowledge, Reservation::new(&pool, usize::MAX)).unwrap()
+        Namespace::new(&Arc::new(Common::new(vec![7], None, &pool)), 0, 0, 0).unwrap()
     }
 
     fn begin(namespace: &Namespace, pool: &Arc<MemoryPool>, prompt: &[Token]) -> Sequence {
@@ -520,9 +563,9 @@ mod tests {
             let (prompt, output) = tokens.split_at(tokens.len() / 2);
             let [mut one, mut two] = [(); 2].map(|()| {
                 let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
-                let knowledge = Knowledge::new(Model::default(), if live { 1 << 16 } else { 0 }, 1 << 16);
-                let namespace = Namespace::new(vec![7], store, knowledge, Reservation::new(&pool, usize::MAX)).unwrap();
-                Sequence::begin(&namespace, &tokens, &[], Reservation::new(&pool, usize::MAX)).unwrap().finish();
+                let common = Arc::new(Common::new(vec![7], store, &pool));
+                let namespace = Namespace::new(&common, if live { 1 << 16 } else { 0 }, 1 << 16, 0).unwrap();
+                assert!(begin(&namespace, &pool, &tokens).finish(&mut || false));
                 Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Reservation::new(&pool, usize::MAX)).unwrap()
             });
             for output in output.chunks(4) {

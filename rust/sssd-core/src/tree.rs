@@ -152,7 +152,8 @@ impl DraftTree {
         self.sources.shrink_to_fit();
     }
 
-    pub(crate) fn memory_bytes(&self) -> usize {
+    /// Bytes that it holds.
+    pub fn memory_bytes(&self) -> usize {
         4 * (self.token_ids.capacity()
             + self.parents.capacity()
             + self.depths.capacity()

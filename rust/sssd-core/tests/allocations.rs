@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use allocation_counter::measure;
 use sssd_core::{
-    Corpus, FlatTrees, Knowledge, Limits, Match, MemoryPool, Model, Namespace, PassBlock, Reservation,
-    Sequence, Shape, Token, TopK,
+    Common, Corpus, FlatTrees, Limits, Match, MemoryPool, Namespace, PassBlock, Reservation, Sequence, Shape,
+    Token, TopK,
 };
 
 /// A corpus in which everything is followed by a cycle.
@@ -35,11 +35,12 @@ fn reservation() -> Reservation {
 
 #[test]
 fn drafts_allocate_nothing_once_warm() {
-    let knowledge = Knowledge::new(Model::default(), 1 << 20, 1 << 20);
-    let namespace = Namespace::new(vec![], Some(Arc::new(Cycle)), knowledge, reservation()).unwrap();
+    let pool = Arc::new(MemoryPool::new(usize::MAX));
+    let common = Arc::new(Common::new(vec![], Some(Arc::new(Cycle)), &pool));
+    let namespace = Namespace::new(&common, 1 << 20, 1 << 20, 0).unwrap();
     let mut text = (0u32..).map(|n| (n.wrapping_mul(n) / 7 + n / 3) % 40);
     let earlier: Vec<Token> = text.by_ref().take(2000).collect();
-    Sequence::begin(&namespace, &earlier, &[], reservation()).unwrap().finish();
+    Sequence::begin(&namespace, &earlier, &[], reservation()).unwrap().finish(&mut || false);
     let prompt: Vec<Token> = text.by_ref().take(1000).collect();
     let mut sequence = Sequence::begin(&namespace, &prompt, &earlier[..500], reservation()).unwrap();
     let (mut most, mut nodes) = (0, 0);

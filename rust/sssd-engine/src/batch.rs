@@ -11,7 +11,7 @@ use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK};
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
 use crate::sizing::{Allocation, Pace, Sizing};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
 use crate::thread_pool::{Shared, ThreadPool};
 
@@ -54,6 +54,8 @@ pub struct Work {
     pub total_nodes: Option<usize>,
     /// Then trees are as large as pays.
     pub sizing: Option<Sizing>,
+    /// Once set, what is not done yet is left.
+    pub cancelled: Arc<AtomicBool>,
     /// Where results come to stand, one for each request or more.
     slots: Vec<Mutex<Slot>>,
     stage: Stage,
@@ -63,6 +65,8 @@ pub struct Work {
     keys: Vec<u64>,
     allocation: Allocation,
     paces: Vec<Option<Pace>>,
+    /// Bytes of the trees in `slots`.
+    tree_bytes: usize,
 }
 
 /// What one request may have of a batch.
@@ -85,6 +89,8 @@ enum Stage {
 #[derive(Default)]
 struct Slot {
     tree: DraftTree,
+    /// Bytes of it that are counted.
+    tree_bytes: usize,
     /// The draft that `tree` is a copy of.
     draft: u64,
     /// Nodes that it was to grow to.
@@ -128,6 +134,13 @@ static BATCHES: AtomicU64 = AtomicU64::new(1);
 impl Work {
     /// Forgets what the last step was about and keeps the memory.
     pub fn clear(&mut self) {
+        let used = self.requests.len().min(self.slots.len());
+        for slot in &mut self.slots[..used] {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let before = std::mem::replace(&mut slot.tree_bytes, slot.tree.memory_bytes());
+            self.tree_bytes = self.tree_bytes + slot.tree_bytes - before;
+        }
+        self.cancelled.store(false, Ordering::Relaxed);
         self.requests.clear();
         self.tokens.clear();
         self.offsets.clear();
@@ -176,6 +189,18 @@ impl Work {
     /// What has become known of earlier drafts.
     pub(crate) fn outcomes(&self) -> impl Iterator<Item = Outcome> {
         self.slots().filter_map(|slot| lock(slot).outcome)
+    }
+
+    /// Bytes of its buffers.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        fn bytes<T>(items: &Vec<T>) -> usize {
+            items.capacity() * size_of::<T>()
+        }
+        let asked = bytes(&self.requests) + bytes(&self.tokens) + bytes(&self.offsets) + bytes(&self.plans);
+        let top = bytes(&self.top_ids) + bytes(&self.top_probs);
+        let feedback = bytes(&self.feedback_ids) + bytes(&self.feedback_probs);
+        let own = bytes(&self.slots) + bytes(&self.todo) + bytes(&self.keys) + bytes(&self.paces);
+        size_of::<Self>() + asked + top + feedback + own + self.tree_bytes
     }
 
     fn slots(&self) -> impl Iterator<Item = &Mutex<Slot>> {
@@ -279,7 +304,7 @@ impl Work {
                 ids: &self.top_ids[rows.clone()],
                 probs: &self.top_probs[rows],
             });
-            slot.outcome = request.with(|sequence| sequence.extend(tokens, top))??;
+            slot.outcome = request.extend(tokens, top, &|| self.cancelled.load(Ordering::Relaxed))?;
         }
         if self.draft {
             let limits = self.plans[item].limits;

@@ -1,26 +1,27 @@
 //! What a serving engine talks to: requests come and go, namespaces keep what they teach, and everything that is
 //! held is counted.
 
-use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sssd_core::{
-    Corpus, DraftTree, Knowledge, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation,
-    Sequence, Token, TopK,
+    Common, Corpus, DraftTree, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation, Sequence,
+    Token, TopK,
 };
 
 use crate::batch::Step;
 use crate::metrics::Metrics;
-use crate::request::{Request, RequestError};
+use crate::request::{Interrupted, PIECE, Request, RequestError};
 use crate::sizing::{Allocation, Sizing};
-use crate::state::{NamespaceState, State};
+use crate::state::{Identity, Record, StateError, StateReader, StateWriter};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::tenants::Tenants;
 use crate::thread_pool::ThreadPool;
 
 /// Steps kept for reuse: as many as run at the same time.
 const IDLE_STEPS: usize = 16;
-/// Prompts longer than this are indexed in pieces.
-const PIECE: usize = 1 << 16;
+/// Bytes that a token of a request takes, at least.
+const TOKEN_BYTES: usize = 32;
 
 /// What an engine is made with.
 pub struct Options {
@@ -65,15 +66,11 @@ impl Default for Options {
 pub struct Engine {
     options: Options,
     pool: Arc<MemoryPool>,
-    namespaces: Mutex<BTreeMap<String, Tenant>>,
+    tenants: Tenants,
     threads: ThreadPool<Step>,
-    idle: Mutex<Vec<Arc<Step>>>,
+    /// With what pays for each.
+    idle: Mutex<Vec<(Arc<Step>, Reservation)>>,
     metrics: Metrics,
-}
-
-struct Tenant {
-    namespace: Arc<Namespace>,
-    used: Instant,
 }
 
 /// What a namespace holds.
@@ -109,9 +106,11 @@ pub struct Memory {
 impl Engine {
     /// An engine with the default namespace.
     pub fn new(options: Options) -> Result<Self, MemoryFull> {
+        let pool = Arc::new(MemoryPool::new(options.max_bytes));
+        let common = Arc::new(Common::new(options.end_tokens.clone(), options.store.clone(), &pool));
         let engine = Self {
-            pool: Arc::new(MemoryPool::new(options.max_bytes)),
-            namespaces: Mutex::default(),
+            tenants: Tenants::new(common, options.live_bytes, options.soft_bytes, options.namespace_ttl),
+            pool,
             threads: ThreadPool::new(options.threads.max(1)),
             idle: Mutex::default(),
             metrics: Metrics::default(),
@@ -133,128 +132,127 @@ impl Engine {
 
     /// What requests of a namespace share; made if it is not there.
     pub fn namespace(&self, name: &str) -> Result<Arc<Namespace>, MemoryFull> {
-        let mut namespaces = lock(&self.namespaces);
-        self.expire(&mut namespaces);
-        if let Some(tenant) = namespaces.get_mut(name) {
-            tenant.used = Instant::now();
-            return Ok(Arc::clone(&tenant.namespace));
-        }
-        let Options { end_tokens, store, live_bytes, soft_bytes, .. } = &self.options;
-        let knowledge = Knowledge::new(Model::default(), *live_bytes, *soft_bytes);
-        let reservation = Reservation::new(&self.pool, usize::MAX);
-        let namespace = Arc::new(Namespace::new(end_tokens.clone(), store.clone(), knowledge, reservation)?);
-        let tenant = Tenant { namespace: Arc::clone(&namespace), used: Instant::now() };
-        namespaces.insert(name.to_owned(), tenant);
-        Ok(namespace)
+        self.tenants.find_or_make(name)
     }
 
     /// What requests of a namespace share, if it is there.
     pub fn find_namespace(&self, name: &str) -> Option<Arc<Namespace>> {
-        let mut namespaces = lock(&self.namespaces);
-        self.expire(&mut namespaces);
-        namespaces.get(name).map(|tenant| Arc::clone(&tenant.namespace))
-    }
-
-    /// What all namespaces have learned, to be saved.
-    pub fn state(&self) -> State {
-        let namespaces = lock(&self.namespaces);
-        let held: Vec<_> =
-            namespaces.iter().map(|(name, tenant)| (name.clone(), Arc::clone(&tenant.namespace))).collect();
-        drop(namespaces);
-        let state = |(name, namespace): (String, Arc<Namespace>)| NamespaceState {
-            name,
-            weights: namespace.model().to_bytes(),
-            documents: namespace.documents(),
-            feedback: namespace.feedback_entries(),
-        };
-        State {
-            vocab_size: self.options.vocab_size.unwrap_or(0).into(),
-            end_tokens: self.options.end_tokens.clone(),
-            live_bytes: self.options.live_bytes as u64,
-            soft_bytes: self.options.soft_bytes as u64,
-            namespaces: held.into_iter().map(state).collect(),
-        }
-    }
-
-    /// Makes the namespaces of a state, in place of those of their names. False if weights are not those of this
-    /// release. The target's probabilities are left out where there is other room for them.
-    pub fn restore(&self, state: State) -> Result<bool, MemoryFull> {
-        let limit = self.options.vocab_size.unwrap_or(MAX_TOKEN + 1);
-        let same_room = self.options.soft_bytes as u64 == state.soft_bytes;
-        for NamespaceState { name, weights, documents, feedback } in state.namespaces {
-            let Ok(model) = Model::from_bytes(&weights) else { return Ok(false) };
-            self.remove_namespace(&name);
-            let feedback = if same_room { &feedback[..] } else { &[] };
-            self.namespace(&name)?.restore(model, &documents, feedback, limit);
-        }
-        Ok(true)
-    }
-
-    /// Forgets the namespaces whose time is up.
-    fn expire(&self, namespaces: &mut BTreeMap<String, Tenant>) {
-        let Some(ttl) = self.options.namespace_ttl else { return };
-        let now = Instant::now();
-        namespaces.retain(|name, tenant| {
-            if tenant.namespace.sequences() > 0 {
-                tenant.used = now;
-            }
-            let used = tenant.used.max(tenant.namespace.last_end());
-            name.is_empty() || now.saturating_duration_since(used) < ttl
-        });
-    }
-
-    /// All namespaces, by name.
-    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
-        let mut namespaces = lock(&self.namespaces);
-        self.expire(&mut namespaces);
-        let info = |(name, tenant): (&String, &Tenant)| NamespaceInfo {
-            name: name.clone(),
-            requests: tenant.namespace.sequences(),
-            live_tokens: tenant.namespace.live_len().0,
-            memory_bytes: tenant.namespace.memory_bytes(),
-            idle: tenant.used.elapsed(),
-        };
-        namespaces.iter().map(info).collect()
+        self.tenants.find(name)
     }
 
     /// Forgets what a namespace has learned; false if there is none of that name. Its running requests go on with
     /// what they know, and hand it on to nobody.
     pub fn remove_namespace(&self, name: &str) -> bool {
-        lock(&self.namespaces).remove(name).is_some()
+        self.tenants.remove(name)
+    }
+
+    /// All namespaces, by name.
+    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
+        let mut all = Vec::new();
+        self.tenants.for_each(|name, namespace, used| {
+            all.push(NamespaceInfo {
+                name: name.to_owned(),
+                requests: namespace.sequences(),
+                live_tokens: namespace.live_len().0,
+                memory_bytes: namespace.memory_bytes(),
+                idle: used.elapsed(),
+            });
+        });
+        all
+    }
+
+    /// Writes what all namespaces have learned into a folder. Whatever happens, the file there is the old one or the new
+    /// one; after success the new one survives a loss of power.
+    pub fn save(&self, folder: &Path, interrupted: Interrupted) -> Result<(), StateError> {
+        let mut writer = StateWriter::create(folder, &self.identity())?;
+        let go_on = || if interrupted() { Err(StateError::Interrupted) } else { Ok(()) };
+        self.tenants.try_for_each(|name, namespace, _| {
+            writer.namespace(name, &namespace.with_model(Model::to_bytes))?;
+            namespace.for_each_document(|tokens, used| {
+                go_on()?;
+                writer.document(tokens, used)
+            })?;
+            namespace.for_each_feedback(|words| {
+                go_on()?;
+                writer.feedback(words)
+            })
+        })?;
+        writer.finish()
+    }
+
+    fn identity(&self) -> Identity {
+        Identity {
+            vocab_size: self.options.vocab_size.unwrap_or(0).into(),
+            end_tokens: self.options.end_tokens.clone(),
+            live_bytes: self.options.live_bytes as u64,
+            soft_bytes: self.options.soft_bytes as u64,
+        }
+    }
+
+    /// Makes the namespaces of a saved state, in place of those of their names.
+    pub fn restore(&self, state: &mut StateReader, interrupted: Interrupted) -> Result<(), StateError> {
+        let limit = self.options.vocab_size.unwrap_or(MAX_TOKEN + 1);
+        let mut namespace = None;
+        while let Some(record) = state.next_record()? {
+            if interrupted() {
+                return Err(StateError::Interrupted);
+            }
+            match (record, &namespace) {
+                (Record::Namespace { name, weights }, _) => {
+                    let model = Model::from_bytes(&weights)
+                        .map_err(|_| StateError::Weights { path: state.path().to_owned() })?;
+                    self.remove_namespace(&name);
+                    let made = self.namespace(&name)?;
+                    if model != Model::default() {
+                        made.set_model(model)?;
+                    }
+                    namespace = Some(made);
+                }
+                (Record::Document { tokens, used }, Some(namespace)) => namespace.restore_document(&tokens, used),
+                (Record::Feedback(words), Some(namespace)) => namespace.restore_feedback(&words, limit),
+                (_, None) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Bytes in use.
     pub fn memory(&self) -> Memory {
-        let namespaces = lock(&self.namespaces);
-        let shared = namespaces.values().map(|tenant| tenant.namespace.most_bytes());
         Memory {
             limit: self.pool.limit(),
             used: self.pool.used(),
             peak: self.pool.peak(),
-            shared: shared.sum(),
+            shared: self.pool.shared(),
             refused: self.pool.refused(),
         }
     }
 
-    /// Starts a request. `interrupted` is asked between pieces of a long prompt whether to give up; then there is no
-    /// request.
+    /// Whether so many tokens may fit into a request's memory and the engine's: to be asked before they are copied.
+    pub fn may_hold(&self, tokens: usize) -> Result<(), MemoryFull> {
+        let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
+        reservation.admit();
+        reservation.try_resize(tokens.saturating_mul(TOKEN_BYTES))
+    }
+
+    /// Starts a request. `interrupted` is asked between pieces of a long prompt whether to give up.
     pub fn begin(
         &self,
         namespace: &str,
         prompt: &[Token],
         prediction: &[Token],
         max_length: Option<usize>,
-        mut interrupted: impl FnMut() -> bool,
-    ) -> Result<Option<Arc<Request>>, MemoryFull> {
-        let mut sequence = self.start(namespace, prediction, max_length)?;
+        interrupted: Interrupted,
+    ) -> Result<Arc<Request>, RequestError> {
+        let mut sequence = self.start(namespace, prediction, max_length, interrupted)?;
         for piece in prompt.chunks(PIECE) {
             sequence.prefill(piece)?;
             if piece.len() == PIECE && interrupted() {
-                return Ok(None);
+                return Err(RequestError::Interrupted);
             }
         }
         sequence.admit();
-        Ok(Some(Arc::new(Request::new(sequence))))
+        Metrics::count(&self.metrics.begun, 1);
+        Ok(Arc::new(Request::new(sequence)))
     }
 
     /// Starts a request whose prompt is indexed in the background. Until then its drafts are empty.
@@ -264,11 +262,13 @@ impl Engine {
         prompt: Vec<Token>,
         prediction: &[Token],
         max_length: Option<usize>,
-    ) -> Result<Arc<Request>, MemoryFull> {
-        let mut sequence = self.start(namespace, prediction, max_length)?;
+        interrupted: Interrupted,
+    ) -> Result<Arc<Request>, RequestError> {
+        let mut sequence = self.start(namespace, prediction, max_length, interrupted)?;
         let mut reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
         reservation.try_resize(prompt.capacity() * size_of::<Token>())?;
         sequence.admit();
+        Metrics::count(&self.metrics.begun, 1);
         let request = Arc::new(Request::with_backlog(sequence, prompt, Some(reservation)));
         if !self.threads.fill(&request) {
             // whoever asks for it indexes it piece by piece
@@ -282,12 +282,18 @@ impl Engine {
         namespace: &str,
         prediction: &[Token],
         max_length: Option<usize>,
-    ) -> Result<sssd_core::Sequence, MemoryFull> {
+        interrupted: Interrupted,
+    ) -> Result<Sequence, RequestError> {
         let reservation = Reservation::new(&self.pool, self.options.max_request_bytes);
         let namespace = self.namespace(namespace)?;
-        let mut sequence = Sequence::begin(&namespace, &[], prediction, reservation)?;
+        let mut sequence = Sequence::new(&namespace, reservation)?;
+        for piece in prediction.chunks(PIECE) {
+            sequence.predict(piece)?;
+            if piece.len() == PIECE && interrupted() {
+                return Err(RequestError::Interrupted);
+            }
+        }
         sequence.set_max_length(max_length.unwrap_or(usize::MAX));
-        Metrics::count(&self.metrics.begun, 1);
         Ok(sequence)
     }
 
@@ -298,13 +304,14 @@ impl Engine {
         Ok(Arc::new(Request::new(fork)))
     }
 
-    /// Ends a request; later ones of its namespace learn from it. Finishing a closed one does nothing.
-    pub fn finish(&self, request: &Request) -> Result<(), RequestError> {
-        match request.take() {
+    /// Ends a request; later ones of its namespace learn from it. Finishing a closed one does nothing. If it is
+    /// interrupted, part of a long text may not be learned.
+    pub fn finish(&self, request: &Request, interrupted: Interrupted) -> Result<(), RequestError> {
+        match request.take(interrupted) {
             Ok(sequence) => {
-                sequence.finish();
+                let finished = sequence.finish(&mut || interrupted());
                 Metrics::count(&self.metrics.finished, 1);
-                Ok(())
+                if finished { Ok(()) } else { Err(RequestError::Interrupted) }
             }
             Err(RequestError::Closed) => Ok(()),
             Err(failure) => Err(failure),
@@ -312,8 +319,14 @@ impl Engine {
     }
 
     /// Appends tokens to one request.
-    pub fn extend(&self, request: &Request, tokens: &[Token], top: Option<TopK>) -> Result<(), RequestError> {
-        let outcome = self.noted(request.with(|sequence| sequence.extend(tokens, top)))??;
+    pub fn extend(
+        &self,
+        request: &Request,
+        tokens: &[Token],
+        top: Option<TopK>,
+        interrupted: Interrupted,
+    ) -> Result<(), RequestError> {
+        let outcome = self.noted(request.extend(tokens, top, interrupted))?;
         Metrics::count(&self.metrics.tokens, tokens.len() as u64);
         self.metrics.outcomes(outcome);
         Ok(())
@@ -358,7 +371,7 @@ impl Engine {
 
     /// Buffers for a step, empty.
     pub fn idle_step(&self) -> Arc<Step> {
-        lock(&self.idle).pop().unwrap_or_default()
+        lock(&self.idle).pop().map(|(step, _)| step).unwrap_or_default()
     }
 
     /// Does a step that has been filled.
@@ -378,10 +391,14 @@ impl Engine {
 
     /// Takes the buffers of a step back.
     pub fn put_back(&self, step: Arc<Step>) {
-        step.lock().clear();
+        let mut work = step.lock();
+        work.clear();
+        let bytes = work.memory_bytes();
+        drop(work);
+        let mut paid = Reservation::shared(&self.pool);
         let mut idle = lock(&self.idle);
-        if idle.len() < IDLE_STEPS {
-            idle.push(step);
+        if idle.len() < IDLE_STEPS && paid.try_resize(bytes).is_ok() {
+            idle.push((step, paid));
         }
     }
 }

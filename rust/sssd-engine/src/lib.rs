@@ -13,14 +13,15 @@ mod share;
 mod sizing;
 mod state;
 mod sync;
+mod tenants;
 mod thread_pool;
 
 pub use batch::{Drafted, Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
-pub use request::{Request, RequestError};
+pub use request::{Interrupted, PIECE, Request, RequestError};
 pub use sizing::{
     Allocation, CostCurve, CostError, CurveError, DraftCost, Layout, Pace, PassCosts, RuleOptions, Sizing,
     SizingRule, StepTimes,
 };
-pub use state::{FILE as STATE_FILE, NamespaceState, State, StateError};
+pub use state::{FILE as STATE_FILE, Identity, Record, StateError, StateReader, StateWriter};

@@ -3,14 +3,14 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use sssd_core::{MemoryFull, Reservation, Sequence, Token};
+use sssd_core::{MemoryFull, Outcome, Reservation, Sequence, Token, TopK};
 
 use crate::sizing::Pace;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Prompt tokens that are indexed at a time in the background.
-const PIECE: usize = 4096;
+/// Tokens that are appended or taken back at a time: some milliseconds.
+pub const PIECE: usize = 4096;
 
 /// Why a request cannot do what was asked of it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -24,7 +24,13 @@ pub enum RequestError {
     /// It would need more memory than it may have.
     #[error(transparent)]
     Memory(#[from] MemoryFull),
+    /// Somebody has asked for it.
+    #[error("the call was interrupted")]
+    Interrupted,
 }
+
+/// Asked between pieces of long work whether to give it up.
+pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// One request. Calls from several threads take turns.
 pub struct Request {
@@ -47,11 +53,19 @@ struct Live {
     /// Whether no thread indexes them in the background.
     unattended: bool,
     reservation: Option<Reservation>,
+    /// The length that the sequence is to be cut to before anything else.
+    cut: Option<usize>,
 }
 
 impl Live {
-    /// Indexes part of the backlog.
+    /// Takes back or indexes part of what is to be.
     fn fill(&mut self, most: usize) -> Result<(), MemoryFull> {
+        if let Some(length) = self.cut {
+            if !self.sequence.truncate_part(length, most)? {
+                return Ok(());
+            }
+            self.cut = None;
+        }
         let rest = self.backlog.len().saturating_sub(most);
         if rest < self.backlog.len() {
             self.backlog[rest..].reverse();
@@ -61,6 +75,45 @@ impl Live {
         if rest == 0 {
             self.backlog = Vec::new();
             self.reservation = None;
+        }
+        Ok(())
+    }
+
+    fn is_ready(&self) -> bool {
+        self.backlog.is_empty() && self.cut.is_none()
+    }
+
+    /// Does all that is to be done, piece by piece. What is left when it is interrupted is left to the next call.
+    fn complete(&mut self, interrupted: Interrupted) -> Result<(), RequestError> {
+        while !self.is_ready() {
+            self.fill(PIECE)?;
+            if !self.is_ready() && interrupted() {
+                return Err(RequestError::Interrupted);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets `append` append the pieces from one token to another. If it fails or is interrupted, they are taken back.
+    fn append(
+        &mut self,
+        count: usize,
+        interrupted: Interrupted,
+        mut append: impl FnMut(&mut Sequence, usize, usize) -> Result<(), MemoryFull>,
+    ) -> Result<(), RequestError> {
+        self.complete(interrupted)?;
+        let before = self.sequence.tokens().len();
+        for from in (0..count.max(1)).step_by(PIECE) {
+            let to = count.min(from + PIECE);
+            let mut done = append(&mut self.sequence, from, to).map_err(RequestError::from);
+            if done.is_ok() && to < count && interrupted() {
+                done = Err(RequestError::Interrupted);
+            }
+            if let Err(failure) = done {
+                self.cut = (from > 0 || failure == RequestError::Interrupted).then_some(before);
+                let _ = self.complete(interrupted);
+                return Err(failure);
+            }
         }
         Ok(())
     }
@@ -79,7 +132,7 @@ impl Request {
         reservation: Option<Reservation>,
     ) -> Self {
         prompt.reverse();
-        let live = Live { sequence, backlog: prompt, unattended: false, reservation };
+        let live = Live { sequence, backlog: prompt, unattended: false, reservation, cut: None };
         Self {
             state: Mutex::new(State::Live(Box::new(live))),
             batch: AtomicU64::new(0),
@@ -95,13 +148,65 @@ impl Request {
         })
     }
 
-    /// The same, unless the prompt is still being indexed; if no thread does it, by a piece in each call.
+    /// The same at once, if nobody else has it and nothing is to be done first; else `work` is given back.
+    pub fn try_with<T, F: FnOnce(&mut Sequence) -> T>(
+        &self,
+        work: F,
+    ) -> Result<Result<T, RequestError>, F> {
+        let Ok(mut state) = self.state.try_lock() else { return Err(work) };
+        if matches!(&*state, State::Live(live) if !live.is_ready()) {
+            return Err(work);
+        }
+        Ok(Self::guard(&mut state, |live| Ok(work(&mut live.sequence))))
+    }
+
+    /// Does what is to be done before anything else: indexing the prompt, or taking tokens back.
+    pub fn complete(&self, interrupted: Interrupted) -> Result<(), RequestError> {
+        self.guarded(|live| live.complete(interrupted))
+    }
+
+    /// Appends tokens that the target has produced.
+    pub fn extend(
+        &self,
+        tokens: &[Token],
+        top: Option<TopK>,
+        interrupted: Interrupted,
+    ) -> Result<Option<Outcome>, RequestError> {
+        self.guarded(|live| {
+            live.append(tokens.len(), interrupted, |sequence, from, to| {
+                let rows = |top: TopK<'_>| from * top.k..to * top.k;
+                let top = top.map(|top| TopK { ids: &top.ids[rows(top)], probs: &top.probs[rows(top)], ..top });
+                sequence.extend_part(&tokens[from..to], top)
+            })?;
+            Ok(live.sequence.learn(tokens))
+        })
+    }
+
+    /// Appends tokens that the target has not produced.
+    pub fn prefill(&self, tokens: &[Token], interrupted: Interrupted) -> Result<(), RequestError> {
+        self.guarded(|live| {
+            live.append(tokens.len(), interrupted, |sequence, from, to| sequence.prefill(&tokens[from..to]))
+        })
+    }
+
+    /// Takes tokens back, down to `length`. Interrupted, the next call does the rest.
+    pub fn truncate(&self, length: usize, interrupted: Interrupted) -> Result<(), RequestError> {
+        self.guarded(|live| {
+            live.complete(interrupted)?;
+            if !live.sequence.truncate_part(length, PIECE)? {
+                live.cut = Some(length);
+            }
+            live.complete(interrupted)
+        })
+    }
+
+    /// The same as `with`, unless the prompt is still being indexed; if no thread does it, by a piece in each call.
     pub fn with_ready<T>(&self, work: impl FnOnce(&mut Sequence) -> T) -> Result<Option<T>, RequestError> {
         self.guarded(|live| {
-            if live.unattended {
+            if live.unattended || live.cut.is_some() {
                 live.fill(PIECE)?;
             }
-            Ok(live.backlog.is_empty().then(|| work(&mut live.sequence)))
+            Ok(live.is_ready().then(|| work(&mut live.sequence)))
         })
     }
 
@@ -116,14 +221,20 @@ impl Request {
     pub fn fill(&self) -> bool {
         let filled = self.guarded(|live| {
             live.fill(PIECE)?;
-            Ok(live.backlog.is_empty())
+            Ok(live.is_ready())
         });
         filled.unwrap_or(true)
     }
 
     fn guarded<T>(&self, work: impl FnOnce(&mut Live) -> Result<T, RequestError>) -> Result<T, RequestError> {
-        let mut state = self.lock();
-        let live = match &mut *state {
+        Self::guard(&mut self.lock(), work)
+    }
+
+    fn guard<T>(
+        state: &mut State,
+        work: impl FnOnce(&mut Live) -> Result<T, RequestError>,
+    ) -> Result<T, RequestError> {
+        let live = match state {
             State::Live(live) => live,
             State::Over(reason) => return Err(reason.clone()),
         };
@@ -131,9 +242,9 @@ impl Request {
         let done = catch_unwind(AssertUnwindSafe(|| work(live)))
             .unwrap_or_else(|panic| Err(RequestError::Failed(reason(&*panic))));
         match &done {
-            Err(failure @ RequestError::Failed(_)) => Self::end(&mut state, failure.clone()),
+            Err(failure @ RequestError::Failed(_)) => Self::end(state, failure.clone()),
             // a prompt that does not fit cannot be taken back
-            Err(full @ RequestError::Memory(_)) if indexing => Self::end(&mut state, full.clone()),
+            Err(full @ RequestError::Memory(_)) if indexing => Self::end(state, full.clone()),
             _ => {}
         }
         done
@@ -145,8 +256,8 @@ impl Request {
     }
 
     /// Takes the sequence out, if it is there.
-    pub fn take(&self) -> Result<Sequence, RequestError> {
-        self.with(|_| ())?;
+    pub fn take(&self, interrupted: Interrupted) -> Result<Sequence, RequestError> {
+        self.complete(interrupted)?;
         match std::mem::replace(&mut *self.lock(), State::Over(RequestError::Closed)) {
             State::Live(live) => Ok(live.sequence),
             State::Over(reason) => Err(reason),
@@ -172,7 +283,7 @@ impl Request {
     /// Whether a call may take long: another thread has it, or its prompt is to be indexed first.
     pub fn is_busy(&self) -> bool {
         match self.state.try_lock() {
-            Ok(state) => matches!(&*state, State::Live(live) if !live.backlog.is_empty()),
+            Ok(state) => matches!(&*state, State::Live(live) if !live.is_ready()),
             Err(_) => true,
         }
     }

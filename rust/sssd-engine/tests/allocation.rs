@@ -60,7 +60,7 @@ fn steps_allocate_nothing_after_a_while() {
         let engine = Engine::new(Options { threads, ..Options::default() }).unwrap();
         let prompt: Vec<Token> = (0..1000).map(|i| i % 40).collect();
         let requests: Vec<_> =
-            (0..16).map(|_| engine.begin("", &prompt, &[], None, || false).unwrap().unwrap()).collect();
+            (0..16).map(|_| engine.begin("", &prompt, &[], None, &|| false).unwrap()).collect();
         let step = |extend: bool| {
             let step = engine.idle_step();
             let mut work = step.lock();

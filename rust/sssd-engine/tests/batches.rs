@@ -50,7 +50,7 @@ impl Corpus for Plenty {
 }
 
 fn begin(engine: &Engine, prompt: &[Token]) -> Arc<Request> {
-    engine.begin("", prompt, &[], None, || false).unwrap().unwrap()
+    engine.begin("", prompt, &[], None, &|| false).unwrap()
 }
 
 fn limits(max_nodes: usize) -> Limits {
@@ -140,7 +140,7 @@ proptest! {
             let (trees, failures) = run(&together, &ask);
             prop_assert!(failures.is_empty());
             for ((twin, tokens), tree) in twins.iter().zip(tokens).zip(&trees) {
-                alone.extend(twin, tokens, None).unwrap();
+                alone.extend(twin, tokens, None, &|| false).unwrap();
                 prop_assert_eq!(&alone.draft(twin, limits(budget), None).unwrap(), tree);
             }
         }
@@ -170,7 +170,7 @@ proptest! {
             prop_assert!(failures.is_empty());
             let mut whole = Vec::new();
             for ((twin, tokens), plan) in twins.iter().zip(tokens).zip(&plans) {
-                alone.extend(twin, tokens, None).unwrap();
+                alone.extend(twin, tokens, None, &|| false).unwrap();
                 whole.push(alone.draft(twin, plan.limits, None).unwrap());
             }
             let sizes = shares(&whole, &plans, total);
@@ -216,7 +216,7 @@ proptest! {
             prop_assert!(failures.is_empty());
             let (mut whole, mut allocation) = (Vec::new(), Allocation::default());
             for (twin, tokens) in cuts.iter().zip(tokens) {
-                cut.extend(twin, tokens, None).unwrap();
+                cut.extend(twin, tokens, None, &|| false).unwrap();
                 whole.push(cut.draft(twin, limits(max_nodes), None).unwrap());
                 allocation.push(&whole[whole.len() - 1].probs);
             }
@@ -226,7 +226,7 @@ proptest! {
                 prop_assert_eq!(tree, &whole[at].first(size));
                 // whoever verifies less than was drafted says so
                 cuts[at].with(|sequence| sequence.cut_draft(size)).unwrap();
-                alone.extend(&twins[at], &tokens[at], None).unwrap();
+                alone.extend(&twins[at], &tokens[at], None, &|| false).unwrap();
                 let limits = limits(if size < whole[at].len() { size } else { max_nodes });
                 let sizing = (count == 1 && min_nodes == 0).then_some(&sizing);
                 let limits = sizing.map_or(limits, |_| self::limits(max_nodes));
@@ -279,7 +279,7 @@ fn a_panic_ends_one_request_and_no_other() {
         let (trees, failures) = run(&engine, &ask);
         assert_eq!(failures.len(), 2);
         assert!(!trees[0].is_empty());
-        assert_eq!(engine.finish(&requests[5]), Err(failures[0].1.clone()));
+        assert_eq!(engine.finish(&requests[5], &|| false), Err(failures[0].1.clone()));
         requests.iter().for_each(|request| request.close());
         assert_eq!(engine.memory().used, engine.memory().shared);
     }
@@ -290,7 +290,7 @@ fn prompts_are_indexed_in_the_background() {
     let prompt: Vec<Token> = (0..200_000u64).map(|i| (i * i % 4999) as Token).collect();
     for threads in [1, 2] {
         let engine = Engine::new(Options { end_tokens: vec![], ..options(threads) }).unwrap();
-        let request = engine.begin_in_background("", prompt.clone(), &[], None).unwrap();
+        let request = engine.begin_in_background("", prompt.clone(), &[], None, &|| false).unwrap();
         if threads > 1 {
             let start = Instant::now();
             while request.with_ready(|_| ()).unwrap().is_none() && start.elapsed() < Duration::from_secs(60) {
@@ -300,9 +300,9 @@ fn prompts_are_indexed_in_the_background() {
         } else {
             assert!(engine.draft(&request, limits(8), None).unwrap().is_empty());
         }
-        engine.extend(&request, &[prompt[0]], None).unwrap();
-        let twin = engine.begin("", &prompt, &[], None, || false).unwrap().unwrap();
-        engine.extend(&twin, &[prompt[0]], None).unwrap();
+        engine.extend(&request, &[prompt[0]], None, &|| false).unwrap();
+        let twin = engine.begin("", &prompt, &[], None, &|| false).unwrap();
+        engine.extend(&twin, &[prompt[0]], None, &|| false).unwrap();
         assert_eq!(engine.draft(&request, limits(64), None), engine.draft(&twin, limits(64), None));
         drop((request, twin));
         // the helper lets go of the request a moment after it is ready
@@ -320,9 +320,9 @@ fn namespaces_keep_to_themselves_and_end() {
         Options { live_bytes: 1 << 20, namespace_ttl: Some(Duration::from_millis(200)), ..options(1) };
     let engine = Engine::new(options).unwrap();
     let begin = |namespace: &str, prompt: &[Token]| {
-        engine.begin(namespace, prompt, &[], None, || false).unwrap().unwrap()
+        engine.begin(namespace, prompt, &[], None, &|| false).unwrap()
     };
-    engine.finish(&begin("a", &[1, 2, 3, 4, 5])).unwrap();
+    engine.finish(&begin("a", &[1, 2, 3, 4, 5]), &|| false).unwrap();
     let drafted =
         |namespace: &str| engine.draft(&begin(namespace, &[1, 2, 3]), limits(8), None).unwrap().len();
     assert!(drafted("a") > 0);

@@ -71,7 +71,7 @@ fn engine(threads: usize) -> Engine {
 fn begin(engine: &Engine, firsts: std::ops::Range<Token>) -> Vec<Arc<Request>> {
     let begin = |first: Token| {
         let prompt = if first.is_multiple_of(2) { &[1, 2, first, 3, 1, 2, first, 3][..] } else { &[first] };
-        engine.begin("", prompt, &[], None, || false).unwrap().unwrap()
+        engine.begin("", prompt, &[], None, &|| false).unwrap()
     };
     firsts.map(begin).collect()
 }
@@ -130,7 +130,7 @@ fn requests_may_be_closed_and_indexed_while_a_step_runs() {
         let engine = Arc::new(engine(2));
         let mut requests = begin(&engine, 10..18);
         let prompt = vec![50, 1, 2, 50, 1];
-        requests.push(engine.begin_in_background("", prompt, &[], None).unwrap());
+        requests.push(engine.begin_in_background("", prompt, &[], None, &|| false).unwrap());
         let closing = Arc::clone(&requests[3]);
         let other = thread::spawn(move || closing.close());
         let (trees, failures) = step(&engine, &requests, None);
@@ -171,7 +171,7 @@ fn batches_that_look_at_several_requests_may_overlap() {
 fn prompts_are_indexed_without_further_calls() {
     check(100, || {
         let engine = engine(2);
-        let begin = |length| engine.begin_in_background("", vec![1; length], &[], None).unwrap();
+        let begin = |length| engine.begin_in_background("", vec![1; length], &[], None, &|| false).unwrap();
         let requests = [begin(9000), begin(5)];
         let ready = |request: &Arc<Request>| request.with_ready(|_| ()).unwrap().is_some();
         while !requests.iter().all(ready) {

@@ -210,6 +210,15 @@ impl Scratch {
         self.read.clear();
     }
 
+    pub fn memory_bytes(&self) -> usize {
+        fn bytes<T>(items: &Vec<T>) -> usize {
+            items.capacity() * size_of::<T>()
+        }
+        let samples = bytes(&self.samples) + bytes(&self.origins) + bytes(&self.matches) + bytes(&self.read);
+        let expansion = bytes(&self.successors) + bytes(&self.votes);
+        size_of::<Self>() + self.frontier.memory_bytes() + samples + expansion + bytes(&self.table.slots)
+    }
+
     /// Where the live store goes on after a candidate's own token, for the newest of its samples that come from there.
     pub fn live_position(&self, candidate: u32) -> Option<u64> {
         let mut next = self.origins[candidate as usize].samples;

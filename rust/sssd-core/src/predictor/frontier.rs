@@ -13,6 +13,10 @@ pub struct Frontier {
 }
 
 impl Frontier {
+    pub fn memory_bytes(&self) -> usize {
+        self.heap.capacity() * size_of::<u64>()
+    }
+
     /// Empties the frontier. At most `room` candidates will leave, none below `floor`.
     pub fn reset(&mut self, room: usize, floor: f32) {
         self.heap.clear();

@@ -7,7 +7,6 @@ use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
 use crate::sources::feedback::{FeedbackTable, Recent};
-use crate::sources::live::LiveStore;
 use crate::sources::{LIVE, STORE};
 
 /// What one draft is made from.
@@ -18,7 +17,7 @@ pub struct Inputs<'a> {
     pub predicted: usize,
     pub aligned: &'a Aligned,
     pub store: Option<&'a dyn Corpus>,
-    pub live: &'a LiveStore,
+    pub live: Option<&'a dyn Corpus>,
     pub feedback: &'a FeedbackTable,
     pub recent: &'a Recent,
     pub model: &'a Model,
@@ -35,7 +34,7 @@ impl Inputs<'_> {
     pub fn corpus(&self, source: usize) -> Option<&dyn Corpus> {
         match source {
             STORE => self.store,
-            LIVE => Some(self.live),
+            LIVE => self.live,
             _ => None,
         }
     }
@@ -70,13 +69,15 @@ impl Limits {
 
 #[cfg(test)]
 pub mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::memory::{MemoryPool, Reservation};
 
     /// What a request without datastore drafts from.
     pub struct Parts {
         pub index: Index,
         pub aligned: Aligned,
-        live: LiveStore,
         feedback: FeedbackTable,
         recent: Recent,
         model: Model,
@@ -86,7 +87,7 @@ pub mod tests {
     impl Parts {
         pub fn new(tokens: &[Token]) -> Self {
             let mut index = Index::default();
-            tokens.iter().for_each(|&token| index.push(token));
+            index.append(tokens).unwrap();
             let mut calibration = Calibration::default();
             let model = Model::default();
             calibration.start(model.ages(0));
@@ -94,8 +95,7 @@ pub mod tests {
             Self {
                 index,
                 aligned,
-                live: LiveStore::new(0),
-                feedback: FeedbackTable::new(0),
+                feedback: FeedbackTable::new(0, Reservation::new(&Arc::new(MemoryPool::new(0)), 0)),
                 recent,
                 model,
                 calibration,
@@ -108,7 +108,7 @@ pub mod tests {
                 predicted: 0,
                 aligned: &self.aligned,
                 store: None,
-                live: &self.live,
+                live: None,
                 feedback: &self.feedback,
                 recent: &self.recent,
                 model: &self.model,

@@ -11,6 +11,7 @@
 
 use thiserror::Error;
 
+use crate::memory::{MemoryFull, try_clone};
 use crate::predictor::support::{KINDS, ROWS};
 use crate::sources::{self, BLENDED, CLASSES, FEEDBACK, SUCCESSORS};
 
@@ -322,6 +323,16 @@ impl Model {
     pub(crate) fn learn_age(&mut self, tokens: usize, kind: usize, gradient: f32) {
         let bias = &mut self.ages[age(tokens) * KINDS + kind];
         *bias = (*bias + AGE_RATE * gradient).clamp(-AGE_LIMIT, AGE_LIMIT);
+    }
+
+    /// A copy, if there is memory for it.
+    pub(crate) fn try_clone(&self) -> Result<Self, MemoryFull> {
+        Ok(Self {
+            escapes: try_clone(&self.escapes)?.into(),
+            refinements: try_clone(&self.refinements)?.into(),
+            gates: try_clone(&self.gates)?.into(),
+            ages: try_clone(&self.ages)?.into(),
+        })
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {

@@ -34,7 +34,7 @@ pub fn agreed(length: u16) -> u16 {
     }
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone, Copy, Default)]
 pub struct Aligned {
     /// Where the output may go on, if anything is followed.
     next: Option<u32>,
@@ -124,11 +124,11 @@ mod tests {
     use super::*;
 
     fn continuations(predicted: &[u32], output: &[u32]) -> Vec<(u32, u16)> {
-        let mut index = Index::with_capacity(0);
-        predicted.iter().for_each(|&token| index.push(token));
+        let mut index = Index::default();
+        index.append(predicted).unwrap();
         let mut aligned = Aligned::new(predicted.len() as u32);
         for &token in output {
-            index.push(token);
+            index.append(&[token]).unwrap();
             aligned.follow(&index);
         }
         let mut found = Vec::new();

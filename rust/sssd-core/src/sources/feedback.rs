@@ -2,9 +2,12 @@
 //!
 //! One table serves all requests of a drafter, without locks.
 
-use std::sync::OnceLock;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
 
 use crate::index::Hash;
+use crate::memory::Reservation;
+use crate::segments::Segments;
 use crate::sources::seqlock::{self, WORDS};
 use crate::sync::{AtomicU64, Ordering};
 use crate::{MAX_TOKEN, Token};
@@ -16,8 +19,12 @@ pub const TOP_K: usize = 8;
 
 /// Entries that share a bucket: an entry lives in the one of them that was written least recently.
 const WAYS: usize = 4;
-// Words of an entry: state, TOP_K tokens of 32 bits, TOP_K probabilities of 16 bits, and the time of writing.
+const BUCKET: usize = WAYS * WORDS;
+// Words of an entry: state, TOP_K tokens of 32 bits, TOP_K probabilities of 16 bits, and the time of writing above the
+// bits of the hash that give the bucket.
 const TIME: usize = WORDS - 1;
+const HASH_BITS: u32 = 24;
+const HASH: u32 = (1 << HASH_BITS) - 1;
 const SCALE: f32 = 65535.0;
 
 /// The target's most probable next tokens, for several positions: `k` ids and probabilities each.
@@ -117,72 +124,80 @@ impl Recent {
     }
 }
 
-/// A bounded table of distributions. The memory is taken with the first entry.
+/// A bounded table of distributions, found by hash in buckets of four. It grows bucket by bucket as it fills (linear
+/// hashing, W. Litwin, VLDB 1980): each new bucket takes over its share of an older one.
 pub struct FeedbackTable {
-    slots: OnceLock<Box<[AtomicU64]>>,
-    buckets: usize,
+    slots: Segments<AtomicU64>,
+    /// Buckets in use, and how many there may be.
+    buckets: AtomicUsize,
+    most: usize,
+    entries: AtomicUsize,
     clock: AtomicU64,
+    /// No more memory is asked for before this time.
+    patience: AtomicU64,
+    /// Pays for it; whoever has it makes buckets.
+    paid: Mutex<Reservation>,
 }
 
+const BUCKETS_PER_ENTRY: usize = 2;
+/// Writes after which memory that was refused is asked for again.
+const PATIENCE: u64 = 4096;
+
 impl FeedbackTable {
-    /// A table of at most `bytes` bytes; 0 keeps nothing.
-    pub fn new(bytes: usize) -> Self {
-        let buckets = bytes / (WAYS * WORDS * size_of::<u64>());
-        Self { slots: OnceLock::new(), buckets, clock: AtomicU64::new(1) }
+    /// A table of at most `bytes` bytes, which `paid` pays for as it grows; 0 keeps nothing.
+    pub fn new(bytes: usize, paid: Reservation) -> Self {
+        let most = (bytes / (BUCKET * size_of::<u64>())).min(1 << HASH_BITS);
+        Self {
+            slots: Segments::new(most * BUCKET),
+            buckets: AtomicUsize::new(0),
+            most,
+            entries: AtomicUsize::new(0),
+            clock: AtomicU64::new(1),
+            patience: AtomicU64::new(0),
+            paid: Mutex::new(paid),
+        }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.slots.get().is_none()
-    }
-
-    /// Bytes that it may come to hold.
-    pub fn most_bytes(&self) -> usize {
-        self.buckets * WAYS * WORDS * size_of::<u64>()
+        self.buckets.load(Ordering::Acquire) == 0
     }
 
     pub fn memory_bytes(&self) -> usize {
-        self.slots.get().map_or(0, |slots| slots.len() * size_of::<u64>())
+        self.slots.memory_bytes()
     }
 
-    /// The entries, each with its place, to be put into a table of the same size.
-    pub fn entries(&self) -> Vec<(u64, [u64; WORDS])> {
-        let entries = self.slots.get().map_or(&[][..], |slots| slots).chunks_exact(WORDS);
-        let held = entries.zip(0..).filter_map(|(entry, place)| {
-            let words = seqlock::read(entry).filter(|words| words[0] >> 32 != 0)?;
-            Some((place, words))
-        });
-        held.collect()
+    /// Calls `act` with the entries, to be put into another table.
+    pub fn for_each_entry<E>(&self, mut act: impl FnMut(&[u64; WORDS]) -> Result<(), E>) -> Result<(), E> {
+        for bucket in 0..self.buckets.load(Ordering::Acquire) {
+            for entry in self.bucket(bucket).chunks_exact(WORDS) {
+                if let Some(words) = seqlock::read(entry).filter(|words| words[0] >> 32 != 0) {
+                    act(&words)?;
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// Puts entries of another table of the same size where they were. Left out are those that have no place here
-    /// or tokens from `limit` on.
-    pub fn restore(&self, entries: &[(u64, [u64; WORDS])], limit: Token) {
-        if self.buckets == 0 || entries.is_empty() {
+    /// Takes over an entry of another table, unless it has tokens from `limit` on.
+    pub fn restore(&self, words: &[u64; WORDS], limit: Token) {
+        let foreign = |pair: u64| pair >> 32 >= u64::from(limit) || pair as u32 >= limit;
+        if self.most == 0 || words[0] >> 32 == 0 || words[1..5].iter().copied().any(foreign) || !self.make_room() {
             return;
         }
-        let slots = self.slots();
-        for (place, words) in entries {
-            let Some(entry) = usize::try_from(*place).ok().and_then(|place| slots.get(place * WORDS..))
-            else {
-                continue;
-            };
-            if words[1..5].iter().any(|&pair| pair >> 32 >= u64::from(limit) || pair as u32 >= limit) {
-                continue;
+        let bucket = self.bucket(self.home(words[TIME] as u32));
+        let held = held((words[0] >> 32) as u32, bucket);
+        if let Some(entry) = held.or_else(|| oldest(bucket)) {
+            let new = seqlock::tag(entry) == 0;
+            if seqlock::put(entry, words) && new {
+                self.entries.fetch_add(1, Ordering::Relaxed);
             }
-            for (slot, &word) in entry.iter().zip(words) {
-                slot.store(word, Ordering::Relaxed);
-            }
-            self.clock.fetch_max(words[TIME].saturating_add(1), Ordering::Relaxed);
         }
-    }
-
-    fn slots(&self) -> &[AtomicU64] {
-        self.slots.get_or_init(|| (0..self.buckets * WAYS * WORDS).map(|_| AtomicU64::new(0)).collect())
+        self.clock.fetch_max((words[TIME] >> HASH_BITS).saturating_add(1), Ordering::Relaxed);
     }
 
     /// Remembers the target's distribution after `context`, which is given newest first.
     pub fn insert(&self, context: impl Iterator<Item = Token>, best: &Best) {
-        if self.buckets == 0 {
+        if self.most == 0 {
             return;
         }
         let mut words = [0u64; WORDS];
@@ -191,10 +206,14 @@ impl FeedbackTable {
             let prob = (prob * SCALE).round().max(1.0) as u64;
             words[5 + place / 4] |= prob << (16 * (place % 4));
         }
-        words[TIME] = self.clock.fetch_add(1, Ordering::Relaxed);
-        let slots = self.slots();
+        let time = self.clock.fetch_add(1, Ordering::Relaxed) << HASH_BITS;
         for_each_order(context, |order, key| {
-            write(&slots[self.bucket(key)..][..WAYS * WORDS], tag(order, key), &words);
+            if self.make_room() {
+                let hash = (key >> 32) as u32 & HASH;
+                words[TIME] = time | u64::from(hash);
+                let new = write(self.bucket(self.home(hash)), tag(order, key), &words);
+                self.entries.fetch_add(usize::from(new), Ordering::Relaxed);
+            }
         });
     }
 
@@ -205,15 +224,64 @@ impl FeedbackTable {
         out: &mut [Option<Distribution>; FEEDBACK_ORDERS.len()],
     ) {
         *out = [None; FEEDBACK_ORDERS.len()];
-        let Some(slots) = self.slots.get() else { return };
+        if self.is_empty() {
+            return;
+        }
         for_each_order(context, |order, key| {
-            out[order] = read(&slots[self.bucket(key)..][..WAYS * WORDS], tag(order, key));
+            out[order] = read(self.bucket(self.home((key >> 32) as u32 & HASH)), tag(order, key));
         });
     }
 
-    /// The first word of the bucket of `key`.
-    fn bucket(&self, key: u64) -> usize {
-        ((u128::from(key) * self.buckets as u128) >> 64) as usize * WAYS * WORDS
+    fn bucket(&self, number: usize) -> &[AtomicU64] {
+        self.slots.slice(number * BUCKET, BUCKET).unwrap_or_default()
+    }
+
+    /// The bucket of a hash: by so many bits as number all buckets, or where that is too many yet, by one less.
+    fn home(&self, hash: u32) -> usize {
+        let buckets = self.buckets.load(Ordering::Acquire);
+        let hash = (hash & HASH) as usize;
+        let home = hash & (buckets.next_power_of_two() - 1);
+        if home < buckets { home } else { hash & (buckets.next_power_of_two() / 2 - 1) }
+    }
+
+    /// Makes buckets as the table fills, as far as there may be; false if there is none.
+    fn make_room(&self) -> bool {
+        // one entry in two buckets, or one in each that is still to be split: hardly any of them overflows
+        let wanted = (BUCKETS_PER_ENTRY * self.entries.load(Ordering::Relaxed)).clamp(1, self.most);
+        if self.buckets.load(Ordering::Relaxed) < wanted
+            && self.patience.load(Ordering::Relaxed) <= self.clock.load(Ordering::Relaxed)
+            && let Ok(mut paid) = self.paid.try_lock()
+        {
+            let buckets = self.buckets.load(Ordering::Relaxed);
+            for new in buckets..wanted.min(buckets + BUCKETS_PER_ENTRY) {
+                if self.slots.grow((new + 1) * BUCKET, &mut paid).is_err() {
+                    let patience = self.clock.load(Ordering::Relaxed) + PATIENCE;
+                    self.patience.store(patience, Ordering::Relaxed);
+                    break;
+                }
+                self.split(new);
+                self.buckets.store(new + 1, Ordering::Release);
+            }
+        }
+        !self.is_empty()
+    }
+
+    /// Moves to the bucket `new` what belongs there from now on. An entry that another thread writes meanwhile may be
+    /// lost.
+    fn split(&self, new: usize) {
+        let all = (new + 1).next_power_of_two();
+        let old = new & (all / 2).saturating_sub(1);
+        if old == new {
+            return;
+        }
+        let moves = |words: &[u64; WORDS]| words[0] >> 32 != 0 && words[TIME] as usize & (all - 1) == new;
+        let (from, to) = (self.bucket(old), self.bucket(new));
+        for (from, to) in from.chunks_exact(WORDS).zip(to.chunks_exact(WORDS)) {
+            if let Some(words) = seqlock::read(from).filter(moves) {
+                seqlock::put(to, &words);
+                seqlock::put(from, &[0; WORDS]);
+            }
+        }
     }
 }
 
@@ -237,17 +305,21 @@ fn tag(order: usize, key: u64) -> u32 {
     ((key as u32) << 2 | order as u32).max(1)
 }
 
-fn write(bucket: &[AtomicU64], tag: u32, words: &[u64; WORDS]) {
-    let entries = || bucket.chunks_exact(WORDS);
-    let held = entries().find(|entry| seqlock::tag(entry) == tag);
-    let oldest = || entries().min_by_key(|entry| entry[TIME].load(Ordering::Relaxed));
-    if let Some(entry) = held.or_else(oldest) {
-        seqlock::write(entry, tag, words);
-    }
+/// Writes over the entry of the tag or else the oldest one, and tells whether that was nobody's.
+fn write(bucket: &[AtomicU64], tag: u32, words: &[u64; WORDS]) -> bool {
+    held(tag, bucket).or_else(|| oldest(bucket)).is_some_and(|entry| seqlock::write(entry, tag, words))
+}
+
+fn held(tag: u32, bucket: &[AtomicU64]) -> Option<&[AtomicU64]> {
+    bucket.chunks_exact(WORDS).find(|entry| seqlock::tag(entry) == tag)
+}
+
+fn oldest(bucket: &[AtomicU64]) -> Option<&[AtomicU64]> {
+    bucket.chunks_exact(WORDS).min_by_key(|entry| entry[TIME].load(Ordering::Relaxed) >> HASH_BITS)
 }
 
 fn read(bucket: &[AtomicU64], tag: u32) -> Option<Distribution> {
-    let entry = bucket.chunks_exact(WORDS).find(|entry| seqlock::tag(entry) == tag)?;
+    let entry = held(tag, bucket)?;
     let words = seqlock::read(entry).filter(|words| (words[0] >> 32) as u32 == tag)?;
     let mut found = Distribution { writes: seqlock::writes(&words), ..Distribution::default() };
     for place in 0..TOP_K {
@@ -259,8 +331,15 @@ fn read(bucket: &[AtomicU64], tag: u32) -> Option<Distribution> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::memory::MemoryPool;
     use proptest::prelude::*;
+
+    fn table(bytes: usize) -> FeedbackTable {
+        FeedbackTable::new(bytes, Reservation::new(&Arc::new(MemoryPool::new(usize::MAX)), usize::MAX))
+    }
 
     fn find(table: &FeedbackTable, context: &[Token]) -> [Option<Distribution>; FEEDBACK_ORDERS.len()] {
         let mut out = [None; FEEDBACK_ORDERS.len()];
@@ -275,7 +354,7 @@ mod tests {
 
     #[test]
     fn the_last_distribution_wins_and_is_sorted() {
-        let table = FeedbackTable::new(1 << 16);
+        let table = table(1 << 16);
         insert(&table, &[1, 2, 3], &[7, 8], &[0.5, 0.25]);
         insert(&table, &[9, 2, 3], &[8, 7, 6], &[0.125, 0.75, 0.0]);
         let found = find(&table, &[1, 2, 3]);
@@ -290,14 +369,14 @@ mod tests {
 
     #[test]
     fn no_memory_keeps_nothing() {
-        let table = FeedbackTable::new(0);
+        let table = table(0);
         insert(&table, &[1], &[7], &[0.5]);
         assert_eq!((find(&table, &[1])[0], table.memory_bytes()), (None, 0));
     }
 
     #[test]
     fn readers_never_see_halves_of_two_entries() {
-        let table = FeedbackTable::new(WAYS * WORDS * 8);
+        let table = table(WAYS * WORDS * 8);
         std::thread::scope(|scope| {
             for writer in 1..3u32 {
                 let table = &table;
@@ -317,14 +396,56 @@ mod tests {
         });
     }
 
+    #[test]
+    fn entries_are_found_as_the_table_grows_and_in_tables_of_other_sizes() {
+        let pool = Arc::new(MemoryPool::new(usize::MAX));
+        let table = FeedbackTable::new(1 << 22, Reservation::shared(&pool));
+        let found = |table: &FeedbackTable, most| {
+            let holds = |n: &Token| find(table, &[*n])[0].is_some_and(|found| found.ids[0] == n + 1);
+            (0..most).filter(holds).count()
+        };
+        for n in 0..4000 {
+            insert(&table, &[n], &[n + 1], &[1.0]);
+            assert!(find(&table, &[n])[0].is_some());
+            // twice what is in use, as segments double
+            assert!(pool.used() == table.memory_bytes() && table.memory_bytes() <= 4 * 256 * (n as usize + 1) + 4096);
+        }
+        assert!(found(&table, 4000) > 3960);
+        for (bytes, least) in [(1 << 22, 3960), (1 << 20, 3950), (1 << 17, 1500)] {
+            let other = self::table(bytes);
+            let copied: Result<(), ()> = table.for_each_entry(|words| {
+                other.restore(words, Token::MAX);
+                Ok(())
+            });
+            assert!(copied.is_ok() && found(&other, 4000) >= least, "{bytes}: {}", found(&other, 4000));
+            insert(&other, &[9999], &[1], &[1.0]);
+            assert!(find(&other, &[9999])[0].is_some());
+        }
+        let other = self::table(1 << 22);
+        let _: Result<(), ()> = table.for_each_entry(|words| {
+            other.restore(words, 1000);
+            Ok(())
+        });
+        assert!((950..1000).contains(&found(&other, 4000)));
+    }
+
+    #[test]
+    fn a_table_without_more_memory_keeps_to_what_it_has_and_asks_again() {
+        let pool = Arc::new(MemoryPool::new(40_000));
+        let table = FeedbackTable::new(1 << 20, Reservation::shared(&pool));
+        (0..9000).for_each(|n| insert(&table, &[n], &[n + 1], &[1.0]));
+        assert!(table.memory_bytes() == 32_768 && (2..5).contains(&pool.refused()));
+        assert!(find(&table, &[8999])[0].is_some());
+    }
+
     proptest! {
         #[test]
         fn a_small_table_stays_bounded_and_finds_the_newest(contexts in prop::collection::vec(0u32..1000, 1..300)) {
-            let table = FeedbackTable::new(16 * WAYS * WORDS * 8);
+            let table = table(16 * WAYS * WORDS * 8);
             for &context in &contexts {
                 insert(&table, &[context], &[context + 1], &[1.0]);
             }
-            prop_assert_eq!(table.memory_bytes(), 16 * WAYS * WORDS * 8);
+            prop_assert!(table.memory_bytes() <= 16 * BUCKET * 8);
             let last = contexts[contexts.len() - 1];
             prop_assert_eq!(find(&table, &[last])[0].map(|found| found.ids[0]), Some(last + 1));
         }

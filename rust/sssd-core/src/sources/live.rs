@@ -2,141 +2,233 @@
 //!
 //! Documents lie one after another in a ring. For a few context lengths a hash table links the positions whose
 //! last tokens hash alike, newest first; texts are compared, so collisions cost time and never a wrong match.
-//! Nothing is allocated after the first commit. When the ring is full the oldest document goes, unless something
-//! drafted from it was accepted since it came to its place: then it moves to the front once more (second chance).
+//! When the ring is full the oldest document goes, unless something drafted from it was accepted since it came to its
+//! place: then it moves to the front once more (second chance).
+//!
+//! Ring and tables grow with what they hold. A table grows slot by slot (linear hashing, W. Litwin, VLDB 1980): each new
+//! slot begins with the chain of the one whose share it takes. Texts enter in slices, between which others read.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::Token;
 use crate::index::Hash;
+use crate::memory::{MemoryFull, Reservation, try_reserve};
+use crate::namespace::lock;
+use crate::segments::Segments;
 use crate::sources::corpus::{Corpus, Match};
 
 /// Context lengths that are linked.
 const ORDERS: [usize; 3] = [2, 4, 8];
+const LONGEST: usize = ORDERS[ORDERS.len() - 1];
 /// Closes a document; no token.
 const END: Token = Token::MAX;
-/// Bytes of a token: itself, its links, and its share of the hash tables.
-const BYTES: usize = 4 + ORDERS.len() * (4 + HEADS * 4);
+/// Bytes of a token: itself, its links, and its share of the hash tables and of its document.
+const BYTES: usize = 4 + ORDERS.len() * (4 + HEADS * 4) + 2;
 /// Hash slots per token.
 const HEADS: usize = 2;
+/// Tokens per document, at least: as many as there are contexts to find its first own token by.
+const DOCUMENT: usize = LONGEST;
 /// Runs of this many tokens that the store holds already are not stored again.
 const KNOWN: usize = 32;
 /// Positions looked at for each sample that is wanted.
 const STEPS: usize = 4;
-/// Documents moved to the front for one commit.
+/// Documents moved to the front for one that enters.
 const SECOND_CHANCES: usize = 16;
+/// A longer text becomes several documents, the next of which begins with the end of the one before.
+const LONGEST_DOCUMENT: usize = 4096;
+/// A ring of fewer tokens tries again to grow when it was refused memory.
+const WORTH_HAVING: usize = 4 * LONGEST_DOCUMENT;
+/// Tokens that enter, or are looked up, before others may read: some 30 microseconds.
+const SLICE: usize = 128;
 
-/// Tokens of finished requests. Readers share the lock; a commit takes it for microseconds per thousand tokens.
+/// Tokens of finished requests. Readers share the lock; who adds to them takes it for one slice after the other.
 pub struct LiveStore {
     ring: RwLock<Ring>,
-    capacity: usize,
+    /// Whoever has it adds a document, and pays for it.
+    paid: Mutex<Reservation>,
+    enabled: bool,
 }
 
-#[derive(Default)]
-struct Ring {
+/// What the live store holds.
+pub struct Ring {
     /// Positions count up for ever (from 1) and are stored modulo the capacity, in 32 bits.
-    tokens: Vec<Token>,
-    links: [Links; ORDERS.len()],
-    documents: VecDeque<Document>,
+    tokens: Segments<Token>,
+    /// The position before each one that has the same hash, by order.
+    previous: Segments<[u32; ORDERS.len()]>,
+    heads: [Heads; ORDERS.len()],
+    /// Documents are numbered for ever and stored modulo their most: where each starts, and how many tokens that were
+    /// drafted from it were accepted.
+    starts: Segments<u64>,
+    used: Segments<AtomicU32>,
+    oldest: usize,
+    newest: usize,
     start: u64,
     end: u64,
+    /// Tokens and documents that there may come to be.
+    capacity: usize,
+    documents: usize,
+    /// Whether more memory was refused.
+    full: bool,
 }
 
-#[derive(Default)]
-struct Links {
-    /// The newest position with each hash.
-    heads: Vec<u32>,
-    /// The one before each position with the same hash.
-    previous: Vec<u32>,
-}
-
-struct Document {
-    start: u64,
-    /// Accepted tokens that were drafted from it.
-    used: AtomicU32,
+/// The newest position with each hash.
+struct Heads {
+    slots: Segments<u32>,
+    /// Slots in use.
+    len: usize,
 }
 
 impl LiveStore {
-    /// A store of at most `bytes` bytes; 0 keeps nothing.
-    pub fn new(bytes: usize) -> Self {
+    /// A store of at most `bytes` bytes, which `paid` pays for as it grows; 0 keeps nothing.
+    pub fn new(bytes: usize, paid: Reservation) -> Self {
         let capacity = (bytes / BYTES).min(1 << 30);
-        Self { ring: RwLock::default(), capacity: if capacity < 256 { 0 } else { capacity } }
+        let capacity = if capacity < 256 { 0 } else { capacity };
+        Self { ring: RwLock::new(Ring::new(capacity)), paid: Mutex::new(paid), enabled: capacity > 0 }
     }
 
-    /// Adds a document, as far as its tokens are new. The oldest documents make room.
-    pub fn commit(&self, tokens: &[Token]) {
-        let tokens = &tokens[tokens.len().saturating_sub(self.capacity / 4)..];
-        if tokens.len() > ORDERS[0] {
-            let mut ring = self.ring.write().unwrap_or_else(PoisonError::into_inner);
-            ring.allocate(self.capacity);
-            ring.commit(tokens);
+    /// Adds a text, as far as its tokens are new. The oldest documents make room. Between documents `interrupted` is
+    /// asked whether to leave it at that; false if it was.
+    pub fn commit(&self, tokens: &[Token], interrupted: &mut dyn FnMut() -> bool) -> bool {
+        let tokens = &tokens[tokens.len().saturating_sub(self.read().capacity / 4)..];
+        if tokens.len() <= ORDERS[0] || !self.enabled {
+            return true;
         }
+        let mut at = 0;
+        while at < tokens.len() {
+            if interrupted() {
+                return false;
+            }
+            let mut paid = lock(&self.paid);
+            let until = tokens.len().min(at + LONGEST_DOCUMENT);
+            for (from, to) in self.news(tokens, at, until) {
+                self.append(&tokens[from..to], 0, &mut paid);
+            }
+            at = until;
+        }
+        true
+    }
+
+    /// What is new of `tokens[start..end]`, each part with enough before it to find it by.
+    fn news(&self, tokens: &[Token], start: usize, end: usize) -> Vec<(usize, usize)> {
+        let mut parts: Vec<(usize, usize)> = Vec::new();
+        for slice in (start..end).step_by(SLICE) {
+            let ring = self.read();
+            for at in slice..end.min(slice + SLICE) {
+                let context = &tokens[(at + 1).saturating_sub(KNOWN)..=at];
+                if context.len() == KNOWN && ring.knows(context) {
+                    continue;
+                }
+                match parts.last_mut() {
+                    Some((_, to)) if *to == at => *to += 1,
+                    _ => parts.push((at.saturating_sub(if at == start { KNOWN } else { LONGEST }), at + 1)),
+                }
+            }
+        }
+        parts
+    }
+
+    /// Adds a document as it is, if there is memory for it.
+    fn append(&self, tokens: &[Token], used: u32, paid: &mut Reservation) {
+        let mut chances = SECOND_CHANCES;
+        loop {
+            let mut ring = self.write();
+            if tokens.len() <= ORDERS[0] || ring.grow(tokens.len() + 1, paid).is_err() {
+                return;
+            }
+            if ring.has_room(tokens.len()) {
+                break;
+            }
+            if ring.oldest == ring.newest {
+                return;
+            }
+            let moved = ring.evict(&mut chances);
+            drop(ring);
+            if let Some((copy, used)) = moved {
+                self.enter(&copy, used);
+            }
+        }
+        self.enter(tokens, used);
+    }
+
+    /// Adds a document for which there is room.
+    fn enter(&self, tokens: &[Token], used: u32) {
+        self.write().begin_document(used);
+        for slice in (0..tokens.len()).step_by(SLICE) {
+            let mut ring = self.write();
+            (slice..tokens.len().min(slice + SLICE)).for_each(|at| ring.push(&tokens[..=at]));
+        }
+        self.write().end_document();
     }
 
     /// Tells that what was drafted from here was accepted.
     pub fn credit(&self, position: u64) {
-        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
-        let document = ring.documents.partition_point(|document| document.start <= position);
-        if let Some(document) = document.checked_sub(1).and_then(|at| ring.documents.get(at)) {
-            document.used.fetch_add(1, Ordering::Relaxed);
+        self.read().credit(position);
+    }
+
+    /// Calls `act` with the documents, oldest first, and how often what was drafted from each was accepted of late.
+    pub fn for_each_document<E>(
+        &self,
+        mut act: impl FnMut(&[Token], u32) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (mut tokens, mut next) = (Vec::with_capacity(LONGEST_DOCUMENT), 0);
+        loop {
+            let ring = self.read();
+            next = next.max(ring.oldest);
+            // the last one may still be entering
+            if next >= ring.newest || ring.is_open(next) {
+                return Ok(());
+            }
+            tokens.clear();
+            let (start, end) = (ring.start_of(next), ring.start_of(next + 1) - 1);
+            tokens.extend((start..end).filter_map(|position| ring.token(position)));
+            let used = ring.used(next).map_or(0, |used| used.load(Ordering::Relaxed));
+            drop(ring);
+            act(&tokens, used)?;
+            next += 1;
         }
     }
 
-    /// The documents, oldest first, and how often what was drafted from each was accepted of late.
-    pub fn documents(&self) -> Vec<(Vec<Token>, u32)> {
-        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
-        let ends = ring.documents.iter().skip(1).map(|next| next.start).chain(std::iter::once(ring.end));
-        let documents = ring.documents.iter().zip(ends).map(|(document, end)| {
-            let tokens = (document.start..end - 1).map(|position| ring.tokens[ring.place(position)]);
-            (tokens.collect(), document.used.load(Ordering::Relaxed))
-        });
-        documents.collect()
-    }
-
-    /// Adds documents as they were in another store.
-    pub fn restore(&self, documents: &[(Vec<Token>, u32)]) {
-        let mut ring = self.ring.write().unwrap_or_else(PoisonError::into_inner);
-        for (tokens, used) in documents.iter().filter(|(tokens, _)| tokens.len() <= self.capacity / 4) {
-            ring.allocate(self.capacity);
-            ring.append(tokens);
-            if let Some(document) = ring.documents.back_mut() {
-                *document.used.get_mut() = *used;
+    /// Adds a document as it was in another store.
+    pub fn restore(&self, tokens: &[Token], used: u32) {
+        if tokens.len() <= self.read().capacity / 4 {
+            for part in tokens.chunks(LONGEST_DOCUMENT) {
+                self.append(part, used, &mut lock(&self.paid));
             }
         }
     }
 
     /// Tokens held, and documents.
     pub fn len(&self) -> (usize, usize) {
-        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
-        ((ring.end - ring.start) as usize - ring.documents.len(), ring.documents.len())
-    }
-
-    /// Bytes that it may come to hold.
-    pub fn most_bytes(&self) -> usize {
-        self.capacity * BYTES
+        let ring = self.read();
+        let documents = ring.newest - ring.oldest;
+        (((ring.end - ring.start) as usize).saturating_sub(documents), documents)
     }
 
     pub fn memory_bytes(&self) -> usize {
-        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
-        let links = ring.links.iter().map(|links| links.heads.len() + links.previous.len());
-        4 * (ring.tokens.len() + links.sum::<usize>()) + ring.documents.capacity() * size_of::<Document>()
+        self.read().memory_bytes()
+    }
+
+    /// What is held, while nobody adds to it.
+    pub fn read(&self) -> RwLockReadGuard<'_, Ring> {
+        self.ring.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Ring> {
+        self.ring.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Corpus for LiveStore {
+impl Corpus for Ring {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
-        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
-        if !ring.documents.is_empty() {
-            ring.matches(&context[context.len().saturating_sub(max_length)..], max_samples, out);
+        if self.newest > self.oldest {
+            self.find(&context[context.len().saturating_sub(max_length)..], max_samples, out);
         }
     }
 
     fn continuation(&self, position: u64, out: &mut [Token]) -> usize {
-        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
         let mut read = 0;
-        while let Some(token) = out.get_mut(read).and_then(|_| ring.token(position + read as u64)) {
+        while let Some(token) = out.get_mut(read).and_then(|_| self.token(position + read as u64)) {
             out[read] = token;
             read += 1;
         }
@@ -147,26 +239,145 @@ impl Corpus for LiveStore {
 }
 
 impl Ring {
-    fn allocate(&mut self, capacity: usize) {
-        if self.tokens.is_empty() {
-            (self.start, self.end) = (1, 1);
-            // zero pages cost nothing until they are used
-            self.tokens = vec![0; capacity];
-            let heads = (capacity * HEADS).next_power_of_two()
-                / if (capacity * HEADS).is_power_of_two() { 1 } else { 2 };
-            self.links =
-                std::array::from_fn(|_| Links { heads: vec![0; heads], previous: vec![0; capacity] });
+    fn new(capacity: usize) -> Self {
+        let slots = (capacity * HEADS).checked_ilog2().map_or(0, |bits| 1 << bits);
+        Self {
+            tokens: Segments::new(capacity),
+            previous: Segments::new(capacity),
+            heads: std::array::from_fn(|_| Heads { slots: Segments::new(slots), len: 0 }),
+            starts: Segments::new(capacity / DOCUMENT),
+            used: Segments::new(capacity / DOCUMENT),
+            oldest: 0,
+            newest: 0,
+            start: 1,
+            end: 1,
+            capacity,
+            documents: capacity / DOCUMENT,
+            full: false,
+        }
+    }
+
+    /// Takes memory for `more` tokens of a document. A ring that cannot grow stays as it is from then on, if that is
+    /// worth having.
+    fn grow(&mut self, more: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
+        if self.full {
+            return Ok(());
+        }
+        if let Err(refused) = self.try_grow(self.end as usize + more, paid) {
+            let (held, documents) = (self.tokens.len(), self.starts.len().min(self.used.len()));
+            if held < WORTH_HAVING || held < self.end as usize || documents <= self.newest {
+                return Err(refused);
+            }
+            (self.full, self.capacity, self.documents) = (true, held, documents);
+        }
+        Ok(())
+    }
+
+    fn try_grow(&mut self, tokens: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
+        self.starts.grow(self.newest + 2, paid)?;
+        self.used.grow(self.newest + 2, paid)?;
+        for heads in &self.heads {
+            heads.slots.grow(HEADS * tokens, paid)?;
+        }
+        self.previous.grow(tokens, paid)?;
+        self.tokens.grow(tokens, paid)
+    }
+
+    /// Whether a document of `tokens` tokens can enter.
+    fn has_room(&self, tokens: usize) -> bool {
+        let tokens = self.end - self.start + tokens as u64 + 1;
+        tokens <= self.capacity as u64 && self.newest - self.oldest + 1 < self.documents
+    }
+
+    /// Takes the oldest document out. If something of it was of use, and `chances` are left, it is to enter anew.
+    fn evict(&mut self, chances: &mut usize) -> Option<(Vec<Token>, u32)> {
+        let (start, end) = (self.start_of(self.oldest), self.start_of(self.oldest + 1));
+        let used = self.used(self.oldest).map_or(0, |used| used.load(Ordering::Relaxed));
+        let mut copy = Vec::new();
+        if used > 0 && *chances > 0 {
+            *chances -= 1;
+            if try_reserve(&mut copy, (end - start) as usize).is_ok() {
+                copy.extend((start..end).filter_map(|position| self.token(position)));
+            }
+        }
+        self.oldest += 1;
+        self.start = end;
+        (!copy.is_empty()).then_some((copy, used / 2))
+    }
+
+    fn begin_document(&mut self, used: u32) {
+        let (place, end) = (self.newest % self.documents.max(1), self.end);
+        if let (Some(start), Some(count)) = (self.starts.get_mut(place), self.used.get_mut(place)) {
+            *start = end;
+            *count.get_mut() = used;
+            self.newest += 1;
+        }
+    }
+
+    /// Adds the last of `text`, the tokens of the newest document up to it.
+    fn push(&mut self, text: &[Token]) {
+        let (Some(&token), end) = (text.last(), self.end) else { return };
+        let mut previous = [0; ORDERS.len()];
+        for (order, heads) in self.heads.iter_mut().enumerate() {
+            heads.split(HEADS);
+            if let Some(hash) = hash(order, text)
+                && let Some(head) = heads.slots.get_mut(heads.home(hash))
+            {
+                previous[order] = std::mem::replace(head, end as u32);
+            }
+        }
+        self.store(token, previous);
+    }
+
+    fn end_document(&mut self) {
+        self.store(END, [0; ORDERS.len()]);
+    }
+
+    fn store(&mut self, token: Token, links: [u32; ORDERS.len()]) {
+        let place = self.place(self.end);
+        if let (Some(held), Some(previous)) = (self.tokens.get_mut(place), self.previous.get_mut(place)) {
+            (*held, *previous) = (token, links);
+            self.end += 1;
         }
     }
 
     fn place(&self, position: u64) -> usize {
-        (position % self.tokens.len() as u64) as usize
+        (position % self.capacity as u64) as usize
     }
 
     /// The token at `position`, if one of a document is held there.
     fn token(&self, position: u64) -> Option<Token> {
         let held = (self.start..self.end).contains(&position);
-        held.then(|| self.tokens[self.place(position)]).filter(|&token| token != END)
+        let token = if held { self.tokens.get(self.place(position)) } else { None };
+        token.copied().filter(|&token| token != END)
+    }
+
+    /// Where a document starts, or the next one would.
+    fn start_of(&self, document: usize) -> u64 {
+        let start = self.starts.get(document % self.documents.max(1));
+        if document < self.newest { start.copied().unwrap_or(self.end) } else { self.end }
+    }
+
+    fn used(&self, document: usize) -> Option<&AtomicU32> {
+        self.used.get(document % self.documents.max(1))
+    }
+
+    /// Whether a document is still entering.
+    fn is_open(&self, document: usize) -> bool {
+        let last = self.end.wrapping_sub(1);
+        document + 1 == self.newest && self.tokens.get(self.place(last)) != Some(&END)
+    }
+
+    fn credit(&self, position: u64) {
+        if !(self.start..self.end).contains(&position) {
+            return;
+        }
+        let (mut low, mut high) = (self.oldest, self.newest);
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if self.start_of(middle) <= position { low = middle } else { high = middle }
+        }
+        self.used(low).map(|used| used.fetch_add(1, Ordering::Relaxed));
     }
 
     /// The position that was stored in 32 bits, if it is still held.
@@ -186,17 +397,22 @@ impl Ring {
 
     /// Positions that may end the last `ORDERS[order]` tokens of `context`, newest first.
     fn chain(&self, order: usize, context: &[Token]) -> impl Iterator<Item = u64> {
-        let links = &self.links[order];
-        let first = match hash(order, context) {
-            Some(hash) if !links.heads.is_empty() => self.held(links.heads[slot(hash, links.heads.len())]),
-            _ => None,
-        };
+        let heads = &self.heads[order];
+        let head = hash(order, context).and_then(|hash| heads.slots.get(heads.home(hash)));
+        let first = head.and_then(|&stored| self.held(stored));
         std::iter::successors(first, move |&position| {
-            self.held(links.previous[self.place(position)]).filter(|&before| before < position)
+            let stored = self.previous.get(self.place(position))?[order];
+            self.held(stored).filter(|&before| before < position)
         })
     }
 
-    fn matches(&self, context: &[Token], max_samples: usize, out: &mut Vec<Match>) {
+    fn knows(&self, context: &[Token]) -> bool {
+        let mut chain = self.chain(ORDERS.len() - 1, context).take(2 * STEPS);
+        chain.any(|position| self.match_length(position, context) == context.len())
+    }
+
+    /// Appends at most `max_samples` matches of the end of `context`, longest first.
+    fn find(&self, context: &[Token], max_samples: usize, out: &mut Vec<Match>) {
         let first = out.len();
         let mut longer = usize::MAX;
         for order in (0..ORDERS.len()).rev() {
@@ -213,74 +429,31 @@ impl Ring {
         }
     }
 
-    fn commit(&mut self, tokens: &[Token]) {
-        // what is new, and enough before it to find it by
-        let longest = ORDERS[ORDERS.len() - 1];
-        let mut from = 0;
-        let mut new_until = 0;
-        for at in 0..tokens.len() {
-            let context = &tokens[(at + 1).saturating_sub(KNOWN)..=at];
-            let known = context.len() == KNOWN
-                && self
-                    .chain(ORDERS.len() - 1, context)
-                    .take(STEPS)
-                    .any(|position| self.match_length(position, context) == KNOWN);
-            if known {
-                if at == new_until {
-                    self.append(&tokens[from..at]);
-                    from = at;
-                }
-            } else {
-                if new_until < at {
-                    from = at.saturating_sub(longest);
-                }
-                new_until = at + 1;
+    fn memory_bytes(&self) -> usize {
+        let heads: usize = self.heads.iter().map(|heads| heads.slots.memory_bytes()).sum();
+        let documents = self.starts.memory_bytes() + self.used.memory_bytes();
+        self.tokens.memory_bytes() + self.previous.memory_bytes() + heads + documents
+    }
+}
+
+impl Heads {
+    /// Takes up to `more` further slots into use, as far as there are any.
+    fn split(&mut self, more: usize) {
+        for new in self.len..self.slots.len().min(self.len + more) {
+            let old = new & ((new + 1).next_power_of_two() / 2).saturating_sub(1);
+            let chain = self.slots.get(old).copied();
+            if let (Some(chain), Some(slot)) = (chain, self.slots.get_mut(new)) {
+                *slot = chain;
             }
-        }
-        if new_until == tokens.len() {
-            self.append(&tokens[from..]);
+            self.len = new + 1;
         }
     }
 
-    /// Adds a document as it is.
-    fn append(&mut self, tokens: &[Token]) {
-        if tokens.len() <= ORDERS[0] {
-            return;
-        }
-        let mut chances = SECOND_CHANCES;
-        while self.end - self.start + tokens.len() as u64 + 1 > self.tokens.len() as u64 {
-            let Some(oldest) = self.documents.pop_front() else { return };
-            let end = self.documents.front().map_or(self.end, |next| next.start);
-            self.start = end;
-            let used = oldest.used.into_inner();
-            if used > 0 && chances > 0 {
-                chances -= 1;
-                // its place may be taken while it is copied
-                let copy: Vec<Token> =
-                    (oldest.start..end - 1).map(|position| self.tokens[self.place(position)]).collect();
-                self.push(&copy, used / 2);
-            }
-        }
-        self.push(tokens, 0);
-    }
-
-    fn push(&mut self, tokens: &[Token], used: u32) {
-        self.documents.push_back(Document { start: self.end, used: AtomicU32::new(used) });
-        for (at, &token) in tokens.iter().enumerate() {
-            let place = self.place(self.end);
-            self.tokens[place] = token;
-            for (order, links) in self.links.iter_mut().enumerate() {
-                links.previous[place] = 0;
-                if let Some(hash) = hash(order, &tokens[..=at]) {
-                    let slot = slot(hash, links.heads.len());
-                    links.previous[place] = std::mem::replace(&mut links.heads[slot], self.end as u32);
-                }
-            }
-            self.end += 1;
-        }
-        let place = self.place(self.end);
-        self.tokens[place] = END;
-        self.end += 1;
+    /// The slot of a hash: by so many bits as number all slots, or where that is too many yet, by one less.
+    fn home(&self, hash: u64) -> usize {
+        let (hash, all) = ((hash >> 32) as usize, self.len.next_power_of_two());
+        let home = hash & (all - 1);
+        if home < self.len { home } else { hash & (all / 2).saturating_sub(1) }
     }
 }
 
@@ -291,21 +464,32 @@ fn hash(order: usize, context: &[Token]) -> Option<u64> {
     Some(hash.wide())
 }
 
-fn slot(hash: u64, slots: usize) -> usize {
-    ((u128::from(hash) * slots as u128) >> 64) as usize
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::memory::MemoryPool;
     use proptest::prelude::*;
+
+    fn store(bytes: usize, pool: &Arc<MemoryPool>) -> LiveStore {
+        LiveStore::new(bytes, Reservation::new(pool, usize::MAX))
+    }
+
+    fn unlimited(bytes: usize) -> LiveStore {
+        store(bytes, &Arc::new(MemoryPool::new(usize::MAX)))
+    }
+
+    fn commit(store: &LiveStore, tokens: &[Token]) {
+        assert!(store.commit(tokens, &mut || false));
+    }
 
     fn matches(store: &LiveStore, context: &[Token]) -> Vec<(u32, Vec<Token>)> {
         let mut found = Vec::new();
-        store.matches(context, 32, 64, &mut found);
+        store.read().matches(context, 32, 64, &mut found);
         let mut out = [0; 4];
         let mut read = |m: &Match| {
-            let count = store.continuation(m.position, &mut out);
+            let count = store.read().continuation(m.position, &mut out);
             (m.length, out[..count].to_vec())
         };
         found.iter().map(&mut read).collect()
@@ -313,37 +497,37 @@ mod tests {
 
     #[test]
     fn finds_what_was_committed_newest_first() {
-        let store = LiveStore::new(1 << 20);
-        store.commit(&[1, 2, 3, 4, 5]);
-        store.commit(&[9, 2, 3, 7]);
+        let store = unlimited(1 << 20);
+        commit(&store, &[1, 2, 3, 4, 5]);
+        commit(&store, &[9, 2, 3, 7]);
         assert_eq!(matches(&store, &[1, 2, 3]), [(2, vec![7]), (3, vec![4, 5])]);
         assert_eq!(store.len(), (9, 2));
     }
 
     #[test]
     fn known_text_is_not_stored_again() {
-        let store = LiveStore::new(1 << 20);
+        let store = unlimited(1 << 20);
         let text: Vec<Token> = (0..500).collect();
-        store.commit(&text);
-        store.commit(&text);
+        commit(&store, &text);
+        commit(&store, &text);
         assert!(store.len().0 < 500 + 2 * KNOWN, "{:?}", store.len());
         let longer = [&text[..], &[1000, 1001, 1002, 1003]].concat();
-        store.commit(&longer);
+        commit(&store, &longer);
         assert!(matches(&store, &[498, 499, 1000]).contains(&(3, vec![1001, 1002, 1003])));
     }
 
     #[test]
     fn what_is_used_stays_longer() {
-        let store = LiveStore::new(BYTES * 1024);
+        let store = unlimited(BYTES * 1024);
         let document = |n: u32| (n * 100..n * 100 + 50).collect::<Vec<_>>();
-        store.commit(&document(0));
+        commit(&store, &document(0));
         let mut found = Vec::new();
-        store.matches(&[10, 11], 32, 64, &mut found);
+        store.read().matches(&[10, 11], 32, 64, &mut found);
         store.credit(found[0].position);
-        (1..25).for_each(|n| store.commit(&document(n)));
+        (1..25).for_each(|n| commit(&store, &document(n)));
         assert!(!matches(&store, &[10, 11]).is_empty());
         assert!(matches(&store, &[110, 111]).is_empty());
-        (25..80).for_each(|n| store.commit(&document(n)));
+        (25..80).for_each(|n| commit(&store, &document(n)));
         assert!(matches(&store, &[10, 11]).is_empty(), "one use is not for ever");
     }
 
@@ -351,16 +535,16 @@ mod tests {
         #[test]
         fn holds_its_limit_and_matches_truly(documents in prop::collection::vec(prop::collection::vec(0u32..6, 0..200), 1..60)) {
             let limit = BYTES * 600;
-            let store = LiveStore::new(limit);
+            let store = unlimited(limit);
             for document in &documents {
-                store.commit(document);
-                prop_assert!(store.memory_bytes() <= limit + 256 * size_of::<Document>());
+                commit(&store, document);
+                prop_assert!(store.memory_bytes() <= limit);
                 let context = &document[..document.len() / 2];
                 let mut found = Vec::new();
-                store.matches(context, 32, 64, &mut found);
+                store.read().matches(context, 32, 64, &mut found);
                 for m in found {
                     let mut text = vec![0; m.length as usize];
-                    prop_assert_eq!(store.continuation(m.position - u64::from(m.length), &mut text), text.len());
+                    prop_assert_eq!(store.read().continuation(m.position - u64::from(m.length), &mut text), text.len());
                     prop_assert_eq!(&text[..], &context[context.len() - text.len()..]);
                 }
             }
@@ -368,9 +552,67 @@ mod tests {
             if let Some(document) = documents.last().filter(|document| document.len() > 3) {
                 let kept = &document[document.len().saturating_sub(600 / 4)..];
                 let mut found = Vec::new();
-                store.matches(&kept[..3], 32, 64, &mut found);
+                store.read().matches(&kept[..3], 32, 64, &mut found);
                 prop_assert!(!found.is_empty());
             }
         }
+    }
+
+    /// What is found must not depend on how the tables have grown, but for chains that are cut off.
+    #[test]
+    fn a_store_that_grows_finds_what_it_holds() {
+        let mut state = 1u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 16
+        };
+        let pool = Arc::new(MemoryPool::new(usize::MAX));
+        let store = store(BYTES << 17, &pool);
+        let documents: Vec<Vec<Token>> =
+            (0..200).map(|_| (0..300).map(|_| random() % 2000).collect()).collect();
+        for (n, document) in documents.iter().enumerate() {
+            commit(&store, document);
+            assert_eq!(pool.used(), store.memory_bytes());
+            assert!(store.memory_bytes() < 3 * BYTES * 310 * (n + 1) + 40_000);
+        }
+        for document in &documents {
+            for at in (8..300).step_by(7) {
+                let found = matches(&store, &document[..at]);
+                let next = document[at..300.min(at + 4)].to_vec();
+                assert!(found.contains(&(at.min(32) as u32, next)));
+            }
+        }
+    }
+
+    #[test]
+    fn long_texts_enter_in_parts_that_overlap() {
+        let store = unlimited(BYTES << 17);
+        let text: Vec<Token> = (0..10_000).collect();
+        commit(&store, &text);
+        assert_eq!(store.len().1, 3);
+        for end in [4000, 4095, 4096, 4097, 4110, 8200, 9990] {
+            assert!(matches(&store, &text[end - 10..end]).contains(&(10, text[end..end + 4].to_vec())), "{end}");
+        }
+        let mut whole = Vec::new();
+        let all: Result<(), ()> = store.for_each_document(|tokens, _| {
+            let last = whole.last().copied();
+            whole.extend(tokens.iter().filter(|&&token| Some(token) > last));
+            Ok(())
+        });
+        assert_eq!((all, whole), (Ok(()), text));
+    }
+
+    #[test]
+    fn a_store_that_gets_no_more_memory_goes_on_with_what_it_has() {
+        let pool = Arc::new(MemoryPool::new(BYTES << 16));
+        let store = store(BYTES << 18, &pool);
+        for n in 0..400 {
+            let document: Vec<Token> = (n * 1000..n * 1000 + 900).collect();
+            commit(&store, &document);
+            assert!(pool.used() <= pool.limit() && pool.used() == store.memory_bytes());
+            let found = matches(&store, &document[800..850]);
+            assert!(found.contains(&(32, document[850..854].to_vec())), "{n}");
+        }
+        assert!(pool.refused() < 10);
     }
 }

@@ -41,7 +41,7 @@ mod tests {
 
     fn found(tokens: &[u32]) -> Vec<(u32, usize)> {
         let (mut index, mut found) = (Index::default(), Vec::new());
-        tokens.iter().for_each(|&token| index.push(token));
+        index.append(tokens).unwrap();
         occurrences(&index, |position, length| found.push((position, length)));
         found
     }

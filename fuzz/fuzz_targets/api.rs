@@ -8,8 +8,8 @@ use std::sync::LazyLock;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use sssd_core::{Limits, PLACEHOLDER, Token, TopK};
-use sssd_engine::{Engine, Options, Request, RequestError, State};
-use sssd_fuzz::{check_memory, check_tree, step};
+use sssd_engine::{Engine, Options, Request, RequestError, StateReader};
+use sssd_fuzz::{GO_ON, check_memory, check_tree, learned, step};
 use sssd_store::{BuildOptions, Builder, Datastore, Load, Progress};
 
 const VOCAB: Token = 24;
@@ -109,9 +109,9 @@ fn begin(engine: &Engine, operation: &Operation) -> Option<Arc<Request>> {
     let (prompt, prediction) = (prompt.tokens(), prediction.tokens());
     let max_length = max_length.map(usize::from);
     if *background {
-        return engine.begin_in_background(name, prompt, &prediction, max_length).ok();
+        return engine.begin_in_background(name, prompt, &prediction, max_length, &GO_ON).ok();
     }
-    engine.begin(name, &prompt, &prediction, max_length, || false).ok().flatten()
+    engine.begin(name, &prompt, &prediction, max_length, &GO_ON).ok()
 }
 
 fn act(engine: &Engine, requests: &mut Vec<Arc<Request>>, operation: &Operation) {
@@ -122,15 +122,19 @@ fn act(engine: &Engine, requests: &mut Vec<Arc<Request>>, operation: &Operation)
             let Some(request) = of(*which) else { return };
             let tokens = tokens.tokens();
             let (ids, probs) = rows(&tokens);
-            let _ =
-                engine.extend(&request, &tokens, feedback.then_some(TopK { k: 2, ids: &ids, probs: &probs }));
+            let _ = engine.extend(
+                &request,
+                &tokens,
+                feedback.then_some(TopK { k: 2, ids: &ids, probs: &probs }),
+                &GO_ON,
+            );
         }
         Operation::Follow { which, nodes } => {
             let Some(request) = of(*which) else { return };
             let limits = Limits::nodes(usize::from(*nodes));
             let Ok(tree) = engine.draft(&request, limits, None) else { return };
             check_tree(engine, &tree, limits);
-            let _ = engine.extend(&request, &tree.chain(tree.len()), None);
+            let _ = engine.extend(&request, &tree.chain(tree.len()), None, &GO_ON);
         }
         Operation::Feedback { which, tokens } => {
             let Some(request) = of(*which) else { return };
@@ -163,11 +167,12 @@ fn act(engine: &Engine, requests: &mut Vec<Arc<Request>>, operation: &Operation)
         Operation::Truncate { which, len } => {
             let Some(request) = of(*which) else { return };
             let len = usize::from(*len);
-            let _ = request.with(|sequence| sequence.truncate(len.min(sequence.tokens().len())));
+            let Ok(held) = request.with(|sequence| sequence.tokens().len()) else { return };
+            let _ = request.truncate(len.min(held), &GO_ON);
         }
         Operation::Prefill { which, tokens } => {
             let Some(request) = of(*which) else { return };
-            let _ = request.with(|sequence| sequence.prefill(&tokens.tokens()));
+            let _ = request.prefill(&tokens.tokens(), &GO_ON);
         }
         Operation::Fork { which } => {
             let Some(request) = of(*which) else { return };
@@ -180,7 +185,7 @@ fn act(engine: &Engine, requests: &mut Vec<Arc<Request>>, operation: &Operation)
             requests.retain(|held| !Arc::ptr_eq(held, &request));
             match operation {
                 Operation::Finish { .. } => {
-                    let _ = engine.finish(&request);
+                    let _ = engine.finish(&request, &GO_ON);
                 }
                 _ => request.close(),
             }
@@ -199,12 +204,10 @@ fn save(session: &Session, engine: &Engine) {
     if engine.namespace("").is_err() {
         return;
     }
-    let other = self::engine(session, true);
-    assert!(other.restore(engine.state()).unwrap());
-    assert!(other.state() == engine.state(), "a restored state is another one");
-    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    engine.state().save(folder.path()).unwrap();
-    assert!(State::load(folder.path()).unwrap() == other.state(), "a loaded state is another one");
+    let (folder, other) = (tempfile::tempdir_in("/dev/shm").unwrap(), self::engine(session, true));
+    let saved = learned(engine, folder.path());
+    other.restore(&mut StateReader::open(folder.path(), &GO_ON).unwrap(), &GO_ON).unwrap();
+    assert!(learned(&other, folder.path()) == saved, "a restored state is another one");
 }
 
 fuzz_target!(|session: Session| {

@@ -1,13 +1,17 @@
 //! What the fuzz targets have in common: what every draft must be, and a serving engine put to use.
 #![forbid(unsafe_code)]
 
+use std::path::Path;
 use std::sync::Arc;
 
 use sssd_core::{DraftTree, Limits, MAX_TOKEN, Token, TopK};
-use sssd_engine::{Engine, Plan, Request, Step};
+use sssd_engine::{Engine, Plan, Record, Request, StateReader, Step};
 
 /// Memory of every engine that is fuzzed: bytes from outside must not make it use more.
 pub const MAX_BYTES: usize = 16 << 20;
+
+/// Nobody interrupts.
+pub const GO_ON: fn() -> bool = || false;
 
 /// Panics unless the tree is a draft as `docs/guarantees.md` (P2) promises it.
 pub fn check_tree(engine: &Engine, tree: &DraftTree, limits: Limits) {
@@ -79,18 +83,34 @@ pub fn step(
 /// Begins, drafts, learns and finishes in a namespace, and checks what is drafted.
 pub fn use_namespace(engine: &Engine, name: &str, prompt: &[Token]) {
     let limits = Limits { max_nodes: 64, max_depth: 12, min_prob: 0.0 };
-    let Ok(Some(request)) = engine.begin(name, prompt, &[], None, || false) else { return };
+    let Ok(request) = engine.begin(name, prompt, &[], None, &GO_ON) else { return };
     for round in 0..3 {
         let Ok(tree) = engine.draft(&request, limits, None) else { break };
         check_tree(engine, &tree, limits);
         let came: Vec<Token> = tree.token_ids.first().copied().into_iter().chain([prompt[round]]).collect();
         let ids: Vec<Token> = came.iter().flat_map(|&token| [token, prompt[0]]).collect();
         let probs = vec![0.4; ids.len()];
-        if engine.extend(&request, &came, Some(TopK { k: 2, ids: &ids, probs: &probs })).is_err() {
+        if engine.extend(&request, &came, Some(TopK { k: 2, ids: &ids, probs: &probs }), &GO_ON).is_err() {
             break;
         }
     }
     let checked = request.with(|sequence| sequence.check());
     assert!(!matches!(checked, Ok(Err(_))), "{checked:?}");
-    let _ = engine.finish(&request);
+    let _ = engine.finish(&request, &GO_ON);
+}
+
+/// What an engine has learned, as its saved file says it; the order of the table's entries does not matter.
+pub fn learned(engine: &Engine, folder: &Path) -> Vec<String> {
+    engine.save(folder, &GO_ON).unwrap();
+    let mut reader = StateReader::open(folder, &GO_ON).unwrap();
+    let mut records = vec![format!("{:?}", reader.identity())];
+    let mut name = String::new();
+    while let Some(record) = reader.next_record().unwrap() {
+        if let Record::Namespace { name: held, .. } = &record {
+            name.clone_from(held);
+        }
+        records.push(format!("{name:?} {record:?}"));
+    }
+    records.sort();
+    records
 }

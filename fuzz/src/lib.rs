@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use sssd_core::{DraftTree, Limits, MAX_TOKEN, Token, TopK};
 use sssd_engine::{Engine, Plan, Record, Request, StateReader, Step};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Memory of every engine that is fuzzed: bytes from outside must not make it use more.
 pub const MAX_BYTES: usize = 16 << 20;
@@ -106,10 +107,13 @@ pub fn learned(engine: &Engine, folder: &Path) -> Vec<String> {
     let mut records = vec![format!("{:?}", reader.identity())];
     let mut name = String::new();
     while let Some(record) = reader.next_record().unwrap() {
-        if let Record::Namespace { name: held, .. } = &record {
-            name.clone_from(held);
-        }
-        records.push(format!("{name:?} {record:?}"));
+        records.push(match record {
+            Record::Namespace { name: held, weights } => {
+                name = held;
+                format!("{name:?} {:x}", xxh3_64(&weights))
+            }
+            record => format!("{name:?} {record:?}"),
+        });
     }
     records.sort();
     records

@@ -517,9 +517,13 @@ class DraftTree:
         token_ids: token of each node, n integers.
         parents: parent of each node, n integers; -1 for children of the root.
         probs: path probability of each node, n floats; 0 if left out.
+        sources: as in ``sources``, n integers; -1 if left out.
+
+    Trees can be pickled and copied.
 
     Raises:
-        InvalidArgumentError: a parent does not precede its child, siblings share a token, or lengths differ.
+        InvalidArgumentError: a parent does not precede its child, siblings share a token, lengths differ, or a source is
+            none.
         InvalidTokenError: a token id is not an integer in 0..2^31.
     """
     def __new__(cls, token_ids: ArrayLike, parents: ArrayLike, probs: ArrayLike | None = None) -> Self: ...

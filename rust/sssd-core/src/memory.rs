@@ -159,7 +159,12 @@ impl Reservation {
             Some(0) => return Ok(()),
             Some(wanted) if bytes > self.limit => {
                 self.pool.refused.fetch_add(1, Ordering::Relaxed);
-                return Err(MemoryFull::Limit { scope: "request's", wanted, used: self.bytes, limit: self.limit });
+                return Err(MemoryFull::Limit {
+                    scope: "request's",
+                    wanted,
+                    used: self.bytes,
+                    limit: self.limit,
+                });
             }
             Some(wanted) => self.pool.add(wanted, self.entering)?,
         }

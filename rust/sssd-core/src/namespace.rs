@@ -2,7 +2,7 @@
 //! target's distributions, the predictor's weights, and how the sources fared.
 
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use crate::memory::{MemoryFull, MemoryPool, Reservation};
@@ -12,6 +12,7 @@ use crate::sources::feedback::FeedbackTable;
 use crate::sources::live::LiveStore;
 use crate::sources::seqlock::WORDS as FEEDBACK_WORDS;
 use crate::stats::Stats;
+use crate::sync::lock;
 use crate::{Corpus, Token};
 
 /// What all namespaces of a drafter have in common.
@@ -87,10 +88,7 @@ impl Namespace {
     }
 
     /// Calls `act` with the documents of the live store, oldest first, and how often each was of use lately.
-    pub fn for_each_document<E>(
-        &self,
-        act: impl FnMut(&[Token], u32) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn for_each_document<E>(&self, act: impl FnMut(&[Token], u32) -> Result<(), E>) -> Result<(), E> {
         self.shared.knowledge.live.for_each_document(act)
     }
 
@@ -253,9 +251,4 @@ impl Knowledge {
     pub fn memory_bytes(&self) -> usize {
         self.live.memory_bytes() + self.feedback.memory_bytes() + lock(&self.model).charged_bytes()
     }
-}
-
-/// What is behind these locks is whole after every statement, whoever panicked.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

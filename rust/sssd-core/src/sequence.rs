@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::index::{Index, Lookahead, grown};
 use crate::memory::{MemoryFull, Reservation, try_clone, try_reserve};
-use crate::namespace::{Namespace, Shared, Weights, lock};
+use crate::namespace::{Namespace, Shared, Weights};
 use crate::predictor::Predictor;
 use crate::predictor::correct::Calibration;
 use crate::predictor::inputs::{Inputs, Limits};
@@ -13,6 +13,7 @@ use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::feedback::{FEEDBACK_ORDERS, Recent, TopK};
 use crate::stats::{Outcome, Stats};
+use crate::sync::lock;
 use crate::{DraftTree, MAX_TOKEN, Token};
 
 /// Drafts after which their counts are handed on.
@@ -430,7 +431,11 @@ impl Sequence {
     /// Bytes of memory that the sequence holds, what it shares with forks included.
     pub fn memory_bytes(&self) -> usize {
         let (own, shared) = self.index.memory_bytes();
-        self.model.charged_bytes() + own + shared + self.past.capacity() * size_of::<Aligned>() + self.other_bytes()
+        self.model.charged_bytes()
+            + own
+            + shared
+            + self.past.capacity() * size_of::<Aligned>()
+            + self.other_bytes()
     }
 
     /// Bytes of the last draft, and of what does not grow. Weights are charged by themselves.

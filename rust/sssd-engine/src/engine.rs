@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sssd_core::{
-    Common, Corpus, DraftTree, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation, Sequence,
-    Token, TopK,
+    Common, Corpus, DraftTree, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation,
+    Sequence, Token, TopK,
 };
 
 use crate::batch::Step;
@@ -208,7 +208,9 @@ impl Engine {
                     }
                     namespace = Some(made);
                 }
-                (Record::Document { tokens, used }, Some(namespace)) => namespace.restore_document(&tokens, used),
+                (Record::Document { tokens, used }, Some(namespace)) => {
+                    namespace.restore_document(&tokens, used)
+                }
                 (Record::Feedback(words), Some(namespace)) => namespace.restore_feedback(&words, limit),
                 (_, None) => {}
             }

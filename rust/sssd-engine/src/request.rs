@@ -2,15 +2,18 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use sssd_core::{MemoryFull, Outcome, Reservation, Sequence, Token, TopK};
 
 use crate::sizing::Pace;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::{Mutex, MutexGuard, PoisonError, TryLockError, thread};
 
 /// Tokens that are appended or taken back at a time: some milliseconds.
 pub const PIECE: usize = 4096;
+
+const NAP: Duration = Duration::from_millis(1);
 
 /// Why a request cannot do what was asked of it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -149,10 +152,7 @@ impl Request {
     }
 
     /// The same at once, if nobody else has it and nothing is to be done first; else `work` is given back.
-    pub fn try_with<T, F: FnOnce(&mut Sequence) -> T>(
-        &self,
-        work: F,
-    ) -> Result<Result<T, RequestError>, F> {
+    pub fn try_with<T, F: FnOnce(&mut Sequence) -> T>(&self, work: F) -> Result<Result<T, RequestError>, F> {
         let Ok(mut state) = self.state.try_lock() else { return Err(work) };
         if matches!(&*state, State::Live(live) if !live.is_ready()) {
             return Err(work);
@@ -175,7 +175,8 @@ impl Request {
         self.guarded(|live| {
             live.append(tokens.len(), interrupted, |sequence, from, to| {
                 let rows = |top: TopK<'_>| from * top.k..to * top.k;
-                let top = top.map(|top| TopK { ids: &top.ids[rows(top)], probs: &top.probs[rows(top)], ..top });
+                let top =
+                    top.map(|top| TopK { ids: &top.ids[rows(top)], probs: &top.probs[rows(top)], ..top });
                 sequence.extend_part(&tokens[from..to], top)
             })?;
             Ok(live.sequence.learn(tokens))
@@ -286,6 +287,26 @@ impl Request {
             Ok(state) => matches!(&*state, State::Live(live) if !live.is_ready()),
             Err(_) => true,
         }
+    }
+
+    /// Whether another call has it.
+    pub fn is_taken(&self) -> bool {
+        matches!(self.state.try_lock(), Err(TryLockError::WouldBlock))
+    }
+
+    /// Waits until no other call has it.
+    pub fn wait(&self, interrupted: Interrupted) {
+        while self.is_taken() && !interrupted() {
+            thread::sleep(NAP);
+        }
+    }
+
+    /// Gives what is new to the live store.
+    pub fn commit(&self, interrupted: Interrupted) -> Result<(), RequestError> {
+        self.guarded(|live| {
+            live.complete(interrupted)?;
+            if live.sequence.commit(&mut || interrupted()) { Ok(()) } else { Err(RequestError::Interrupted) }
+        })
     }
 
     /// Marks it as part of a batch; false if it is already.

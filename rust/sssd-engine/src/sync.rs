@@ -1,4 +1,6 @@
 //! What threads share. The model checkers of `tests/` put their own in its place.
 
-pub use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, atomic, mpsc};
+pub use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, TryLockError, atomic, mpsc,
+};
 pub use std::thread;

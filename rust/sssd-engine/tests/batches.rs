@@ -319,9 +319,8 @@ fn namespaces_keep_to_themselves_and_end() {
     let options =
         Options { live_bytes: 1 << 20, namespace_ttl: Some(Duration::from_millis(200)), ..options(1) };
     let engine = Engine::new(options).unwrap();
-    let begin = |namespace: &str, prompt: &[Token]| {
-        engine.begin(namespace, prompt, &[], None, &|| false).unwrap()
-    };
+    let begin =
+        |namespace: &str, prompt: &[Token]| engine.begin(namespace, prompt, &[], None, &|| false).unwrap();
     engine.finish(&begin("a", &[1, 2, 3, 4, 5]), &|| false).unwrap();
     let drafted =
         |namespace: &str| engine.draft(&begin(namespace, &[1, 2, 3]), limits(8), None).unwrap().len();

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use sssd_core::{Corpus, Limits, Match, Model, Token, TopK};
 use sssd_engine::{
-    Engine, Identity, Options, PIECE, Plan, Record, Request, RequestError, STATE_FILE, StateError, StateReader,
+    Engine, Identity, Options, PIECE, Plan, Record, Request, RequestError, STATE_FILE, StateError,
+    StateReader,
 };
 
 const TEXT: [Token; 9] = [11, 12, 13, 14, 15, 16, 17, 18, 19];
@@ -27,7 +28,9 @@ fn teach(engine: &Engine, namespace: &str) {
         let request = begin(engine, namespace, prompt);
         for token in [14, 15, 16, 17] {
             engine.draft(&request, Limits::nodes(8), None).unwrap();
-            engine.extend(&request, &[token], Some(TopK { k: 1, ids: &[77], probs: &[0.9] }), &|| false).unwrap();
+            engine
+                .extend(&request, &[token], Some(TopK { k: 1, ids: &[77], probs: &[0.9] }), &|| false)
+                .unwrap();
         }
         engine.finish(&request, &|| false).unwrap();
     }
@@ -71,7 +74,10 @@ fn what_was_learned_is_restored_exactly_and_takes_the_place_of_what_was_there() 
         teach(&engine, name);
     }
     let (state, identity) = saved(&engine);
-    assert!(state.iter().any(|record| matches!(record, Record::Document { used: 1.., .. })), "some text was of use");
+    assert!(
+        state.iter().any(|record| matches!(record, Record::Document { used: 1.., .. })),
+        "some text was of use"
+    );
     let names = state.iter().filter(|record| matches!(record, Record::Namespace { .. })).count();
     let entries = state.iter().filter(|record| matches!(record, Record::Feedback(_))).count();
     assert!(names == 2 && entries > 20);
@@ -142,7 +148,8 @@ fn any_number_of_namespaces_costs_no_call_more_than_its_own() {
 
 #[test]
 fn a_full_memory_forgets_what_is_to_be_forgotten() {
-    let options = Options { namespace_ttl: Some(Duration::from_millis(1)), max_bytes: 1 << 18, ..Options::default() };
+    let options =
+        Options { namespace_ttl: Some(Duration::from_millis(1)), max_bytes: 1 << 18, ..Options::default() };
     let engine = Engine::new(options).unwrap();
     (0..100).for_each(|n| _ = engine.namespace(&format!("{n}{}", "x".repeat(5000))));
     assert!(engine.memory().refused > 0, "names are charged");
@@ -208,7 +215,9 @@ fn what_is_interrupted_is_undone_or_done_by_the_next_call() {
             _ => engine.extend(&request, &text, None, &soon()),
         };
         assert_eq!(done, Err(RequestError::Interrupted));
-        request.with(|sequence| assert_eq!((sequence.tokens(), sequence.check()), (&TEXT[..], Ok(())))).unwrap();
+        request
+            .with(|sequence| assert_eq!((sequence.tokens(), sequence.check()), (&TEXT[..], Ok(()))))
+            .unwrap();
     }
     request.prefill(&text, &|| false).unwrap();
     let whole = request.with(|sequence| sequence.tokens().to_vec()).unwrap();
@@ -241,7 +250,9 @@ fn what_does_not_fit_in_the_end_leaves_nothing_either() {
     let text: Vec<Token> = (0..40_000).collect();
     for _ in 0..2 {
         assert!(matches!(engine.extend(&request, &text, None, &|| false), Err(RequestError::Memory(_))));
-        request.with(|sequence| assert_eq!((sequence.tokens(), sequence.check()), (&TEXT[..], Ok(())))).unwrap();
+        request
+            .with(|sequence| assert_eq!((sequence.tokens(), sequence.check()), (&TEXT[..], Ok(()))))
+            .unwrap();
     }
     assert!(engine.may_hold(40_000).is_err() && engine.may_hold(1000).is_ok());
     engine.extend(&request, &text[..1000], None, &|| false).unwrap();

@@ -10,10 +10,12 @@ use pyo3::types::{PyDict, PySlice};
 use sssd_core::{DraftTree, FlatTrees, Limits, MAX_NODES};
 use sssd_engine::{Drafted, Plan, Work};
 
-use crate::boundary::{call, node_budget, not_negative, probability, request_error};
+use crate::boundary::{
+    LONG, call, call_cancelled, int, node_budget, not_negative, optional_int, probability, request_error,
+};
 use crate::drafter::PyDrafter;
 use crate::errors::error;
-use crate::sequence::PySequence;
+use crate::sequence::{PySequence, check_room};
 use crate::shutdown::defer_shutdown;
 use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{blocks, history_into, integers, integers_into, top};
@@ -62,8 +64,8 @@ impl PyDraftBatch {
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
-        max_sequences: i128,
-        max_nodes: i128,
+        #[pyo3(from_py_with = int)] max_sequences: i128,
+        #[pyo3(from_py_with = int)] max_nodes: i128,
         token_ids: Option<&Bound<'_, PyAny>>,
         parents: Option<&Bound<'_, PyAny>>,
         depths: Option<&Bound<'_, PyAny>>,
@@ -465,7 +467,7 @@ impl PyDrafter {
         &self,
         sequences: &Bound<'py, PyAny>,
         max_nodes: Option<&Bound<'py, PyAny>>,
-        total_nodes: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] total_nodes: Option<i128>,
         min_nodes: Option<&Bound<'py, PyAny>>,
         max_depth: Option<&Bound<'py, PyAny>>,
         min_prob: f32,
@@ -501,7 +503,7 @@ impl PyDrafter {
         token_ids: &Bound<'py, PyAny>,
         offsets: &Bound<'py, PyAny>,
         max_nodes: Option<&Bound<'py, PyAny>>,
-        total_nodes: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] total_nodes: Option<i128>,
         min_nodes: Option<&Bound<'py, PyAny>>,
         max_depth: Option<&Bound<'py, PyAny>>,
         min_prob: f32,
@@ -551,8 +553,14 @@ impl PyDrafter {
         }
         // whatever is wrong with `out` is found before anything changes, and nothing can go wrong with it later
         let lent = out.as_ref().map(|out| out.get().lend(py)).transpose()?;
+        let (long, cancelled) = (work.tokens.len() > LONG, std::sync::Arc::clone(&work.cancelled));
         drop(work);
-        call(py, true, || self.engine.run(&step))?;
+        if long {
+            let (engine, step) = (std::sync::Arc::clone(&self.engine), std::sync::Arc::clone(&step));
+            call_cancelled(py, cancelled, move |_| engine.run(&step))?;
+        } else {
+            call(py, true, || self.engine.run(&step))?;
+        }
         let work = step.lock();
         if let (Some(out), Some(lent)) = (&out, lent) {
             out.get().fill(lent, work.requests.len(), |act| work.trees(act))?;
@@ -603,6 +611,7 @@ impl PyDrafter {
     fn read_tokens(&self, produced: &Produced<'_, '_>, work: &mut Work) -> PyResult<()> {
         let py = produced.token_ids.py();
         work.extend = true;
+        check_room(&self.engine, produced.token_ids)?;
         history_into(produced.token_ids, self.engine.options().vocab_size, &mut work.tokens)?;
         let (n, m) = (work.requests.len(), work.tokens.len());
         let offsets = &mut work.offsets;
@@ -682,7 +691,7 @@ fn each(
     mut set: impl FnMut(&mut Plan, i128) -> PyResult<()>,
 ) -> PyResult<()> {
     let Some(values) = values else { return Ok(()) };
-    if let Ok(value) = values.extract::<i128>() {
+    if let Ok(value) = int(values) {
         return work.plans.iter_mut().try_for_each(|plan| set(plan, value));
     }
     let values_read = integers(values, name)?;

@@ -1,12 +1,20 @@
 //! The border between Python and the core: arguments that are numbers, errors of the engine, the GIL, panics, forks.
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::{PyKeyboardInterrupt, PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyString};
 use sssd_core::{MAX_NODES, MemoryFull};
-use sssd_engine::{RequestError, gate};
+use sssd_engine::{Interrupted, Request, RequestError, gate};
 
 use crate::errors::error;
 use crate::shutdown;
@@ -17,11 +25,68 @@ pub fn request_error(py: Python<'_>, failure: &RequestError) -> PyErr {
         RequestError::Closed => error(py, "ClosedError", failure.to_string()),
         RequestError::Failed(_) => error(py, "InternalError", failure.to_string()),
         RequestError::Memory(full) => memory_full(py, full),
+        // whoever interrupts raises what is to be raised
+        RequestError::Interrupted => PyKeyboardInterrupt::new_err(failure.to_string()),
     }
 }
 
 pub fn memory_full(py: Python<'_>, full: &MemoryFull) -> PyErr {
     error(py, "MemoryLimitError", full.to_string())
+}
+
+/// An argument that is an integer. What is too large for any is shown as the largest there is.
+pub fn int(value: &Bound<'_, PyAny>) -> PyResult<i128> {
+    match value.extract::<i128>() {
+        Err(raised) if raised.is_instance_of::<PyOverflowError>(value.py()) => {
+            Ok(if value.lt(0)? { i128::MIN } else { i128::MAX })
+        }
+        extracted => extracted,
+    }
+}
+
+pub fn optional_int(value: &Bound<'_, PyAny>) -> PyResult<Option<i128>> {
+    if value.is_none() { Ok(None) } else { int(value).map(Some) }
+}
+
+/// An argument that is a number of bytes: an integer, or text such as ``"512M"``.
+pub fn bytes(value: &Bound<'_, PyAny>) -> PyResult<i128> {
+    let Ok(text) = value.cast::<PyString>() else { return int(value) };
+    let text = name(text)?;
+    let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
+    let unit = text[digits.len()..].to_ascii_uppercase();
+    let power = match unit.trim_end_matches('B').trim_end_matches('I') {
+        "" if unit.is_empty() || unit == "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => -1,
+    };
+    match digits.trim().parse::<f64>() {
+        Ok(number) if number.is_finite() && power >= 0 => Ok((number * f64::powi(2.0, power)) as i128),
+        _ => {
+            let message = format!(
+                "a number of bytes is an integer or text such as \"512M\" or \"1.5 GiB\" (K, M, G, T: powers of \
+                 1024), got {text:?}"
+            );
+            Err(error(value.py(), "InvalidArgumentError", message))
+        }
+    }
+}
+
+pub fn optional_bytes(value: &Bound<'_, PyAny>) -> PyResult<Option<i128>> {
+    if value.is_none() { Ok(None) } else { bytes(value).map(Some) }
+}
+
+/// An argument that is a name.
+pub fn name(value: &Bound<'_, PyAny>) -> PyResult<String> {
+    let py = value.py();
+    let text = value
+        .cast::<PyString>()
+        .map_err(|_| PyTypeError::new_err(format!("a name must be a str, got {}", value.get_type())))?;
+    text.to_str().map(str::to_owned).map_err(|_| {
+        error(py, "InvalidArgumentError", "text has surrogates, which no encoding writes; replace them")
+    })
 }
 
 /// A node budget.
@@ -44,6 +109,84 @@ pub fn probability(py: Python<'_>, name: &str, value: f32) -> PyResult<f32> {
         return Ok(value);
     }
     Err(error(py, "InvalidArgumentError", format!("{name} must be between 0 and 1, got {value}")))
+}
+
+/// Work on more tokens than this takes so long that signals are to be heeded meanwhile.
+pub const LONG: usize = 1 << 15;
+/// How often they are looked for, and how long what a signal has ended may take to end.
+const TICK: Duration = Duration::from_millis(20);
+const GRACE: Duration = Duration::from_millis(100);
+
+/// Runs long work on a drafter, in a thread of its own: this one lets Python's handlers of signals run, which may call
+/// the drafter. If one raises, the work is told and left to end by itself.
+pub fn call_long<T: Send + 'static>(
+    py: Python<'_>,
+    work: impl FnOnce(Interrupted) -> T + Send + 'static,
+) -> PyResult<T> {
+    call_cancelled(py, Arc::default(), work)
+}
+
+/// The same, with the flag that tells the work.
+pub fn call_cancelled<T: Send + 'static>(
+    py: Python<'_>,
+    cancelled: Arc<AtomicBool>,
+    work: impl FnOnce(Interrupted) -> T + Send + 'static,
+) -> PyResult<T> {
+    let (sender, receiver) = sync_channel(1);
+    let flag = Arc::clone(&cancelled);
+    let run = move || {
+        let pass = gate::enter();
+        let done = catch_unwind(AssertUnwindSafe(|| work(&|| flag.load(Ordering::Relaxed))));
+        drop(pass);
+        let _ = sender.send(done);
+    };
+    let (run, receiver) = (Arc::new(Mutex::new(Some(run))), Mutex::new(receiver));
+    let take = |run: &Mutex<Option<_>>| run.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let theirs = Arc::clone(&run);
+    let started = thread::Builder::new().name("sssd-call".into()).spawn(move || {
+        if let Some(run) = take(&theirs) {
+            run();
+        }
+    });
+    if started.is_err()
+        && let Some(run) = take(&run)
+    {
+        // no thread is to be had: signals wait
+        py.detach(run);
+    }
+    let mut ended: Option<(PyErr, Instant)> = None;
+    loop {
+        let received =
+            py.detach(|| receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(TICK));
+        match (received, ended) {
+            (Ok(_), Some((signal, _))) | (Err(RecvTimeoutError::Disconnected), Some((signal, _))) => {
+                return Err(signal);
+            }
+            (Ok(done), None) => return done.map_err(|panic| panicked(py, &*panic)),
+            (Err(RecvTimeoutError::Disconnected), None) => {
+                return Err(error(py, "InternalError", "a thread was lost, please report it"));
+            }
+            (Err(RecvTimeoutError::Timeout), Some((signal, since))) => {
+                if since.elapsed() > GRACE {
+                    return Err(signal);
+                }
+                ended = Some((signal, since));
+            }
+            (Err(RecvTimeoutError::Timeout), None) => {
+                ended = py.check_signals().err().map(|signal| (signal, Instant::now()));
+                cancelled.store(ended.is_some(), Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Waits until no other call has the request, as long as no signal ends the wait.
+pub fn wait_for(py: Python<'_>, request: &Arc<Request>) -> PyResult<()> {
+    if request.is_taken() {
+        let request = Arc::clone(request);
+        call_long(py, move |interrupted| request.wait(interrupted))?;
+    }
+    Ok(())
 }
 
 /// Runs `work` on a drafter: as `enter`, and not while the process forks.
@@ -95,9 +238,11 @@ fn after_fork_in_child() {
 pub fn enter<T: Send>(py: Python<'_>, detach: bool, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     let guarded = || catch_unwind(AssertUnwindSafe(work));
     let result = if detach { py.detach(guarded) } else { guarded() };
-    result.map_err(|panic| {
-        let reason = panic.downcast_ref::<String>().map(String::as_str);
-        let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-        error(py, "InternalError", format!("internal error, please report it: {reason}"))
-    })
+    result.map_err(|panic| panicked(py, &*panic))
+}
+
+fn panicked(py: Python<'_>, panic: &(dyn Any + Send)) -> PyErr {
+    let reason = panic.downcast_ref::<String>().map(String::as_str);
+    let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    error(py, "InternalError", format!("internal error, please report it: {reason}"))
 }

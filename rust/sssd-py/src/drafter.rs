@@ -8,12 +8,15 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use sssd_core::{Corpus, Limits, MAX_TOKEN, Model, Namespace, SOURCES};
-use sssd_engine::{Engine, Options, Request};
+use sssd_engine::{Engine, Interrupted, Options, Request};
 
-use crate::boundary::{call, memory_full, not_negative, watch_forks};
+use crate::boundary::{
+    LONG, bytes, call, call_long, memory_full, name, not_negative, optional_bytes, optional_int,
+    request_error, watch_forks,
+};
 use crate::datastore::PyDatastore;
 use crate::errors::error;
-use crate::sequence::{PySequence, WEIGHTS, state_dict};
+use crate::sequence::{PySequence, WEIGHTS, check_room, state_dict};
 use crate::tokens::{history, int32, tokens};
 
 /// The defaults in Python's signatures are the core's.
@@ -60,15 +63,15 @@ impl PyDrafter {
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         py: Python<'_>,
-        vocab_size: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] vocab_size: Option<i128>,
         end_token_ids: Option<&Bound<'_, PyAny>>,
         datastore: Option<&Bound<'_, PyAny>>,
         load: &str,
-        live_bytes: i128,
-        soft_bytes: i128,
-        max_bytes: Option<i128>,
-        max_sequence_bytes: Option<i128>,
-        threads: Option<i128>,
+        #[pyo3(from_py_with = bytes)] live_bytes: i128,
+        #[pyo3(from_py_with = bytes)] soft_bytes: i128,
+        #[pyo3(from_py_with = optional_bytes)] max_bytes: Option<i128>,
+        #[pyo3(from_py_with = optional_bytes)] max_sequence_bytes: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] threads: Option<i128>,
         namespace_ttl: Option<f64>,
     ) -> PyResult<Self> {
         let vocab_size = match vocab_size {
@@ -131,39 +134,40 @@ impl PyDrafter {
     ///     InvalidTokenError: an id is not an integer.
     ///     InvalidArgumentError: ``max_length`` is negative.
     ///     MemoryLimitError: the sequence or its namespace does not fit into the limits.
-    #[pyo3(signature = (prompt_ids, prediction=None, *, namespace="", max_length=None, background=false))]
+    #[pyo3(
+        signature = (prompt_ids, prediction=None, *, namespace=String::new(), max_length=None, background=false),
+        text_signature = "($self, prompt_ids, prediction=None, *, namespace='', max_length=None, background=False)"
+    )]
     fn begin(
         &self,
         prompt_ids: &Bound<'_, PyAny>,
         prediction: Option<&Bound<'_, PyAny>>,
-        namespace: &str,
-        max_length: Option<i128>,
+        #[pyo3(from_py_with = name)] namespace: String,
+        #[pyo3(from_py_with = optional_int)] max_length: Option<i128>,
         background: bool,
     ) -> PyResult<PySequence> {
         let py = prompt_ids.py();
+        check_room(&self.engine, prompt_ids)?;
         let prompt = history(prompt_ids, self.engine.options().vocab_size)?;
-        let prediction =
-            prediction.map_or(Ok(Vec::new()), |ids| history(ids, self.engine.options().vocab_size))?;
-        let max_length = max_length.map(|length| not_negative(py, "max_length", length)).transpose()?;
-        let engine = &self.engine;
-        let request = if background {
-            let begun =
-                call(py, true, || engine.begin_in_background(namespace, prompt, &prediction, max_length))?;
-            begun.map_err(|full| memory_full(py, &full))?
-        } else {
-            let mut signal = Ok(());
-            let begun = call(py, true, || {
-                engine.begin(namespace, &prompt, &prediction, max_length, || {
-                    signal = Python::attach(|py| py.check_signals());
-                    signal.is_err()
-                })
-            })?;
-            signal?;
-            match begun.map_err(|full| memory_full(py, &full))? {
-                Some(request) => request,
-                None => return Err(error(py, "InternalError", "interrupted without a reason")),
+        let prediction = match prediction {
+            None => Vec::new(),
+            Some(prediction) => {
+                check_room(&self.engine, prediction)?;
+                history(prediction, self.engine.options().vocab_size)?
             }
         };
+        let max_length = max_length.map(|length| not_negative(py, "max_length", length)).transpose()?;
+        let engine = Arc::clone(&self.engine);
+        let long = prediction.len() > LONG || (prompt.len() > LONG && !background);
+        let begin = move |interrupted: Interrupted| {
+            if background {
+                engine.begin_in_background(&namespace, prompt, &prediction, max_length, interrupted)
+            } else {
+                engine.begin(&namespace, &prompt, &prediction, max_length, interrupted)
+            }
+        };
+        let begun = if long { call_long(py, begin)? } else { call(py, true, || begin(&|| false))? };
+        let request = begun.map_err(|failure| request_error(py, &failure))?;
         Ok(self.sequence(request))
     }
 
@@ -195,7 +199,7 @@ impl PyDrafter {
     ///
     /// Next sequences start with it. It holds no tokens.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        state_dict(py, &self.default(py)?.model())
+        state_dict(py, &self.default(py)?.with_model(Model::clone))
     }
 
     /// Replaces what the predictor has learned, for sequences begun from now on.
@@ -210,8 +214,8 @@ impl PyDrafter {
         let weights = weights.as_ref().and_then(|weights| weights.cast::<PyBytes>().ok());
         match weights.and_then(|weights| Model::from_bytes(weights.as_bytes()).ok()) {
             Some(model) => {
-                self.default(state.py())?.set_model(model);
-                Ok(())
+                let py = state.py();
+                self.default(py)?.set_model(model).map_err(|full| memory_full(py, &full))
             }
             None => {
                 let message = "state must be what state_dict of this release returned";
@@ -223,7 +227,7 @@ impl PyDrafter {
     /// Forgets what the predictor has learned: sequences begun from now on start with the weights that ship with
     /// sssd.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
-        self.default(py)?.set_model(Model::default());
+        self.default(py)?.reset_model();
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 mod batch;
 mod boundary;
+mod copies;
 mod datastore;
 mod drafter;
 mod errors;

@@ -5,7 +5,7 @@ use numpy::{PyArrayDyn, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use sssd_core::TOP_K;
 
-use crate::boundary::call;
+use crate::boundary::{call, int};
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 
@@ -28,7 +28,7 @@ type Top<'py> = (Bound<'py, PyArrayDyn<i64>>, Bound<'py, PyArrayDyn<f32>>);
 /// Raises:
 ///     InvalidArgumentError: logits of another type or layout, no vocabulary, or ``k`` is not in 1 to 8.
 #[pyfunction]
-pub fn top_k<'py>(logits: &Bound<'py, PyAny>, k: i128) -> PyResult<Top<'py>> {
+pub fn top_k<'py>(logits: &Bound<'py, PyAny>, #[pyo3(from_py_with = int)] k: i128) -> PyResult<Top<'py>> {
     let py = logits.py();
     let refuse = |message: String| error(py, "InvalidArgumentError", message);
     let k = usize::try_from(k).ok().filter(|k| (1..=TOP_K).contains(k));

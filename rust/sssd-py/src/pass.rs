@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use sssd_core::{FlatTrees, PassBlock, PassError, Shape, Token};
 
 use crate::batch::{Array, PyDraftBatch, buffer, view};
-use crate::boundary::{call, not_negative};
+use crate::boundary::{call, not_negative, optional_int};
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 use crate::tokens::{integers_into, tokens_into};
@@ -173,7 +173,7 @@ impl PyPassBlock {
         trees: Option<&Bound<'_, PyDraftBatch>>,
         roots: &Bound<'_, PyAny>,
         positions: &Bound<'_, PyAny>,
-        width: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] width: Option<i128>,
         packed: bool,
         mask: bool,
         links: bool,

@@ -1,17 +1,21 @@
 //! `sssd.Sequence`.
 
 use std::sync::Arc;
+use std::thread;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Limits, Model, Sequence};
-use sssd_engine::{Engine, Request};
+use sssd_core::{Limits, Model, Sequence, Token};
+use sssd_engine::{Engine, Request, gate};
 
-use crate::boundary::{call, memory_full, node_budget, not_negative, probability, request_error};
+use crate::boundary::{
+    LONG, call, call_long, int, memory_full, node_budget, not_negative, optional_int, probability,
+    request_error, wait_for,
+};
 use crate::errors::error;
 use crate::sizing::{PySizingRule, read_sizing};
-use crate::tokens::{history, shown, top};
+use crate::tokens::{Top, history, shown, top};
 use crate::tree::PyDraftTree;
 
 /// Longer extensions release the GIL; for a few tokens that would cost more than the work.
@@ -59,12 +63,19 @@ impl PySequence {
         topk_ids: Option<&Bound<'_, PyAny>>,
         topk_probs: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
-        let tokens = history(token_ids, self.engine.options().vocab_size)?;
-        let top = top(topk_ids, topk_probs, tokens.len(), self.engine.options().vocab_size)?;
-        let top = top.as_ref().map(|top| top.view());
         let py = token_ids.py();
-        let detach = tokens.len() > DETACH_TOKENS || self.request.is_busy();
-        let done = call(py, detach, || self.engine.extend(&self.request, &tokens, top))?;
+        let tokens = self.read(token_ids)?;
+        let top = top(topk_ids, topk_probs, tokens.len(), self.engine.options().vocab_size)?;
+        let done = if tokens.len() > LONG || self.request.is_busy() {
+            let (engine, request) = self.parts();
+            call_long(py, move |interrupted| {
+                engine.extend(&request, &tokens, top.as_ref().map(Top::view), interrupted)
+            })?
+        } else {
+            let top = top.as_ref().map(Top::view);
+            let detach = tokens.len() > DETACH_TOKENS;
+            call(py, detach, || self.engine.extend(&self.request, &tokens, top, &|| false))?
+        };
         done.map_err(|failure| request_error(py, &failure))
     }
 
@@ -77,11 +88,15 @@ impl PySequence {
     /// Raises:
     ///     As ``extend``.
     fn prefill(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tokens = history(token_ids, self.engine.options().vocab_size)?;
-        let detach = tokens.len() > DETACH_TOKENS;
         let py = token_ids.py();
-        let done = self.with(py, detach, |sequence| sequence.prefill(&tokens))?;
-        done.map_err(|full| memory_full(py, &full))
+        let tokens = self.read(token_ids)?;
+        let done = if tokens.len() > LONG || self.request.is_busy() {
+            let request = Arc::clone(&self.request);
+            call_long(py, move |interrupted| request.prefill(&tokens, interrupted))?
+        } else {
+            call(py, tokens.len() > DETACH_TOKENS, || self.request.prefill(&tokens, &|| false))?
+        };
+        done.map_err(|failure| request_error(py, &failure))
     }
 
     /// Takes the newest tokens back, as if they had never come: a rejected overlap step, a beam that is given up.
@@ -95,22 +110,19 @@ impl PySequence {
     ///     InvalidArgumentError: there are fewer tokens.
     ///     MemoryLimitError: tokens shared with a fork cannot be taken back within the limits; nothing changes.
     ///     ClosedError: the sequence is closed.
-    fn truncate(&self, py: Python<'_>, length: i128) -> PyResult<()> {
-        let done = self.with(py, true, |sequence| {
-            let held = sequence.tokens().len();
-            match usize::try_from(length) {
-                Ok(length) if length <= held => sequence.truncate(length).map_err(Ok),
-                _ => Err(Err(held)),
-            }
-        })?;
-        done.map_err(|refused| match refused {
-            Ok(full) => memory_full(py, &full),
-            Err(held) => {
-                let message =
-                    format!("length must be between 0 and the sequence's {held} tokens, got {length}");
-                error(py, "InvalidArgumentError", message)
-            }
-        })
+    fn truncate(&self, py: Python<'_>, #[pyo3(from_py_with = int)] length: i128) -> PyResult<()> {
+        let held = self.with(py, false, |sequence| sequence.tokens().len())?;
+        let Some(length) = usize::try_from(length).ok().filter(|&length| length <= held) else {
+            let message = format!("length must be between 0 and the sequence's {held} tokens, got {length}");
+            return Err(error(py, "InvalidArgumentError", message));
+        };
+        let done = if held - length > LONG {
+            let request = Arc::clone(&self.request);
+            call_long(py, move |interrupted| request.truncate(length, interrupted))?
+        } else {
+            call(py, true, || self.request.truncate(length, &|| false))?
+        };
+        done.map_err(|failure| request_error(py, &failure))
     }
 
     /// Another sequence with the same tokens, weights and namespace: a beam, a further sample of the same prompt. The
@@ -122,7 +134,12 @@ impl PySequence {
     ///     MemoryLimitError: the fork does not fit into the limits.
     ///     ClosedError: the sequence is closed.
     fn fork(&self, py: Python<'_>) -> PyResult<Self> {
-        let fork = call(py, true, || self.engine.fork(&self.request))?;
+        let (engine, request) = self.parts();
+        let fork = if self.is_long(py)? {
+            call_long(py, move |_| engine.fork(&request))?
+        } else {
+            call(py, true, || engine.fork(&request))?
+        };
         let request = fork.map_err(|failure| request_error(py, &failure))?;
         Ok(Self { request, engine: Arc::clone(&self.engine) })
     }
@@ -133,6 +150,7 @@ impl PySequence {
     ///     ClosedError: the sequence is closed.
     #[getter]
     fn ready(&self, py: Python<'_>) -> PyResult<bool> {
+        wait_for(py, &self.request)?;
         let ready = call(py, true, || self.request.with_ready(|_| ()))?;
         ready.map(|ready| ready.is_some()).map_err(|failure| request_error(py, &failure))
     }
@@ -170,7 +188,9 @@ impl PySequence {
         topk_probs: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let tree_ref = &tree.get().0;
-        match top(Some(topk_ids), Some(topk_probs), tree_ref.len() + 1, self.engine.options().vocab_size)? {
+        let top =
+            top(Some(topk_ids), Some(topk_probs), tree_ref.len() + 1, self.engine.options().vocab_size)?;
+        match top {
             Some(top) => self.with(tree.py(), false, |sequence| sequence.feedback(tree_ref, top.view())),
             None => Ok(()),
         }
@@ -196,9 +216,9 @@ impl PySequence {
     fn draft<'py>(
         &self,
         py: Python<'py>,
-        max_nodes: i128,
+        #[pyo3(from_py_with = int)] max_nodes: i128,
         min_prob: f32,
-        max_depth: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] max_depth: Option<i128>,
         cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
         rule: Option<&Bound<'py, PySizingRule>>,
@@ -208,6 +228,7 @@ impl PySequence {
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob };
         let sizing = read_sizing(py, cost, rate, rule, max_nodes)?;
+        wait_for(py, &self.request)?;
         let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
         tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
     }
@@ -222,7 +243,7 @@ impl PySequence {
     /// Raises:
     ///     InvalidArgumentError: ``nodes`` is negative.
     ///     ClosedError: the sequence is closed.
-    fn cut_draft(&self, py: Python<'_>, nodes: i128) -> PyResult<()> {
+    fn cut_draft(&self, py: Python<'_>, #[pyo3(from_py_with = int)] nodes: i128) -> PyResult<()> {
         let nodes = not_negative(py, "nodes", nodes)?;
         self.with(py, false, |sequence| sequence.cut_draft(nodes))
     }
@@ -232,25 +253,38 @@ impl PySequence {
     /// Raises:
     ///     ClosedError: the sequence is closed.
     fn commit(&self, py: Python<'_>) -> PyResult<()> {
-        self.with(py, true, Sequence::commit)
+        let done = if self.is_long(py)? {
+            let request = Arc::clone(&self.request);
+            call_long(py, move |interrupted| request.commit(interrupted))?
+        } else {
+            call(py, true, || self.request.commit(&|| false))?
+        };
+        done.map_err(|failure| request_error(py, &failure))
     }
 
     /// Ends the request and frees the sequence. Later sequences of the drafter learn from it: its tokens go to the
     /// live store and what the predictor has learned is merged. Finishing or closing again does nothing.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        let done = call(py, true, || self.engine.finish(&self.request))?;
+        let (engine, request) = self.parts();
+        let done = if self.is_long(py)? {
+            call_long(py, move |interrupted| engine.finish(&request, interrupted))?
+        } else {
+            call(py, true, || engine.finish(&request, &|| false))?
+        };
         done.map_err(|failure| request_error(py, &failure))
     }
 
     /// Frees the sequence; nothing is learned from it, as after an abort. Further calls raise ``ClosedError``; closing
     /// again does nothing.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
+        wait_for(py, &self.request)?;
         call(py, true, || self.request.close())
     }
 
     /// Whether ``close`` has been called.
     #[getter]
     fn closed(&self, py: Python<'_>) -> PyResult<bool> {
+        wait_for(py, &self.request)?;
         call(py, true, || self.request.closed())
     }
 
@@ -306,14 +340,67 @@ impl PySequence {
 }
 
 impl PySequence {
-    /// Runs `work` on the sequence, without the GIL if `detach` or if another thread has the sequence.
+    /// Tokens that may fit into memory: those that cannot are not even copied.
+    fn read(&self, token_ids: &Bound<'_, PyAny>) -> PyResult<Vec<Token>> {
+        check_room(&self.engine, token_ids)?;
+        history(token_ids, self.engine.options().vocab_size)
+    }
+
+    fn parts(&self) -> (Arc<Engine>, Arc<Request>) {
+        (Arc::clone(&self.engine), Arc::clone(&self.request))
+    }
+
+    /// Whether work on all of its tokens takes long, or there is other work to be done first.
+    fn is_long(&self, py: Python<'_>) -> PyResult<bool> {
+        let long = call(py, false, || self.request.try_with(|sequence| sequence.tokens().len() > LONG))?;
+        Ok(long.map_or(true, |long| long.unwrap_or(false)))
+    }
+
+    /// Runs `work` on the sequence, without the GIL if `detach` or if there is anything to be done first.
     fn with<T: Send>(
         &self,
         py: Python<'_>,
         detach: bool,
         work: impl FnOnce(&mut Sequence) -> T + Send,
     ) -> PyResult<T> {
-        let result = call(py, detach || self.request.is_busy(), || self.request.with(work))?;
+        let result = match call(py, detach, || self.request.try_with(work))? {
+            Ok(result) => result,
+            Err(work) => {
+                let request = Arc::clone(&self.request);
+                let completed = call_long(py, move |interrupted| request.complete(interrupted))?;
+                completed.map_err(|failure| request_error(py, &failure))?;
+                call(py, true, || self.request.with(work))?
+            }
+        };
         result.map_err(|failure| request_error(py, &failure))
+    }
+}
+
+/// Longer sequences are freed in a thread of their own: it takes milliseconds, and this one has the GIL.
+const FREED_APART: usize = 1 << 18;
+
+impl Drop for PySequence {
+    fn drop(&mut self) {
+        let long = |sequence: &mut Sequence| sequence.tokens().len() > FREED_APART;
+        if Arc::strong_count(&self.request) == 1
+            && matches!(self.request.try_with(long), Ok(Ok(true)) | Err(_))
+        {
+            let request = Arc::clone(&self.request);
+            let freed = thread::Builder::new().name("sssd-free".into()).spawn(move || {
+                let _pass = gate::enter();
+                request.close();
+            });
+            drop(freed);
+        }
+    }
+}
+
+/// Refuses tokens that would not fit into memory, before they are copied.
+pub fn check_room(engine: &Engine, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
+    match token_ids.len() {
+        Ok(count) if count > LONG => {
+            engine.may_hold(count).map_err(|full| memory_full(token_ids.py(), &full))
+        }
+        _ => Ok(()),
     }
 }

@@ -10,7 +10,7 @@ use sssd_engine::{
     StepTimes,
 };
 
-use crate::boundary::not_negative;
+use crate::boundary::{int, not_negative};
 use crate::errors::error;
 use crate::tokens::integers;
 use crate::tree::PyDraftTree;
@@ -27,6 +27,12 @@ use crate::tree::PyDraftTree;
 ///     InvalidArgumentError: the numbers are no such sizes or times.
 #[pyclass(frozen, name = "PassCosts", module = "sssd.hardware")]
 pub struct PyPassCosts(Arc<PassCosts>);
+
+impl PyPassCosts {
+    pub fn is_packed(&self) -> bool {
+        self.0.layout() == Layout::Packed
+    }
+}
 
 #[pymethods]
 impl PyPassCosts {
@@ -166,7 +172,13 @@ impl PyCostGrid {
     ///
     /// Raises:
     ///     InvalidArgumentError: ``batch`` or ``max_width`` is less than 1, or ``context`` is no number of tokens.
-    fn costs(&self, py: Python<'_>, batch: i128, context: f64, max_width: i128) -> PyResult<PyPassCosts> {
+    fn costs(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = int)] batch: i128,
+        context: f64,
+        max_width: i128,
+    ) -> PyResult<PyPassCosts> {
         let (batch, max_width) =
             (at_least_one(py, "batch", batch)?, at_least_one(py, "max_width", max_width)?);
         check_context(py, context)?;
@@ -371,7 +383,12 @@ impl PySizingRule {
     ///
     /// Raises:
     ///     InvalidArgumentError: ``batch`` is less than 1, or ``context`` is no number of tokens.
-    fn costs(&self, py: Python<'_>, batch: i128, context: f64) -> PyResult<(PyPassCosts, f64)> {
+    fn costs(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = int)] batch: i128,
+        context: f64,
+    ) -> PyResult<(PyPassCosts, f64)> {
         check_context(py, context)?;
         let batch = at_least_one(py, "batch", batch)?;
         let (costs, rate) = self.rule.costs(batch, context);
@@ -395,8 +412,8 @@ impl PySizingRule {
     fn observe(
         &self,
         py: Python<'_>,
-        batch: i128,
-        size: i128,
+        #[pyo3(from_py_with = int)] batch: i128,
+        #[pyo3(from_py_with = int)] size: i128,
         context: f64,
         seconds: f64,
         tokens: f64,

@@ -1,13 +1,15 @@
 //! Namespaces, memory, metrics and saved state of `sssd.Drafter`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use sssd_engine::{Histogram, State, StateError};
+use sssd_engine::{Histogram, StateError, StateReader};
 
-use crate::boundary::{call, memory_full};
+use crate::boundary::{self as argument, call, call_long, memory_full};
 use crate::datastore::{PyDatastoreBuilder, os_error};
 use crate::drafter::PyDrafter;
 use crate::errors::error;
@@ -79,8 +81,12 @@ impl PyDrafter {
     ///
     /// Returns:
     ///     Whether there was one of that name.
-    fn remove_namespace(&self, py: Python<'_>, name: &str) -> PyResult<bool> {
-        call(py, true, || self.engine.remove_namespace(name))
+    fn remove_namespace(
+        &self,
+        py: Python<'_>,
+        #[pyo3(from_py_with = argument::name)] name: String,
+    ) -> PyResult<bool> {
+        call(py, true, || self.engine.remove_namespace(&name))
     }
 
     /// Writes what the drafter has learned from finished sequences, of all namespaces, into a folder: live stores,
@@ -92,8 +98,9 @@ impl PyDrafter {
     /// Raises:
     ///     OSError: the folder cannot be written.
     fn save(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
-        let state = call(py, true, || self.engine.state())?;
-        py.detach(|| state.save(&folder)).map_err(|failure| state_error(py, &failure))
+        let engine = Arc::clone(&self.engine);
+        let saved = call_long(py, move |interrupted| engine.save(&folder, interrupted))?;
+        saved.map_err(|failure| state_error(py, &failure))
     }
 
     /// A drafter that knows what another one has saved.
@@ -117,7 +124,9 @@ impl PyDrafter {
         folder: PathBuf,
         options: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, Self>> {
-        let state = py.detach(|| State::load(&folder)).map_err(|failure| state_error(py, &failure))?;
+        let opened = call_long(py, move |interrupted| StateReader::open(&folder, interrupted))?;
+        let mut reader = opened.map_err(|failure| state_error(py, &failure))?;
+        let state = reader.identity();
         let options = options.map_or_else(|| Ok(PyDict::new(py)), |given| given.copy())?;
         let vocab_size = (state.vocab_size > 0).then_some(state.vocab_size);
         if let (Some(given), Some(saved)) = (options.get_item("vocab_size")?, vocab_size)
@@ -139,12 +148,9 @@ impl PyDrafter {
             }
         }
         let drafter = py.get_type::<Self>().call((), Some(&options))?.cast_into::<Self>()?;
-        let engine = &drafter.get().engine;
-        let restored = call(py, true, || engine.restore(state))?;
-        if !restored.map_err(|full| memory_full(py, &full))? {
-            let message = format!("{}: the weights are not those of this release", folder.display());
-            return Err(error(py, "StateVersionError", message));
-        }
+        let engine = Arc::clone(&drafter.get().engine);
+        let restored = call_long(py, move |interrupted| engine.restore(&mut reader, interrupted))?;
+        restored.map_err(|failure| state_error(py, &failure))?;
         Ok(drafter)
     }
 
@@ -160,19 +166,29 @@ impl PyDrafter {
     /// Raises:
     ///     InvalidArgumentError: there is no such namespace.
     ///     As ``DatastoreBuilder.add``.
-    #[pyo3(signature = (builder, *, namespace=""))]
-    fn freeze(&self, builder: &Bound<'_, PyDatastoreBuilder>, namespace: &str) -> PyResult<usize> {
+    #[pyo3(
+        signature = (builder, *, namespace=String::new()),
+        text_signature = "($self, builder, *, namespace='')"
+    )]
+    fn freeze(
+        &self,
+        builder: &Bound<'_, PyDatastoreBuilder>,
+        #[pyo3(from_py_with = argument::name)] namespace: String,
+    ) -> PyResult<usize> {
         let py = builder.py();
-        let Some(drafter) = call(py, true, || self.engine.find_namespace(namespace))? else {
+        let Some(held) = call(py, true, || self.engine.find_namespace(&namespace))? else {
             return Err(error(py, "InvalidArgumentError", format!("there is no namespace '{namespace}'")));
         };
-        let documents = call(py, true, || drafter.documents())?;
         // what users have said is for nobody else to read
         builder.get().with(py, |builder| builder.make_private())?;
-        builder
-            .get()
-            .with(py, |builder| documents.iter().try_for_each(|(tokens, _)| builder.add_document(tokens)))?;
-        Ok(documents.len())
+        let mut documents = 0;
+        builder.get().with(py, |builder| {
+            held.for_each_document(|tokens, _| {
+                documents += 1;
+                builder.add_document(tokens)
+            })
+        })?;
+        Ok(documents)
     }
 }
 
@@ -196,6 +212,10 @@ fn state_error(py: Python<'_>, failure: &StateError) -> PyErr {
     match failure {
         StateError::Io { path, source } => os_error(path, source),
         StateError::Corrupt { .. } => error(py, "CorruptStateError", failure.to_string()),
-        StateError::Version { .. } => error(py, "StateVersionError", failure.to_string()),
+        StateError::Version { .. } | StateError::Weights { .. } => {
+            error(py, "StateVersionError", failure.to_string())
+        }
+        StateError::Memory(full) => memory_full(py, full),
+        StateError::Interrupted => PyKeyboardInterrupt::new_err(failure.to_string()),
     }
 }

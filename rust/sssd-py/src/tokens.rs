@@ -1,11 +1,10 @@
 //! Token ids in and arrays out.
 
-use numpy::{
-    PyArray1, PyArrayDescrMethods, PyArrayMethods, PyReadonlyArray1, PyUntypedArray, PyUntypedArrayMethods,
-};
+use numpy::ndarray::s;
+use numpy::{Element, PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyInt, PyList, PyString, PyTuple};
+use pyo3::types::{PyBool, PyBytes, PyInt, PyList, PyMemoryView, PySequence, PyString, PyTuple};
 use sssd_core::{MAX_TOKEN, PLACEHOLDER, Token, TopK};
 
 use crate::errors::error;
@@ -244,19 +243,35 @@ fn bad_id(id: i128, index: usize, vocab_size: Option<u32>) -> String {
     }
 }
 
+/// Items that are read before other threads get their turn, and signals their handlers: about a millisecond.
+const CHUNK: usize = 1 << 16;
+
 fn read(ids: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
-    let _deferred = defer_shutdown(ids.py());
+    let py = ids.py();
+    let _deferred = defer_shutdown(py);
     if let Ok(array) = ids.cast::<PyUntypedArray>() {
         return read_array(array, sink);
     }
     if let Ok(list) = ids.cast::<PyList>() {
-        return list.iter().try_for_each(|item| read_item(&item, sink));
+        // it may change while others have their turn
+        let mut at = 0;
+        while let Some(item) = (at < list.len()).then(|| list.get_item(at)) {
+            read_item(&item?, sink)?;
+            at += 1;
+            take_turns(py, at)?;
+        }
+        return Ok(());
     }
     if let Ok(tuple) = ids.cast::<PyTuple>() {
-        return tuple.iter().try_for_each(|item| read_item(&item, sink));
+        return read_items(tuple.iter().map(Ok), py, sink);
+    }
+    let text = ids.is_instance_of::<PyString>() || ids.is_instance_of::<PyBytes>();
+    if !text && !ids.hasattr("__array__")? && ids.cast::<PySequence>().is_ok() && !has_buffer(ids) {
+        // numpy would read ranges and the like without letting anybody else have a turn
+        return read_items(ids.try_iter()?, py, sink);
     }
     if ids.hasattr("__array__")? || ids.hasattr("__len__")? {
-        let array = ids.py().import("numpy")?.call_method1("asarray", (ids,))?;
+        let array = py.import("numpy")?.call_method1("asarray", (ids,))?;
         return match array.cast::<PyUntypedArray>() {
             // what numpy takes for a scalar: text, sets, dicts
             Ok(array) if array.ndim() > 0 => read_array(array, sink),
@@ -264,6 +279,31 @@ fn read(ids: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused> {
         };
     }
     Err(kind(ids))
+}
+
+fn has_buffer(value: &Bound<'_, PyAny>) -> bool {
+    PyMemoryView::from(value).is_ok()
+}
+
+fn read_items<'py>(
+    items: impl Iterator<Item = PyResult<Bound<'py, PyAny>>>,
+    py: Python<'py>,
+    sink: &mut Sink<'_>,
+) -> Result<(), Refused> {
+    for (at, item) in (1..).zip(items) {
+        read_item(&item?, sink)?;
+        take_turns(py, at)?;
+    }
+    Ok(())
+}
+
+/// After every `CHUNK` items, lets other threads and the handlers of signals have their turn.
+fn take_turns(py: Python<'_>, items: usize) -> PyResult<()> {
+    if items.is_multiple_of(CHUNK) {
+        py.detach(|| ());
+        py.check_signals()?;
+    }
+    Ok(())
 }
 
 fn kind(value: &Bound<'_, PyAny>) -> Refused {
@@ -293,6 +333,32 @@ fn read_item(item: &Bound<'_, PyAny>, sink: &mut Sink<'_>) -> Result<(), Refused
     sink(id)
 }
 
+fn read_integers<T: Element + Copy>(
+    array: &Bound<'_, PyArray1<T>>,
+    act: &mut impl FnMut(T) -> Result<(), Refused>,
+) -> Result<(), Refused> {
+    let (py, stride) = (array.py(), array.strides().first().copied().unwrap_or(0));
+    if array.data().addr() % align_of::<T>() != 0 || stride % align_of::<T>() as isize != 0 {
+        // numpy reads at any address, and this crate does not
+        let copy = array.call_method0("copy")?;
+        return read_integers(copy.cast::<PyArray1<T>>().map_err(PyErr::from)?, act);
+    }
+    let changed = || Refused::Kind("an array that is being written to".into());
+    let count = array.len();
+    for start in (0..count).step_by(CHUNK) {
+        // looked at anew after every turn of others
+        let array = array.try_readonly().map_err(|_| changed())?;
+        let view = array.as_array();
+        if view.len() != count {
+            return Err(changed());
+        }
+        let end = count.min(start + CHUNK);
+        view.slice(s![start..end]).iter().try_for_each(|&id| act(id))?;
+        take_turns(py, end)?;
+    }
+    Ok(())
+}
+
 fn read_array(array: &Bound<'_, PyUntypedArray>, sink: &mut Sink<'_>) -> Result<(), Refused> {
     if array.ndim() != 1 {
         return Err(Refused::Kind(format!("an array with {} dimensions", array.ndim())));
@@ -303,10 +369,7 @@ fn read_array(array: &Bound<'_, PyUntypedArray>, sink: &mut Sink<'_>) -> Result<
     macro_rules! read_as {
         ($($kind:ty),*) => {$(
             if let Ok(array) = array.cast::<PyArray1<$kind>>() {
-                let array: PyReadonlyArray1<'_, $kind> = array.try_readonly().map_err(|_| {
-                    Refused::Kind("an array that is being written to".into())
-                })?;
-                return array.as_array().iter().try_for_each(|&id| sink(i128::from(id)));
+                return read_integers(array, &mut |id: $kind| sink(i128::from(id)));
             }
         )*};
     }
@@ -321,7 +384,7 @@ fn read_array(array: &Bound<'_, PyUntypedArray>, sink: &mut Sink<'_>) -> Result<
                 _ => Err(Refused::Kind(format!("an array of {dtype}"))),
             }
         }
-        b'O' => array.try_iter()?.try_for_each(|item| read_item(&item?, sink)),
+        b'O' => read_items(array.try_iter()?, array.py(), sink),
         _ => Err(Refused::Kind(format!("an array of {dtype}"))),
     }
 }

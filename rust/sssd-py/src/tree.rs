@@ -2,8 +2,9 @@
 
 use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
-use sssd_core::{DraftTree, MAX_NODES, TreeError};
+use sssd_core::{DraftTree, MAX_NODES, SOURCES, TreeError};
 
+use crate::boundary::{int, optional_int};
 use crate::errors::error;
 use crate::tokens::{int32, integers, tokens};
 
@@ -19,9 +20,13 @@ type Int32<'py> = Bound<'py, PyArray1<i32>>;
 ///     token_ids: token of each node, n integers.
 ///     parents: parent of each node, n integers; -1 for children of the root.
 ///     probs: path probability of each node, n floats; 0 if left out.
+///     sources: as in ``sources``, n integers; -1 if left out.
+///
+/// Trees can be pickled and copied.
 ///
 /// Raises:
-///     InvalidArgumentError: a parent does not precede its child, siblings share a token, or lengths differ.
+///     InvalidArgumentError: a parent does not precede its child, siblings share a token, lengths differ, or a source is
+///         none.
 ///     InvalidTokenError: a token id is not an integer in 0..2^31.
 #[pyclass(frozen, name = "DraftTree", module = "sssd")]
 pub struct PyDraftTree(pub DraftTree);
@@ -29,28 +34,40 @@ pub struct PyDraftTree(pub DraftTree);
 #[pymethods]
 impl PyDraftTree {
     #[new]
-    #[pyo3(signature = (token_ids, parents, probs=None))]
+    #[pyo3(signature = (token_ids, parents, probs=None, sources=None))]
     fn new(
         token_ids: &Bound<'_, PyAny>,
         parents: &Bound<'_, PyAny>,
         probs: Option<Vec<f32>>,
+        sources: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = token_ids.py();
         let token_ids = tokens(token_ids, None)?;
         let probs = probs.unwrap_or_else(|| vec![0.0; token_ids.len()]);
         let parents = integers(parents, "parents")?;
-        DraftTree::from_parts(token_ids, &parents, probs).map(Self).map_err(|reason| invalid(py, &reason))
+        let mut tree =
+            DraftTree::from_parts(token_ids, &parents, probs).map_err(|reason| invalid(py, &reason))?;
+        if let Some(sources) = sources {
+            let sources = integers(sources, "sources")?;
+            let known = -1..SOURCES.len() as i64;
+            if sources.len() != tree.len() || sources.iter().any(|source| !known.contains(source)) {
+                let message = format!("sources must be {} indices of SOURCES, or -1", tree.len());
+                return Err(error(py, "InvalidArgumentError", message));
+            }
+            tree.sources = sources.into_iter().map(|source| source as u8).collect();
+        }
+        Ok(Self(tree))
     }
 
     /// Token of each node, int32 [n].
     #[getter]
-    fn token_ids<'py>(&self, py: Python<'py>) -> Int32<'py> {
+    pub fn token_ids<'py>(&self, py: Python<'py>) -> Int32<'py> {
         int32(py, self.0.token_ids.iter().map(|&token| token as i32))
     }
 
     /// Parent of each node, int32 [n]; -1 for children of the root.
     #[getter]
-    fn parents<'py>(&self, py: Python<'py>) -> Int32<'py> {
+    pub fn parents<'py>(&self, py: Python<'py>) -> Int32<'py> {
         PyArray1::from_slice(py, &self.0.parents)
     }
 
@@ -84,7 +101,7 @@ impl PyDraftTree {
     ///
     /// Raises:
     ///     InvalidArgumentError: ``nodes`` is negative.
-    fn first(&self, py: Python<'_>, nodes: i128) -> PyResult<Self> {
+    fn first(&self, py: Python<'_>, #[pyo3(from_py_with = int)] nodes: i128) -> PyResult<Self> {
         if nodes < 0 {
             return Err(error(
                 py,
@@ -107,7 +124,7 @@ impl PyDraftTree {
     fn attention_mask<'py>(
         &self,
         py: Python<'py>,
-        width: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] width: Option<i128>,
     ) -> PyResult<Bound<'py, PyArray2<bool>>> {
         let width = self.width(py, width)?;
         PyArray1::from_vec(py, self.0.attention_mask(width)).reshape([width + 1, width + 1])
@@ -126,7 +143,7 @@ impl PyDraftTree {
         &self,
         py: Python<'py>,
         start: i64,
-        width: Option<i128>,
+        #[pyo3(from_py_with = optional_int)] width: Option<i128>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let width = self.width(py, width)?;
         let depths = std::iter::once(0).chain(self.0.depths.iter().copied()).chain(std::iter::repeat(0));
@@ -148,7 +165,12 @@ impl PyDraftTree {
     /// Raises:
     ///     InvalidArgumentError: ``width`` is less than n.
     #[pyo3(signature = (width, token_id=0))]
-    fn pad<'py>(&self, py: Python<'py>, width: i128, token_id: i32) -> PyResult<(Int32<'py>, Int32<'py>)> {
+    fn pad<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = int)] width: i128,
+        token_id: i32,
+    ) -> PyResult<(Int32<'py>, Int32<'py>)> {
         let padding = self.width(py, Some(width))? - self.0.len();
         let token_ids = self.0.token_ids.iter().map(|&token| token as i32);
         Ok((
@@ -181,7 +203,7 @@ impl PyDraftTree {
     ///
     /// Raises:
     ///     InvalidArgumentError: ``k`` is negative.
-    fn chain<'py>(&self, py: Python<'py>, k: i128) -> PyResult<Int32<'py>> {
+    fn chain<'py>(&self, py: Python<'py>, #[pyo3(from_py_with = int)] k: i128) -> PyResult<Int32<'py>> {
         let longest = usize::try_from(k.min(MAX_NODES as i128))
             .map_err(|_| error(py, "InvalidArgumentError", format!("k must not be negative, got {k}")))?;
         Ok(int32(py, self.0.chain(longest).into_iter().map(|token| token as i32)))

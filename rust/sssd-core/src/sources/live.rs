@@ -14,9 +14,9 @@ use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::Token;
 use crate::index::Hash;
 use crate::memory::{MemoryFull, Reservation, try_reserve};
-use crate::namespace::lock;
 use crate::segments::Segments;
 use crate::sources::corpus::{Corpus, Match};
+use crate::sync::lock;
 
 /// Context lengths that are linked.
 const ORDERS: [usize; 3] = [2, 4, 8];
@@ -167,10 +167,7 @@ impl LiveStore {
     }
 
     /// Calls `act` with the documents, oldest first, and how often what was drafted from each was accepted of late.
-    pub fn for_each_document<E>(
-        &self,
-        mut act: impl FnMut(&[Token], u32) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub fn for_each_document<E>(&self, mut act: impl FnMut(&[Token], u32) -> Result<(), E>) -> Result<(), E> {
         let (mut tokens, mut next) = (Vec::with_capacity(LONGEST_DOCUMENT), 0);
         loop {
             let ring = self.read();
@@ -591,7 +588,10 @@ mod tests {
         commit(&store, &text);
         assert_eq!(store.len().1, 3);
         for end in [4000, 4095, 4096, 4097, 4110, 8200, 9990] {
-            assert!(matches(&store, &text[end - 10..end]).contains(&(10, text[end..end + 4].to_vec())), "{end}");
+            assert!(
+                matches(&store, &text[end - 10..end]).contains(&(10, text[end..end + 4].to_vec())),
+                "{end}"
+            );
         }
         let mut whole = Vec::new();
         let all: Result<(), ()> = store.for_each_document(|tokens, _| {

@@ -10,8 +10,8 @@ use sssd_engine::{Engine, Options, Record, STATE_FILE, StateReader};
 use sssd_fuzz::{GO_ON, MAX_BYTES, check_memory, learned, use_namespace};
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Bytes of magic and version.
-const HEADER: usize = 12;
+/// Bytes before what the drafter is.
+const HEADER: usize = 20;
 /// More namespaces than these are not asked to draft.
 const ASKED: usize = 3;
 

@@ -1,5 +1,6 @@
-// Lets the system calls of a child fail, one after the other, or kills it before one: those of its first thread between
+// Lets the system calls of a child fail, one after the other, or kills it before one: those of all its threads between
 // two calls of close(MARK). x86-64 Linux.
+#define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -9,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MARK = 54321, MOST = 256, PATH = 512 };
+enum { MARK = 54321, MOST = 256, PATH = 512, THREADS = 8 };
 
 struct call {
     long number;
@@ -43,33 +44,40 @@ int follow_me(void) { return ptrace(PTRACE_TRACEME, 0, 0, 0) ? -errno : raise(SI
 // `error`, and with `sticky` all later ones that do not tidy up; if `error` is 0 it is killed there. Returns the number
 // of watched calls; its wait status comes to stand in `status`.
 int trace(int pid, int at, int error, int sticky, struct call *log, int *status) {
-    int count = 0, inside = 0, entering = 1, failing = 0;
+    int count = 0, inside = 0, failing[THREADS] = {0};
     if (waitpid(pid, status, 0) != pid || !WIFSTOPPED(*status)) return -1;
-    if (ptrace(PTRACE_SETOPTIONS, pid, 0, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)) return -1;
-    for (int signal = 0;;) {
-        if (ptrace(PTRACE_SYSCALL, pid, 0, signal) && errno != ESRCH) return -1;
-        if (waitpid(pid, status, 0) != pid) return -1;
-        if (WIFEXITED(*status) || WIFSIGNALED(*status)) return count;
+    if (ptrace(PTRACE_SETOPTIONS, pid, 0, PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE | PTRACE_O_EXITKILL)) return -1;
+    for (int thread = pid, signal = 0;;) {
+        // a thread that was killed meanwhile is no error
+        if (ptrace(PTRACE_SYSCALL, thread, 0, signal) && errno != ESRCH) return -1;
+        do {
+            thread = waitpid(-1, status, __WALL);
+            if (thread < 0) return -1;
+            if (thread == pid && !WIFSTOPPED(*status)) return count;
+        } while (!WIFSTOPPED(*status));
         signal = WSTOPSIG(*status);
-        if (signal != (SIGTRAP | 0x80)) continue;
+        if (signal != (SIGTRAP | 0x80)) {
+            // a thread that has made another, and one that begins
+            if (*status >> 16 || signal == SIGSTOP) signal = 0;
+            continue;
+        }
         signal = 0;
+        struct __ptrace_syscall_info info;
         struct user_regs_struct regs;
-        if (ptrace(PTRACE_GETREGS, pid, 0, &regs)) return -1;
-        if (!entering) {
-            if (failing) {
+        if (ptrace(PTRACE_GET_SYSCALL_INFO, thread, sizeof info, &info) <= 0) continue;
+        if (ptrace(PTRACE_GETREGS, thread, 0, &regs)) continue;
+        if (info.op == PTRACE_SYSCALL_INFO_EXIT) {
+            for (int i = 0; i < THREADS; i++) {
+                if (failing[i] != thread) continue;
+                failing[i] = 0;
                 regs.rax = -error;
-                if (ptrace(PTRACE_SETREGS, pid, 0, &regs)) return -1;
+                if (ptrace(PTRACE_SETREGS, thread, 0, &regs)) return -1;
             }
-            entering = 1, failing = 0;
             continue;
         }
-        entering = 0;
         long number = regs.orig_rax;
-        if (number == SYS_close && regs.rdi == MARK) {
-            inside = !inside;
-            continue;
-        }
-        if (!inside || !watched(number)) continue;
+        if (number == SYS_close && regs.rdi == MARK) inside = !inside;
+        if (!inside || !watched(number) || (number == SYS_close && regs.rdi == MARK)) continue;
         int me = count++;
         if (me < MOST) {
             log[me].number = number;
@@ -87,8 +95,12 @@ int trace(int pid, int at, int error, int sticky, struct call *log, int *status)
             kill(pid, SIGKILL);
             continue;
         }
-        failing = 1;
+        for (int i = 0; i < THREADS; i++) {
+            if (failing[i]) continue;
+            failing[i] = thread;
+            break;
+        }
         regs.orig_rax = -1;
-        if (ptrace(PTRACE_SETREGS, pid, 0, &regs)) return -1;
+        if (ptrace(PTRACE_SETREGS, thread, 0, &regs)) return -1;
     }
 }

@@ -53,7 +53,7 @@ def curve():
 
 
 class Reader:
-    """Reads the payload of a state, as ``docs/serving.md`` describes it."""
+    """Reads the bytes of a state, as ``docs/serving.md`` describes them."""
 
     def __init__(self, data):
         self.data, self.at = data, 0
@@ -69,17 +69,22 @@ class Reader:
         return np.frombuffer(self.take(4 * self.number()), "<u4").tolist()
 
     def state(self):
+        """What the drafter is, and by namespace its weights, documents and entries."""
         state = {"vocab_size": self.number(), "end_token_ids": self.tokens()}
         state |= {"live_bytes": self.number(), "soft_bytes": self.number()}
-        state["namespaces"] = {}
-        for _ in range(self.number()):
-            name = self.take(self.number()).decode()
-            weights = self.take(self.number())
-            documents = [(self.number(), self.tokens()) for _ in range(self.number())]
-            feedback = [(self.number(), self.take(8 * 8)) for _ in range(self.number())]
-            state["namespaces"][name] = (weights, documents, feedback)
+        namespaces = {}
+        while kind := self.take(1)[0]:
+            if kind == 1:
+                name = self.take(self.number()).decode()
+                namespaces[name] = (self.take(self.number()), [], [])
+            elif kind == 2:
+                used = struct.unpack("<I", self.take(4))[0]
+                namespaces[name][1].append((used, self.tokens()))
+            else:
+                assert kind == 3
+                namespaces[name][2].append(self.take(64))
         assert self.at == len(self.data)
-        return state
+        return state, namespaces
 
 
 @pytest.mark.parametrize("path", STATES, ids=lambda path: path.name)
@@ -87,14 +92,14 @@ def test_a_state_of_a_release_is_read_as_what_it_was_and_written_again_to_the_by
     data = lzma.decompress(path.read_bytes())
     version = struct.unpack("<I", data[8:12])[0]
     assert path.name == f"state-{version}.xz"
-    said = Reader(data[20:-8]).state()
-    assert {name: said[name] for name in OPTIONS} == OPTIONS
-    assert list(said["namespaces"]) == NAMES
+    identity, namespaces = Reader(data[20:-8]).state()
+    assert identity == OPTIONS
+    assert list(namespaces) == NAMES
     (tmp_path / FILE).write_bytes(data)
     drafter = Drafter.load(tmp_path, threads=1)
     assert (drafter.vocab_size, drafter.end_token_ids.tolist()) == (2000, [1997, 1998])
     for number, name in enumerate(NAMES):
-        weights, documents, feedback = said["namespaces"][name]
+        weights, documents, feedback = namespaces[name]
         assert documents[0][1] == DOCUMENT
         assert any(used > 0 for used, _ in documents)
         assert feedback

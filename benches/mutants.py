@@ -398,22 +398,24 @@ SIZING = [
 ENGINE_MUTANTS = [
     Mutant(
         "a new namespace begins with what the default one has learned",
-        f"{ENGINE}/src/engine.rs",
-        "Knowledge::new(Model::default(), *live_bytes, *soft_bytes)",
-        'Knowledge::new(namespaces.get("").map_or_else(Model::default, |tenant| '
-        "Model::clone(&tenant.namespace.model())), *live_bytes, *soft_bytes)",
+        f"{ENGINE}/src/tenants.rs",
+        "        let (name, number, namespace) = (Arc::<str>::from(name), held.made,",
+        'if let Some(first) = held.by_name.get("") {'
+        "let bytes = first.namespace.with_model(sssd_core::Model::to_bytes);"
+        "let _ = namespace.set_model(sssd_core::Model::from_bytes(&bytes).unwrap_or_default()); }"
+        "let (name, number, namespace) = (Arc::<str>::from(name), held.made,",
     ),
     Mutant(
         "names that differ in case are one",
-        f"{ENGINE}/src/engine.rs",
-        "if let Some(tenant) = namespaces.get_mut(name) {",
-        "if let Some((_, tenant)) = namespaces.iter_mut().find(|held| held.0.eq_ignore_ascii_case(name)) {",
+        f"{ENGINE}/src/tenants.rs",
+        "if let Some(tenant) = held.by_name.get_mut(name) {",
+        "if let Some((_, tenant)) = held.by_name.iter_mut().find(|one| one.0.eq_ignore_ascii_case(name)) {",
     ),
     Mutant(
         "time to live counts from the last begin",
-        f"{ENGINE}/src/engine.rs",
-        "let used = tenant.used.max(tenant.namespace.last_end());",
-        "let used = tenant.used;",
+        f"{ENGINE}/src/tenants.rs",
+        "self.used.max(self.namespace.last_end()).checked_add(ttl)",
+        "self.used.checked_add(ttl)",
     ),
     Mutant(
         "what is restored comes on top of what was there",
@@ -424,8 +426,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "nobody may interrupt a long prompt",
         f"{ENGINE}/src/engine.rs",
-        "if piece.len() == PIECE && interrupted() {",
-        "if piece.len() > PIECE && interrupted() {",
+        "sequence.prefill(piece)?;\n            if piece.len() == PIECE && interrupted() {",
+        "sequence.prefill(piece)?;\n            if piece.len() > PIECE && interrupted() {",
     ),
     Mutant(
         "a fork is not counted",
@@ -466,7 +468,7 @@ ENGINE_MUTANTS = [
     Mutant(
         "a request that panicked goes on",
         f"{ENGINE}/src/request.rs",
-        "Err(failure @ RequestError::Failed(_)) => Self::end(&mut state, failure.clone()),",
+        "Err(failure @ RequestError::Failed(_)) => Self::end(state, failure.clone()),",
         "Err(RequestError::Failed(_)) => {}",
     ),
     Mutant(
@@ -496,32 +498,32 @@ ENGINE_MUTANTS = [
     Mutant(
         "how often documents were of use is not saved",
         f"{ENGINE}/src/state.rs",
-        "out.number((*used).into());",
-        "out.number(u64::from(*used) & 0);",
+        "self.put(&used.to_le_bytes())?;",
+        "self.put(&(used & 0).to_le_bytes())?;",
     ),
     Mutant(
         "two fields of the saved state are swapped",
         f"{ENGINE}/src/state.rs",
-        "        out.number(self.live_bytes);\n        out.number(self.soft_bytes);",
-        "        out.number(self.soft_bytes);\n        out.number(self.live_bytes);",
+        "writer.number(identity.live_bytes)?;\n        writer.number(identity.soft_bytes)?;",
+        "writer.number(identity.soft_bytes)?;\n        writer.number(identity.live_bytes)?;",
     ),
     Mutant(
         "a state is not written out before it takes the old one's place",
         f"{ENGINE}/src/state.rs",
-        "            file.as_file().sync_all()?;\n",
+        "            file.sync_all()?;\n",
         "",
     ),
     Mutant(
         "a state is written over the old one",
         f"{ENGINE}/src/state.rs",
-        "            file.persist(folder.join(FILE)).map_err(|failure| failure.error)?;",
-        "            std::fs::copy(file.path(), folder.join(FILE))?;",
+        "path.persist(folder.join(FILE)).map_err(|failure| failure.error)?;",
+        "std::fs::copy(&path, folder.join(FILE))?;",
     ),
     Mutant(
         "the checksum of a state is not compared",
         f"{ENGINE}/src/state.rs",
-        "if xxh3_64(sealed).to_le_bytes() != *sum {",
-        "if sum.is_empty() {",
+        "if self.array()? != hash.digest().to_le_bytes() {",
+        "if self.array::<8>()? == [0; 8] {",
     ),
     Mutant(
         "nothing is kept for requests that run",
@@ -532,14 +534,14 @@ ENGINE_MUTANTS = [
     Mutant(
         "bytes that are handed over are held twice",
         f"{CORE}/memory.rs",
-        "        self.bytes -= bytes;\n        Self {",
-        "        Self {",
+        "        self.bytes -= bytes;\n        let Self { ref pool, limit, entering, shared, .. } = *self;",
+        "        let Self { ref pool, limit, entering, shared, .. } = *self;",
     ),
     Mutant(
         "uses of documents are not restored",
         f"{CORE}/sources/live.rs",
-        "*document.used.get_mut() = *used;",
-        "*document.used.get_mut() = *used & 0;",
+        "self.append(part, used, &mut lock(&self.paid));",
+        "self.append(part, used & 0, &mut lock(&self.paid));",
     ),
     Mutant(
         "a tree that is cut keeps its sources",

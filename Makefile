@@ -100,9 +100,10 @@ $(TOOLS)/bin/cargo-%:
 fuzz: $(TOOLS)/bin/cargo-fuzz ## fuzz states, datastores, cost curves and the engine, FUZZ_SECONDS each
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	cargo clippy --locked --manifest-path fuzz/Cargo.toml --target-dir fuzz/target -- -D warnings
-	for what in $$(cd fuzz && $(NIGHTLY) fuzz list); do \
-		$(NIGHTLY) fuzz run $$what -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 || exit 1; \
-	done
+	failed=; for what in $$($(NIGHTLY) fuzz list); do \
+		$(NIGHTLY) fuzz run $$what -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 \
+			|| failed="$$failed $$what"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # Without Python: what the machine's files and clock say is let in.
 .PHONY: miri

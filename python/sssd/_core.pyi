@@ -69,11 +69,11 @@ class Drafter:
         datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
             (which may be closed afterwards).
         load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
-        live_bytes: memory for the tokens of finished requests (the live store), about 40 bytes a token, taken with the
-            first of them; 0 keeps none.
-        soft_bytes: memory for the target's own most probable tokens, taken with the first of them; 0 keeps none.
-        max_bytes: limit of all memory: sequences, and ``live_bytes`` and ``soft_bytes`` of each namespace. No limit if
-            left out. See ``memory``.
+        live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
+            42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
+            1024).
+        soft_bytes: the same for the target's own most probable tokens; 0 keeps none.
+        max_bytes: limit of all memory. No limit if left out. See ``memory``.
         max_sequence_bytes: limit of each sequence's memory.
         threads: threads of a batch call, the caller's included; by default the number of cores, at most 8. They are
             started when first needed.
@@ -84,7 +84,7 @@ class Drafter:
         InvalidTokenError: an end token is outside the vocabulary.
         VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
         OSError, DatastoreError: the datastore cannot be opened.
-        MemoryLimitError: ``max_bytes`` is less than ``live_bytes`` and ``soft_bytes``.
+        MemoryLimitError: ``max_bytes`` is less than a drafter takes.
     """
     def __new__(
         cls,
@@ -93,10 +93,10 @@ class Drafter:
         end_token_ids: ArrayLike | None = None,
         datastore: Datastore | _StrPath | SequenceABC[_StrPath] | None = None,
         load: Literal["mmap", "ram"] = "mmap",
-        live_bytes: int = 67108864,
-        soft_bytes: int = 16777216,
-        max_bytes: int | None = None,
-        max_sequence_bytes: int | None = None,
+        live_bytes: int | str = 67108864,
+        soft_bytes: int | str = 16777216,
+        max_bytes: int | str | None = None,
+        max_sequence_bytes: int | str | None = None,
         threads: int | None = None,
         namespace_ttl: float | None = None,
     ) -> Self: ...
@@ -228,10 +228,10 @@ class Drafter:
         """Bytes of memory: ``{"limit": int | None, "used": int, "peak": int, "shared": int, "sequences": int, "refused":
         int}``.
 
-        ``used`` never exceeds ``limit``. It counts ``shared``, what the namespaces' live stores, target's
-        probabilities and weights may come to hold, and ``sequences``, what each sequence holds and its weights may
-        come to; what forks share counts once. Not counted: the datastore, a few kilobytes for each thread and
-        namespace, and a draft in the making. ``refused`` counts what did not fit.
+        ``used`` never exceeds ``limit``. It counts ``shared``, what namespaces hold (live stores, target's probabilities,
+        weights, names) and what is kept to draft and step with, and ``sequences``, what each sequence holds; what forks
+        share counts once. Not counted: the datastore, stacks of threads, and a draft or step under way. ``refused`` counts
+        what did not fit.
         """
     @property
     def metrics(self) -> dict[str, Any]:
@@ -526,7 +526,13 @@ class DraftTree:
             none.
         InvalidTokenError: a token id is not an integer in 0..2^31.
     """
-    def __new__(cls, token_ids: ArrayLike, parents: ArrayLike, probs: ArrayLike | None = None) -> Self: ...
+    def __new__(
+        cls,
+        token_ids: ArrayLike,
+        parents: ArrayLike,
+        probs: ArrayLike | None = None,
+        sources: ArrayLike | None = None,
+    ) -> Self: ...
     @property
     def token_ids(self) -> NDArray[np.int32]:
         """Token of each node, int32 [n]."""

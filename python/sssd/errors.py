@@ -47,7 +47,7 @@ class VocabularyMismatchError(DatastoreError, ValueError):
 
 
 class MemoryLimitError(SssdError, MemoryError):
-    """A sequence or namespace does not fit into the drafter's limits; nothing was changed."""
+    """What was asked for does not fit into the drafter's limits or the system's memory; nothing was changed."""
 
 
 class StateError(SssdError):

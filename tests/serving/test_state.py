@@ -96,7 +96,7 @@ def test_the_largest_id_survives_save_and_load(tmp_path):
 def test_memory_is_counted_and_limited():
     drafter = Drafter(live_bytes=1 << 20, soft_bytes=1 << 20, max_bytes=8 << 20)
     shared = drafter.memory["shared"]
-    assert 2 << 20 <= shared == drafter.memory["used"] < 3 << 20
+    assert 0 < shared == drafter.memory["used"] < 1 << 17
     prompt, sequences = np.random.default_rng(0).integers(0, 1000, 4000), []
 
     def until_full(act):
@@ -127,7 +127,7 @@ def test_memory_is_counted_and_limited():
 
 def test_no_room_for_what_is_shared_is_refused():
     with pytest.raises(MemoryLimitError):
-        Drafter(max_bytes=1 << 20)
+        Drafter(max_bytes=1000)
 
 
 def test_a_saved_drafter_is_loaded_by_another_process(tmp_path):
@@ -156,11 +156,13 @@ print(drafter.begin([1, 2], namespace="ä").draft(64).probs.tolist())
     assert 15 in expected[0]
     assert len(expected[1]) >= 2
     again = Drafter.load(tmp_path / "new", soft_bytes=1 << 20)
-    assert again.begin([1, 2], namespace="ä").draft(64).probs.tolist() != expected[1]
+    assert again.begin([1, 2], namespace="ä").draft(64).probs.tolist() == expected[1]
+    without = Drafter.load(tmp_path / "new", soft_bytes=0)
+    assert without.begin([1, 2], namespace="ä").draft(64).probs.tolist() != expected[1]
     with pytest.raises(VocabularyMismatchError, match="100 token ids, not 200"):
         Drafter.load(tmp_path / "new", vocab_size=200)
     with pytest.raises(MemoryLimitError):
-        Drafter.load(tmp_path / "new", max_bytes=1 << 20)
+        Drafter.load(tmp_path / "new", max_bytes=10_000)
 
 
 def test_saving_syncs_the_file_before_the_rename_and_the_folder_after(tmp_path):
@@ -190,8 +192,8 @@ def test_damaged_states_are_refused(tmp_path):
         (tmp_path / FILE).write_bytes(damaged)
         with pytest.raises(CorruptStateError, match=FILE):
             Drafter.load(tmp_path)
-    (tmp_path / FILE).write_bytes(data[:8] + b"\x02" + data[9:])
-    with pytest.raises(StateVersionError, match="version 2"):
+    (tmp_path / FILE).write_bytes(data[:8] + b"\x01" + data[9:])
+    with pytest.raises(StateVersionError, match="version 1"):
         Drafter.load(tmp_path)
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")

@@ -33,11 +33,11 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 ///     datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
 ///         (which may be closed afterwards).
 ///     load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
-///     live_bytes: memory for the tokens of finished requests (the live store), about 40 bytes a token, taken with the
-///         first of them; 0 keeps none.
-///     soft_bytes: memory for the target's own most probable tokens, taken with the first of them; 0 keeps none.
-///     max_bytes: limit of all memory: sequences, and ``live_bytes`` and ``soft_bytes`` of each namespace. No limit if
-///         left out. See ``memory``.
+///     live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
+///         42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
+///         1024).
+///     soft_bytes: the same for the target's own most probable tokens; 0 keeps none.
+///     max_bytes: limit of all memory. No limit if left out. See ``memory``.
 ///     max_sequence_bytes: limit of each sequence's memory.
 ///     threads: threads of a batch call, the caller's included; by default the number of cores, at most 8. They are
 ///         started when first needed.
@@ -48,7 +48,7 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 ///     InvalidTokenError: an end token is outside the vocabulary.
 ///     VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
 ///     OSError, DatastoreError: the datastore cannot be opened.
-///     MemoryLimitError: ``max_bytes`` is less than ``live_bytes`` and ``soft_bytes``.
+///     MemoryLimitError: ``max_bytes`` is less than a drafter takes.
 #[pyclass(frozen, name = "Drafter", module = "sssd")]
 pub struct PyDrafter {
     pub engine: Arc<Engine>,

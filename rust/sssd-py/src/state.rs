@@ -20,10 +20,10 @@ impl PyDrafter {
     /// Bytes of memory: ``{"limit": int | None, "used": int, "peak": int, "shared": int, "sequences": int, "refused":
     /// int}``.
     ///
-    /// ``used`` never exceeds ``limit``. It counts ``shared``, what the namespaces' live stores, target's
-    /// probabilities and weights may come to hold, and ``sequences``, what each sequence holds and its weights may
-    /// come to; what forks share counts once. Not counted: the datastore, a few kilobytes for each thread and
-    /// namespace, and a draft in the making. ``refused`` counts what did not fit.
+    /// ``used`` never exceeds ``limit``. It counts ``shared``, what namespaces hold (live stores, target's probabilities,
+    /// weights, names) and what is kept to draft and step with, and ``sequences``, what each sequence holds; what forks
+    /// share counts once. Not counted: the datastore, stacks of threads, and a draft or step under way. ``refused`` counts
+    /// what did not fit.
     #[getter]
     fn memory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let memory = call(py, true, || self.engine.memory())?;
@@ -108,8 +108,8 @@ impl PyDrafter {
     /// Args:
     ///     folder: as given to ``save``.
     ///     options: of the new drafter, as in ``Drafter(...)``. ``vocab_size``, ``end_token_ids``, ``live_bytes`` and
-    ///         ``soft_bytes`` are those of the saved one unless given; a datastore is always to be given. With other
-    ///         ``soft_bytes`` the target's probabilities are left out.
+    ///         ``soft_bytes`` are those of the saved one unless given; a datastore is always to be given. What does not fit
+    ///         is left out.
     ///
     /// Raises:
     ///     OSError: the file cannot be read.

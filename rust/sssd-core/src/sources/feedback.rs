@@ -250,12 +250,10 @@ impl FeedbackTable {
         if home < buckets { home } else { hash & (buckets.next_power_of_two() / 2 - 1) }
     }
 
-    /// The entry of a tag, in its bucket or where it went when that was full.
+    /// The entry of a tag, in its bucket or where it may have gone when that was full.
     fn held(&self, home: usize, tag: u32) -> Option<&[AtomicU64]> {
         let of = |bucket| entries(self.bucket(bucket)).find(|entry| seqlock::tag(entry) == tag);
-        of(home).or_else(|| {
-            if self.is_growing() && vacant(self.bucket(home)).is_none() { of(home ^ 1) } else { None }
-        })
+        of(home).or_else(|| if self.is_growing() { of(home ^ 1) } else { None })
     }
 
     /// Where to write what is known of a tag: over the same, in a vacant place, or over the oldest.
@@ -301,20 +299,16 @@ impl FeedbackTable {
         if old == new {
             return;
         }
-        let (old_bucket, beside, new_bucket) = (self.bucket(old), self.bucket(old ^ 1), self.bucket(new));
-        let moved = |from: &[AtomicU64], to: &[AtomicU64], home: usize| {
+        for from in entries(self.bucket(old)).chain(entries(self.bucket(old ^ 1))) {
             let belongs =
-                |words: &[u64; WORDS]| words[0] >> 32 != 0 && words[TIME] as usize & (all - 1) == home;
+                |words: &[u64; WORDS]| words[0] >> 32 != 0 && words[TIME] as usize & (all - 1) == new;
             if let Some(words) = seqlock::read(from).filter(belongs)
-                && let Some(to) = vacant(to)
+                && let Some(to) = vacant(self.bucket(new)).or_else(|| vacant(self.bucket(new ^ 1)))
                 && seqlock::put(to, &words)
             {
                 seqlock::put(from, &[0; WORDS]);
             }
-        };
-        entries(old_bucket).chain(entries(beside)).for_each(|entry| moved(entry, new_bucket, new));
-        // what went to the neighbour comes back
-        entries(beside).for_each(|entry| moved(entry, old_bucket, old));
+        }
     }
 }
 
@@ -457,6 +451,35 @@ mod tests {
             Ok(())
         });
         assert!((990..1000).contains(&found(&other, 4000)));
+    }
+
+    #[test]
+    fn a_table_that_grows_holds_what_a_map_would() {
+        for seed in 0..20u32 {
+            let (table, mut map) = (table(1 << 20), std::collections::HashMap::new());
+            let mut state = seed.wrapping_mul(2_654_435_761) | 1;
+            let mut random = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state >> 16
+            };
+            let text: Vec<Token> = (0..600).map(|_| (random() % 100).trailing_zeros()).collect();
+            for at in 1..text.len() {
+                let id = random() % 500;
+                insert(&table, &text[..at], &[id], &[1.0]);
+                for length in FEEDBACK_ORDERS.into_iter().filter(|&length| length <= at) {
+                    let held = map.entry(text[at - length..at].to_vec()).or_insert((0, 0u8));
+                    *held = (id, held.1.saturating_add(1));
+                }
+            }
+            let mut lost = 0;
+            for (context, &(id, writes)) in &map {
+                let order = FEEDBACK_ORDERS.iter().position(|&length| length == context.len()).unwrap();
+                let found = find(&table, context)[order].map(|found| (found.ids[0], found.writes));
+                assert!(found.is_none_or(|found| found == (id, writes)), "{context:?} {found:?} {id} {writes} of {} in {} seed {seed}", map.len(), table.buckets.load(Ordering::Relaxed));
+                lost += usize::from(found.is_none());
+            }
+            assert_eq!(lost, 0, "of {}", map.len());
+        }
     }
 
     #[test]

@@ -90,7 +90,11 @@ class Faults:
             os.close(MARK)
 
     def tokens(self, folder):
-        return self.loaded(folder, threads=1).live_tokens if (folder / FILE).exists() else 0
+        """How many tokens the state in a folder holds, or what is wrong with it."""
+        try:
+            return self.loaded(folder, threads=1).live_tokens if (folder / FILE).exists() else 0
+        except Exception as failure:
+            return repr(failure)
 
     def run(self, case):
         """All faults of a case; its calls, and how many faults there were."""

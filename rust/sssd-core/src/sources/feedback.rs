@@ -179,6 +179,17 @@ impl FeedbackTable {
         Ok(())
     }
 
+    /// Entries that are held, as far as threads that write meanwhile let it be told.
+    pub fn len(&self) -> usize {
+        self.entries.load(Ordering::Relaxed)
+    }
+
+    /// Makes buckets for so many entries, as far as there may be.
+    pub fn expect(&self, entries: usize) {
+        let wanted = BUCKETS_PER_ENTRY.saturating_mul(entries).min(self.most);
+        self.grow_to(wanted, wanted);
+    }
+
     /// Takes over an entry of another table, unless it has tokens from `limit` on.
     pub fn restore(&self, words: &[u64; WORDS], limit: Token) {
         let foreign = |pair: u64| pair >> 32 >= u64::from(limit) || pair as u32 >= limit;
@@ -275,20 +286,25 @@ impl FeedbackTable {
         let wanted = (BUCKETS_PER_ENTRY * self.entries.load(Ordering::Relaxed)).clamp(1, self.most);
         if self.buckets.load(Ordering::Relaxed) < wanted
             && self.patience.load(Ordering::Relaxed) <= self.clock.load(Ordering::Relaxed)
-            && let Ok(mut paid) = self.paid.try_lock()
         {
-            let buckets = self.buckets.load(Ordering::Relaxed);
-            for new in buckets..wanted.min(buckets + BUCKETS_PER_ENTRY) {
-                if self.slots.grow((new + 1) * BUCKET, &mut paid).is_err() {
-                    let patience = self.clock.load(Ordering::Relaxed) + PATIENCE;
-                    self.patience.store(patience, Ordering::Relaxed);
-                    break;
-                }
-                self.split(new);
-                self.buckets.store(new + 1, Ordering::Release);
-            }
+            self.grow_to(wanted, BUCKETS_PER_ENTRY);
         }
         !self.is_empty()
+    }
+
+    /// Makes at most `most` further buckets, up to `wanted` in all. Does nothing while another thread makes some.
+    fn grow_to(&self, wanted: usize, most: usize) {
+        let Ok(mut paid) = self.paid.try_lock() else { return };
+        let buckets = self.buckets.load(Ordering::Relaxed);
+        for new in buckets..wanted.min(buckets.saturating_add(most)) {
+            if self.slots.grow((new + 1) * BUCKET, &mut paid).is_err() {
+                let patience = self.clock.load(Ordering::Relaxed) + PATIENCE;
+                self.patience.store(patience, Ordering::Relaxed);
+                return;
+            }
+            self.split(new);
+            self.buckets.store(new + 1, Ordering::Release);
+        }
     }
 
     /// Moves to the bucket `new` what belongs there from now on. An entry that another thread writes meanwhile may be
@@ -435,8 +451,9 @@ mod tests {
             );
         }
         assert_eq!(found(&table, 4000), 4000);
-        for (bytes, least) in [(1 << 22, 3990), (1 << 20, 3950), (1 << 17, 1500)] {
+        for (bytes, least) in [(1 << 22, 4000), (1 << 20, 3950), (1 << 17, 1500)] {
             let other = self::table(bytes);
+            other.expect(table.len());
             let copied: Result<(), ()> = table.for_each_entry(|words| {
                 other.restore(words, Token::MAX);
                 Ok(())

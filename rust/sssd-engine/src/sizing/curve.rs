@@ -9,6 +9,8 @@ use super::costs::{Layout, PassCosts};
 
 /// More costs than this are not kept.
 const MOST_KEPT: usize = 256;
+/// What is shorter is no pass, and what is derived from it no number.
+const LEAST_SECONDS: f64 = 1e-9;
 /// No pass takes a day.
 const MOST_SECONDS: f64 = 86_400.0;
 /// No axis goes further.
@@ -175,8 +177,8 @@ fn check_seconds(seconds: &[f64], shape: [usize; 3]) -> Result<(), CurveError> {
             "seconds must have the shape {shape:?} of the axes, got {held} numbers"
         )));
     }
-    if !seconds.iter().all(|time| *time > 0.0 && *time < MOST_SECONDS) {
-        return Err(CurveError("seconds must be positive and less than a day".into()));
+    if !seconds.iter().all(|time| (LEAST_SECONDS..MOST_SECONDS).contains(time)) {
+        return Err(CurveError("seconds must be at least a nanosecond and less than a day".into()));
     }
     let strides = [shape[1] * shape[2], shape[2], 1];
     for (stride, length) in strides.into_iter().zip(shape) {
@@ -300,7 +302,8 @@ mod tests {
         for (seconds, message) in [
             (&[1.0][..], "shape"),
             (&[2.0, 1.0], "fall"),
-            (&[0.0, 1.0], "positive"),
+            (&[0.0, 1.0], "nanosecond"),
+            (&[5.5e-309, 1.0], "nanosecond"),
             (&[1.0, f64::NAN], "day"),
         ] {
             assert!(new(&axes, seconds, &[], DRAFT).contains(message), "{seconds:?}");

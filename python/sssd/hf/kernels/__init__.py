@@ -1,0 +1,24 @@
+"""Triton kernels of the passes on a GPU, beside plain PyTorch of the same; triton is imported when they are used."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+DEVICES = {"cuda"}
+"""Types of devices on which they run."""
+
+
+def why_not(device: Any, dtype: Any, head_dim: int) -> str | None:
+    """Why they cannot serve a model; None if they can."""
+    if device.type not in DEVICES:
+        return f"there are none for {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "the GPU is older than those they are compiled for, or of another maker"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"there are none for {dtype}"
+    if not 16 <= head_dim <= 256 or head_dim % 8:
+        return f"there are none for heads of size {head_dim}"
+    return None

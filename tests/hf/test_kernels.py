@@ -12,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+pytest.importorskip("triton", reason="needs triton")
+
 from interpreter import DEVICE  # noqa: E402
 
 from sssd.hf.kernels import attention, layers, tree  # noqa: E402

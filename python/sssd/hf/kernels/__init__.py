@@ -1,4 +1,4 @@
-"""Triton kernels of the passes on a GPU, beside plain PyTorch of the same; triton is imported when they are used."""
+"""Triton kernels of the passes on a GPU, and plain PyTorch of the same. Only their use imports triton."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -19,6 +19,6 @@ def why_not(device: Any, dtype: Any, head_dim: int) -> str | None:
         return "the GPU is older than those they are compiled for, or of another maker"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"there are none for {dtype}"
-    if not 16 <= head_dim <= 256 or head_dim % 8:
+    if not 8 <= head_dim <= 256 or head_dim % 8:
         return f"there are none for heads of size {head_dim}"
     return None

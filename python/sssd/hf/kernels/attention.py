@@ -45,7 +45,7 @@ def tiles_of(rows: int, dim: int, item_bytes: int) -> Tiles:
 
 @cache
 def _processors(device: Any) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def splits_of(tiles: int, processors: int) -> int:

@@ -57,6 +57,10 @@ def resources(kernel, types, constants, warps, stages):
     }
 
 
+ONE = {"nodes": 1, "group": 1, "kv_heads": 1}
+"""Arguments of which triton makes constants where they are 1."""
+
+
 def attention(full):
     """The split kernel plain and with everything it can do, and the merge."""
     from sssd.hf.kernels.attention import merge_kernel, merge_warps, split_kernel, tiles_of
@@ -85,6 +89,9 @@ def attention(full):
                 f"split {kind} {dim} {tiles} {splits} {words} {extra}",
                 (split_kernel, types, constants, tiles.warps, tiles.stages),
             )
+            if dim == 128 and rows == 16:
+                name = f"split {kind} of one node, {splits} {extra}"
+                yield name, (split_kernel, types, {**constants, **ONE, "WORDS": 1}, tiles.warps, tiles.stages)
     for kind, dim, splits in product(kinds, dims, (2, 64) if full else (64,)):
         padded = max(16, triton.next_power_of_2(dim))
         constants = {"SPLITS": splits, "DIM": dim, "PADDED": padded}
@@ -111,10 +118,13 @@ def layers(full):
             types = dict.fromkeys(names, tensor) | {"lengths": "*i64", "epsilon": "fp32"}
             constants = {"DIM": dim, "PADDED": padded, "HEADS": 512 // padded, "NORMS": True, "PLAIN": flag}
             yield f"rope {kind} {dim}", (found.rope_kernel, types, constants, 2, 2)
+            constants |= {"heads": 1, "kv_heads": 1, "nodes": 1}
+            yield f"rope {kind} {dim} of one", (found.rope_kernel, types, constants, 2, 2)
             types = {"stack": tensor, "origin": "*i32", "counts": "*i32", "lengths": "*i64"}
             types |= dict.fromkeys(("part_stride", "batch_stride", "head_stride"), "i64")
             constants = {"DIM": dim, "PADDED": padded}
             yield f"move {kind} {dim}", (found.move_kernel, types, constants, 1, 2)
+            yield f"move {kind} {dim} of one", (found.move_kernel, types, {**constants, "kv_heads": 1}, 1, 2)
         types = {"gate_up": tensor, "result": tensor}
         yield f"gate {kind}", (found.gate_kernel, types, {"BLOCK": 1024}, 4, 2)
     types = dict.fromkeys(("ids", "targets", "parents", "ancestors"), "*i64") | {
@@ -122,7 +132,8 @@ def layers(full):
         "counts": "*i32",
     }
     for nodes in (2, 64):
-        yield f"walk {nodes}", (found.walk_kernel, types, {"NODES": nodes}, 1, 2)
+        one = {"nodes": 1} if nodes == 2 else {}
+        yield f"walk {nodes}", (found.walk_kernel, types, {"NODES": nodes, **one}, 1, 2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Triton's kernels on the CPU, by its interpreter, where there is no GPU. Imported before triton, by conftest."""
+"""Triton's kernels on the CPU, by its interpreter, where there is no GPU. To be imported before triton."""
 
 import importlib.util
 import os

@@ -256,7 +256,7 @@ class FastPass:
         self.packed = _should_pack(model)
         self.vocab_size, self.layer_count = self.embedding.num_embeddings, len(decoder.layers)
         self.stores: list[Any] = []
-        self.window = AttentionMasks(model).windows
+        self.window: Any = AttentionMasks(model).windows
         reason = kernels.why_not(self.device, self.dtype, self.head_dim)
         self.by_kernels = reason is None and not self.packed
         if reason is not None and self.device.type in kernels.DEVICES:
@@ -324,7 +324,8 @@ class FastPass:
 
     def _run_tree(self, ids: Any, positions: Any, cache: TreeCache, *shape: Any) -> Any:
         tree, cache.stack = as_kernels_read(cache, *shape)
-        return self.tree_pass(ids, positions, tree, cache)
+        with kernels.on(self.device):
+            return self.tree_pass(ids, positions, tree, cache)
 
     def __call__(self, ids: Any, positions: Any, cache: Any, mask: Any) -> Any:
         """Logits [B, T, vocabulary] of T tokens of each row, whose keys and values are written to the cache.
@@ -508,7 +509,7 @@ def _twin(model: Any) -> Any:
         if value is None or hasattr(config, name):
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:2]
+        config.layer_types = (config.layer_types * 2)[:2]
     if getattr(config, "sliding_window", None):
         config.sliding_window = 6
     config._attn_implementation = "sdpa"

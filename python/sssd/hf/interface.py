@@ -1,12 +1,12 @@
 """The tree kernel as transformers' attention: passes on fixed buffers by any model's own modules.
 
-transformers lets a model's modules look up their attention by name. While a pass runs here, that name is ours:
-queries, keys and values then go to :func:`sssd.hf.kernels.attention.tree_attention`, with the trees from a
+transformers lets a model's modules look up their attention by name. While a pass runs here, that name is
+ours: queries, keys and values go to :func:`sssd.hf.kernels.attention.tree_attention`, with the trees from a
 context variable, and the cache writes to fixed buffers by lengths on the device. So no shape depends on a
 length, and the model's ``forward`` can be recorded, whatever else it does.
 
-It is taken only if such a pass over a small tree has given what the model's own forward gives, on the model as
-it is now.
+It is taken only if such a pass over a small tree has given what the model's own forward gives, on the model
+as it is now.
 """
 
 import logging
@@ -36,8 +36,8 @@ _IGNORED = {
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("cache", "past_key_values", "logits_to_keep"),
 }
-"""What attention functions are told beside, and what a pass in evaluation mode needs none of: windows are those
-of the masks."""
+"""What attention functions are told beside, and what a pass in evaluation mode needs none of: windows are
+those of the masks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ class ModelPass:
         store = StaticStore(self, 1, slots, record=lambda function: function)
         store.stack.copy_(held)
         store.begin(tree.lengths, ids.shape[1], slots)
-        logits = self.tree_pass(ids, positions, tree, store)
+        with kernels.on(self.device):
+            logits = self.tree_pass(ids, positions, tree, store)
         if held.dtype != self.dtype or logits.dtype != self.dtype:
             raise NotKnown("its states or logits are of another type than its weights")
         self.vocab_size = logits.shape[-1]
@@ -217,7 +218,7 @@ _kept: "WeakKeyDictionary[Any, tuple[Any, ModelPass | None]]" = WeakKeyDictionar
 
 
 def model_pass(model: Any) -> ModelPass | None:
-    """How a model's own modules run on fixed buffers, made and checked when it is new; None where they cannot.
+    """How a model's own modules run on fixed buffers, made and checked when it is new; None if they cannot.
 
     The reason is logged once for each state of the model, at level INFO.
     """

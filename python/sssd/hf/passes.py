@@ -8,14 +8,54 @@ import torch
 from numpy.typing import ArrayLike
 
 from sssd._core import DraftBatch, PassBlock
-from sssd.hf.contract import cache_argument
+from sssd.errors import InvalidArgumentError
+from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import FastPass, fast_pass, give_up
 from sssd.hf.interface import give_up_kernels, model_pass
-from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, give_back, lease
+from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, bucket_of, give_back, lease
 from sssd.hf.verify import AttentionMasks, TreeCache
 
 STATIC_DEVICES = {"cuda"}
 """Types of devices where launching kernels one by one takes longer than running them."""
+
+
+def warm_up(
+    model: Any,
+    *,
+    batch: int = 1,
+    length: int = 4096,
+    widths: Iterable[int] = WIDTHS,
+    sample: bool = False,
+) -> int:
+    """Records the passes of a model on a GPU ahead; else calls do so when a shape has come up three times.
+
+    Args:
+        model: A model that ``sssd.hf.generate`` can verify.
+        batch: Most rows that calls will have. All numbers below are recorded too: powers of two.
+        length: Most tokens of prompt and output that they will have. Buffers of this size are kept.
+        widths: Tokens of each row, of 1, 2, 4, ... 64.
+        sample: Whether the calls will sample or use logits processors; their passes are other ones.
+
+    Returns:
+        How many passes were recorded: 0 where none are, on a CPU say.
+
+    Raises:
+        UnsupportedModelError: The model cannot be verified.
+        InvalidArgumentError: ``batch`` or ``length`` is not positive, or a width is none of those.
+    """
+    check_model(model)
+    widths = tuple(widths)
+    if batch < 1 or length < 1:
+        raise InvalidArgumentError(f"batch and length must be at least 1, got {batch} and {length}")
+    if set(widths) - set(WIDTHS):
+        raise InvalidArgumentError(f"widths must be of {', '.join(map(str, WIDTHS))}, got {list(widths)}")
+    count = 0
+    with torch.inference_mode(), Passes(model, batch, None, length + WIDTHS[-1]) as passes:
+        rows = bucket_of(batch)
+        while rows:
+            count += passes.warm_up(widths, accept=not sample, rows=rows)
+            rows //= 2
+    return count
 
 
 class Passes:
@@ -83,11 +123,11 @@ class Passes:
             return nodes + 1
         return next((width for width in WIDTHS if width > nodes), nodes + 1)
 
-    def warm_up(self, widths: Iterable[int] = WIDTHS, accept: bool = True) -> int:
-        """Records passes of these widths ahead; see :meth:`StaticStore.warm_up`."""
+    def warm_up(self, widths: Iterable[int] = WIDTHS, accept: bool = True, rows: int | None = None) -> int:
+        """Records passes of these widths ahead, of all rows or of fewer; see :meth:`StaticStore.warm_up`."""
         if self.store is None or self.left:
             return 0
-        return self.store.warm_up(len(self.cache.lengths), widths, accept)
+        return self.store.warm_up(rows or len(self.cache.lengths), widths, accept)
 
     def fill(
         self, trees: DraftBatch | None, roots: ArrayLike, positions: ArrayLike, width: int | None = None

@@ -16,7 +16,6 @@ On a CPU the same code runs without graphs; tests do so.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -27,6 +26,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from sssd._core import TOP_K, DraftBatch, PassBlock
+from sssd.hf.kernels import on
 from sssd.hf.kernels.tree import Tree
 from sssd.hf.verify import AttentionMasks, TreeCache
 
@@ -121,7 +121,7 @@ class StaticStore:
         pin = device.type == "cuda"
         most = WIDTHS[-1]
         # whoever made them, later calls write to them, which inference tensors would not allow
-        with torch.inference_mode(False), _on(device):
+        with torch.inference_mode(False), on(device):
             self.stack = torch.zeros(2 * fast.layer_count, *shape, dtype=fast.dtype, device=device)
             self.buffers = [list(self.stack[i : i + 2]) for i in range(0, len(self.stack), 2)]
             # ids, depths, positions, parents and ancestors of every entry, end to end; and each row's length,
@@ -159,7 +159,7 @@ class StaticStore:
             self._starts[:rows] = counts.cpu()
 
     def begin(self, lengths: Any, width: int, span: int) -> None:
-        """Says where :meth:`update` writes: behind so many slots of each row, int64 [B]; and what it returns."""
+        """Says behind how many slots, int64 [B], :meth:`update` writes, and how many slots it returns."""
         self._rows = torch.arange(len(lengths), device=lengths.device)[:, None]
         self._slots = lengths[:, None] + torch.arange(width, device=lengths.device)
         self._span = span
@@ -197,13 +197,14 @@ class StaticStore:
         batch = bucket_of(live)
         span = 0 if self._by_kernels else span_of(max(lengths) + width, self.capacity)
         shape = Shape(batch, width, span, accept)
-        for column, value in enumerate((0, 0, 0, -1, 1)):
-            # dead rows: roots that see themselves
-            self._host[column, live * width : batch * width] = value
-        self._host[-1, : 2 * batch] = 0
+        if batch > live:
+            for column, value in enumerate((0, 0, 0, -1, 1)):
+                # dead rows: roots that see themselves
+                self._host[column, live * width : batch * width] = value
+            self._host[-1, : 2 * batch] = 0
         self._host[-1, :live] = torch.tensor(lengths)
         self._host[-1, batch : batch + live] = self._starts[:live]
-        with _on(self.fast.device):
+        with on(self.fast.device):
             self._device.copy_(self._host, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
@@ -235,7 +236,7 @@ class StaticStore:
             self._device[4, : batch * width] = 1
             self._device[-1, :batch] = self.capacity - width
             self._uses[shape] = _UNRECORDED_USES
-            with _on(self.fast.device):
+            with on(self.fast.device):
                 self._run(shape)
         return len(self._recorded) - before
 
@@ -370,11 +371,6 @@ class Recorder:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 function()
         return graph.replay  # type: ignore[no-any-return]
-
-
-def _on(device: Any) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def lease(fast: Any, batch: int, capacity: int) -> StaticStore:

@@ -1,5 +1,6 @@
 """Triton kernels of the passes on a GPU, and plain PyTorch of the same. Only their use imports triton."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,3 +23,8 @@ def why_not(device: Any, dtype: Any, head_dim: int) -> str | None:
     if not 8 <= head_dim <= 256 or head_dim % 8:
         return f"there are none for heads of size {head_dim}"
     return None
+
+
+def on(device: Any) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one, where kernels are launched; of other devices it does nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

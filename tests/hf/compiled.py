@@ -127,6 +127,13 @@ def layers(full):
             yield f"move {kind} {dim} of one", (found.move_kernel, types, {**constants, "kv_heads": 1}, 1, 2)
         types = {"gate_up": tensor, "result": tensor}
         yield f"gate {kind}", (found.gate_kernel, types, {"BLOCK": 1024}, 4, 2)
+        types = {"logits": tensor, "best": "*fp32", "places": "*i32", "sums": "*fp32"}
+        constants = {"TOP": 8, "BLOCK": found.VOCABULARY_BLOCK}
+        yield f"candidates {kind}", (found.candidates_kernel, types, constants, 4, 2)
+    types = {"best": "*fp32", "places": "*i32", "sums": "*fp32", "targets": "*i64", "answer": "*i32"}
+    for parts in (1, 32, 64):
+        constants = {"TOP": 8, "PARTS": parts, **({"parts": 1, "nodes": 1} if parts == 1 else {})}
+        yield f"choose {parts}", (found.choose_kernel, types, constants, 2, 2)
     types = dict.fromkeys(("ids", "targets", "parents", "ancestors"), "*i64") | {
         "origin": "*i32",
         "counts": "*i32",

@@ -184,6 +184,24 @@ def test_accepted_paths_are_found_and_moved():
     assert longest > 10
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [8, 64, 4097, 20_000])
+def test_the_most_probable_tokens(dtype, size):
+    """Of equal ones those of the smallest ids, as choices are; impossible ones never before others."""
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 3, size, device=DEVICE) * 4).to(dtype).round(decimals=1)
+    logits[0, 1, 5:] = float("-inf")
+    logits[1, 2] = 0
+    logits[1, 0, -1] = 30
+    mine, theirs = (torch.zeros(2, 5, 17, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    targets = layers.tell(logits, mine[:, :3], 8)
+    assert torch.equal(targets, tree.tell(logits, theirs[:, :3], 8))
+    assert torch.equal(targets, logits.argmax(-1))
+    assert torch.equal(mine[..., :9], theirs[..., :9])
+    probs = [part[..., 9:].contiguous().view(torch.float32) for part in (mine, theirs)]
+    torch.testing.assert_close(*probs, rtol=1e-5, atol=1e-7)
+
+
 def test_no_launch_spills_registers():
     """What each kernel takes on an H100, as compiled here; all types and sizes with ``SSSD_FULL_TESTS=1``."""
     command = [sys.executable, str(Path(__file__).parent / "compiled.py"), "layers"]

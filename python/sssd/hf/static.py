@@ -271,17 +271,22 @@ class StaticStore:
             mask = self.masks.assemble(span, lengths, tree_mask, depths, self._keep[:batch, :span])
             out.copy_(self.fast(ids, positions, self, mask).flatten(0, 1))
             logits = out.view(batch, width, -1)
-        if accept:
+        if accept and not span:
+            self._answer_by_kernels(ids, logits, parents, ancestors, lengths)
+        elif accept:
             targets = logits.argmax(-1)
-            if not span:
-                self._move_by_kernels(ids, targets, parents, ancestors, lengths)
-            else:
-                self._move(ids, targets, parents, tree_mask)
+            self._move(ids, targets, parents, tree_mask)
             self._tell(batch, width, logits, targets)
 
-    def _move_by_kernels(self, ids: Any, targets: Any, parents: Any, ancestors: Any, lengths: Any) -> None:
-        from sssd.hf.kernels.layers import accept_and_move
+    def _answer_by_kernels(self, ids: Any, logits: Any, parents: Any, ancestors: Any, lengths: Any) -> None:
+        from sssd.hf.kernels.layers import accept_and_move, tell
 
+        batch, width = ids.shape
+        if self.vocab_size < TOP_K:
+            targets = logits.argmax(-1)
+            self._tell(batch, width, logits, targets)
+        else:
+            targets = tell(logits, self._answer[:batch, :width], TOP_K)
         accept_and_move(ids, targets, parents, ancestors, lengths, self.stack)
 
     def _move(self, ids: Any, targets: Any, parents: Any, tree_mask: Any) -> None:

@@ -14,6 +14,10 @@ import triton.language as tl
 
 from sssd.hf.kernels.tree import Tree
 
+VOCABULARY_BLOCK = 4096
+"""Tokens that one program looks at for the most probable ones."""
+_LEAST = tl.constexpr(-3e38)
+
 
 @triton.jit
 def norm_kernel(
@@ -233,3 +237,83 @@ def accept_and_move(ids: Any, targets: Any, parents: Any, ancestors: Any, length
             DIM=dim, PADDED=triton.next_power_of_2(dim), num_warps=1,
         )  # fmt: skip
     return counts
+
+
+@triton.jit
+def candidates_kernel(logits, best, places, sums, size, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """The most probable tokens of one part of a row's vocabulary, and the part's log-sum-exp."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * size + at, mask=at < size, other=0.0).to(tl.float32)
+    # what is taken falls below everything, and so does what is no token
+    left = tl.where(at < size, tl.maximum(x, _LEAST), float("-inf"))
+    peak = tl.max(left, 0)
+    out = row * tl.num_programs(1) + part
+    tl.store(sums + out, peak + tl.log(tl.sum(tl.exp(left - peak), 0)))
+    for rank in range(TOP):
+        value, index = tl.max(left, 0, return_indices=True)
+        tl.store(best + out * TOP + rank, value)
+        tl.store(places + out * TOP + rank, part * BLOCK + index)
+        left = tl.where(at == part * BLOCK + index, float("-inf"), left)
+
+
+@triton.jit
+def choose_kernel(
+    best, places, sums, targets, answer, parts, nodes, batch_stride, node_stride,
+    TOP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The most probable tokens of one row, from those of its parts: choice, ids and probabilities."""
+    row = tl.program_id(0).to(tl.int64)
+    part, at = tl.arange(0, PARTS), tl.arange(0, PARTS * TOP)
+    sums_of = tl.load(sums + row * parts + part, mask=part < parts, other=float("-inf"))
+    peak = tl.max(sums_of, 0)
+    total = peak + tl.log(tl.sum(tl.exp(sums_of - peak), 0))
+    inside = at < parts * TOP
+    left = tl.load(best + row * parts * TOP + at, mask=inside, other=float("-inf"))
+    place = tl.load(places + row * parts * TOP + at, mask=inside, other=0)
+    out = answer + row // nodes * batch_stride + row % nodes * node_stride
+    all_of = 0.0
+    for rank in range(TOP):
+        value, index = tl.max(left, 0, return_indices=True)
+        token = tl.sum(tl.where(at == index, place, 0), 0)
+        if rank == 0:
+            tl.store(targets + row, token.to(tl.int64))
+            tl.store(out, token)
+        chance = tl.minimum(tl.exp(value - total), 1.0)
+        all_of += chance
+        tl.store(out + 1 + rank, token)
+        left = tl.where(at == index, float("-inf"), left)
+    left = tl.load(best + row * parts * TOP + at, mask=inside, other=float("-inf"))
+    for rank in range(TOP):
+        value, index = tl.max(left, 0, return_indices=True)
+        chance = tl.minimum(tl.exp(value - total), 1.0) / tl.maximum(all_of, 1.0)
+        tl.store(out + 1 + TOP + rank, chance.to(tl.int32, bitcast=True))
+        left = tl.where(at == index, float("-inf"), left)
+
+
+def tell(logits: Any, answer: Any, top: int) -> Any:
+    """The target's choices, its most probable tokens and their probabilities, in two kernels.
+
+    Args:
+        logits: [B, T, vocabulary], contiguous, at least ``top`` tokens.
+        answer: Int32 [B, T, 1 + 2 * top], written to: the choice, ids, and the bits of float32
+            probabilities, the largest first; of equal ones the smallest id is.
+        top: How many.
+
+    Returns:
+        The choices, int64 [B, T].
+    """
+    batch, nodes, size = logits.shape
+    rows, parts = batch * nodes, triton.cdiv(size, VOCABULARY_BLOCK)
+    targets = torch.empty(batch, nodes, dtype=torch.int64, device=logits.device)
+    best = torch.empty(rows, parts, top, dtype=torch.float32, device=logits.device)
+    places = torch.empty(rows, parts, top, dtype=torch.int32, device=logits.device)
+    sums = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    candidates_kernel[(rows, parts)](
+        logits, best, places, sums, size, TOP=top, BLOCK=VOCABULARY_BLOCK, num_warps=4
+    )
+    choose_kernel[(rows,)](
+        best, places, sums, targets, answer, parts, nodes, *answer.stride()[:2],
+        TOP=top, PARTS=triton.next_power_of_2(parts), num_warps=2,
+    )  # fmt: skip
+    return targets

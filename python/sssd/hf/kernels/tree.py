@@ -125,3 +125,15 @@ def accept_and_move(ids: Any, targets: Any, parents: Any, ancestors: Any, length
         stack[:, row, :, length : length + len(path)] = states
         counts.append(len(path))
     return torch.tensor(counts, dtype=torch.int32)
+
+
+def tell(logits: Any, answer: Any, top: int) -> Any:
+    """See :func:`sssd.hf.kernels.layers.tell`."""
+    # in the order of ids where they are equal
+    values, ids = (part[..., :top] for part in logits.float().sort(dim=-1, descending=True, stable=True))
+    probs = (values - logits.float().logsumexp(-1, keepdim=True)).exp().clamp(max=1.0)
+    probs = probs / probs.sum(-1, keepdim=True).clamp(min=1.0)
+    answer[..., 0] = ids[..., 0]
+    answer[..., 1 : 1 + top] = ids
+    answer[..., 1 + top :] = probs.contiguous().view(torch.int32)
+    return ids[..., 0]

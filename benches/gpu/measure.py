@@ -200,6 +200,7 @@ def kernels(options: Any, results: dict[str, Any]) -> None:
     """Microseconds of one layer's attention over a tree, by kernel."""
     rng = np.random.default_rng(0)
     shapes = [(b, c, w) for b in (1, 16) for c in (2048, 8192) for w in (32, 1, 8, 64)]
+    shapes += [(1, 32768, 32), (1, 32768, 1)]
     heads = (4, 2, 16) if options.rehearse else (32, 8, 128)
     results["kernels"] = []
     for batch, context, width in [(1, 64, 8)] if options.rehearse else shapes:

@@ -267,6 +267,9 @@ class FastPass:
         with torch.inference_mode(False), torch.no_grad():
             self.layers = [_Layer(layer, self.packed, self.by_kernels) for layer in decoder.layers]
             self.head = _Linear([model.lm_head], self.packed)
+        if self.by_kernels and self.device.type == "cuda":
+            # the places where the weights were, which nothing else fits into
+            torch.cuda.empty_cache()
         self._weights = self._as_they_are()
 
     @property

@@ -127,7 +127,8 @@ class Passes:
         """Records passes of these widths ahead, of all rows or of fewer; see :meth:`StaticStore.warm_up`."""
         if self.store is None or self.left:
             return 0
-        return self.store.warm_up(rows or len(self.cache.lengths), widths, accept)
+        known = [width for width in widths if width in WIDTHS]
+        return self.store.warm_up(rows or len(self.cache.lengths), known, accept)
 
     def fill(
         self, trees: DraftBatch | None, roots: ArrayLike, positions: ArrayLike, width: int | None = None

@@ -37,7 +37,8 @@ def tiles_of(rows: int, dim: int, item_bytes: int) -> Tiles:
     padded = triton.next_power_of_2(dim)
     if item_bytes == 4:
         # three products of a shorter format instead of one
-        return Tiles(min(block, 32 if padded <= 64 else 16), 32 if padded <= 128 else 16, 8, 2)
+        block = min(block, 32 if padded <= 64 else 16)
+        return Tiles(block, 32 if padded <= 128 else 16, 4 if block == 16 and padded <= 64 else 8, 2)
     if padded > 128:
         return Tiles(block, 32, 8, 2)
     return Tiles(block, 32 if block == 32 and padded == 128 else 64, 8 if block == 64 else 4, 2)

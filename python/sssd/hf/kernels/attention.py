@@ -56,19 +56,33 @@ def splits_of(tiles: int, processors: int) -> int:
 
 
 @triton.jit
-def _load(start, slot, inside, MASKED: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of keys or values [slots, PADDED]."""
-    d = tl.arange(0, PADDED)
+def _load(
+    start, slot, inside, MASKED: tl.constexpr, DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
+):
+    """Columns of keys or values [slots, SIZE], from the given one on."""
+    d = FIRST + tl.arange(0, SIZE)
     at = start + (slot[:, None] * DIM + d[None, :])
-    if MASKED and PADDED == DIM:
+    if MASKED and FIRST + SIZE <= DIM:
         tile = tl.load(at, mask=inside[:, None], other=0.0)
     elif MASKED:
         tile = tl.load(at, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
-    elif PADDED == DIM:
+    elif FIRST + SIZE <= DIM:
         tile = tl.load(at)
     else:
         tile = tl.load(at, mask=(d < DIM)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def _queries(start, valid, FULL: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Queries [rows, PADDED]; wide ones in full precision in two halves."""
+    d = tl.arange(0, PADDED // 2 if FULL and PADDED > 128 else PADDED)
+    q = tl.load(start + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+    q_2 = q
+    if FULL and PADDED > 128:
+        d += PADDED // 2
+        q_2 = tl.load(start + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0)
+    return q, q_2
 
 
 @triton.jit
@@ -85,15 +99,22 @@ def _tanh(x):
 
 @triton.jit
 def _add_tile(
-    q, keys, values, slot, inside, seen, peak, total, mixed, scale, cap,
+    q, q_2, keys, values, slot, inside, seen, peak, total, mixed, scale, cap,
     MASKED: tl.constexpr, CAPPED: tl.constexpr, FULL: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: highest score, sum of exponentials and mixed values so far."""
-    k = _load(keys, slot, inside, MASKED, DIM, PADDED)
-    if FULL:  # noqa: SIM108
+    if FULL and PADDED > 128:
+        # in halves: both parts of whole queries would not fit into the registers
+        k = _load(keys, slot, inside, MASKED, DIM, 0, PADDED // 2)
+        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        k = _load(keys, slot, inside, MASKED, DIM, PADDED // 2, PADDED // 2)
+        scores = tl.dot(q_2, tl.trans(k), scores, input_precision="tf32x3")
+    elif FULL:
+        k = _load(keys, slot, inside, MASKED, DIM, 0, PADDED)
         scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     else:
+        k = _load(keys, slot, inside, MASKED, DIM, 0, PADDED)
         scores = tl.dot(q, tl.trans(k))
     if CAPPED:  # noqa: SIM108
         scores = _tanh(scores * (scale / cap)) * (cap * _LOG2E)
@@ -106,7 +127,7 @@ def _add_tile(
     chances = tl.exp2(scores - higher[:, None])
     if MASKED:
         chances = tl.where(seen, chances, 0.0)
-    v = _load(values, slot, inside, MASKED, DIM, PADDED)
+    v = _load(values, slot, inside, MASKED, DIM, 0, PADDED)
     total = total * shrink + tl.sum(chances, 1)
     mixed = mixed * shrink[:, None]
     if FULL:
@@ -118,8 +139,8 @@ def _add_tile(
 
 @triton.jit
 def _masked_tiles(
-    q, keys, values, ancestors, depths, nodes, node, valid, depth, low, end, length, window, at_first, stop,
-    peak, total, mixed, scale, cap,
+    q, q_2, keys, values, ancestors, depths, nodes, node, valid, depth, low, end, length, window, at_first,
+    stop, peak, total, mixed, scale, cap,
     WORDS: tl.constexpr, KEYS: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, FULL: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +163,7 @@ def _masked_tiles(
             linked = linked & (depth[:, None] - deep[None, :] < window)
         seen = (seen | linked) & inside[None, :]
         peak, total, mixed = _add_tile(
-            q, keys, values, slot, inside, seen, peak, total, mixed, scale, cap,
+            q, q_2, keys, values, slot, inside, seen, peak, total, mixed, scale, cap,
             True, CAPPED, FULL, DIM, PADDED,
         )  # fmt: skip
     return peak, total, mixed
@@ -186,7 +207,7 @@ def split_kernel(
     d = tl.arange(0, PADDED)
     held = valid[:, None] & (d < DIM)[None, :]
     at = b.to(tl.int64) * query_batch + head.to(tl.int64) * query_head + node.to(tl.int64) * query_token
-    q = tl.load(queries + at[:, None] + d[None, :], mask=held, other=0.0)
+    q, q_2 = _queries(queries + at[:, None], valid, FULL, DIM, PADDED)
     length, begin = tl.load(lengths + b).to(tl.int32), tl.load(starts + b).to(tl.int32)
     low, depth = begin + tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
     if WINDOWED:
@@ -208,13 +229,13 @@ def split_kernel(
         for at_slot in range(first, whole, KEYS):
             slot = at_slot + tl.arange(0, KEYS)
             peak, total, mixed = _add_tile(
-                q, keys, values, slot, slot >= 0, slot[None, :] >= 0, peak, total, mixed, scale, cap,
+                q, q_2, keys, values, slot, slot >= 0, slot[None, :] >= 0, peak, total, mixed, scale, cap,
                 False, CAPPED, FULL, DIM, PADDED,
             )  # fmt: skip
     stop = tl.where(split == SPLITS - 1, length + nodes, end)
     peak, total, mixed = _masked_tiles(
-        q, keys, values, ancestors + b * nodes * WORDS, depths + b * nodes, nodes, node, valid, depth, low,
-        end, length, window, tl.minimum(whole, length), stop, peak, total, mixed, scale, cap,
+        q, q_2, keys, values, ancestors + b * nodes * WORDS, depths + b * nodes, nodes, node, valid, depth,
+        low, end, length, window, tl.minimum(whole, length), stop, peak, total, mixed, scale, cap,
         WORDS, KEYS, CAPPED, WINDOWED, FULL, DIM, PADDED,
     )  # fmt: skip
     if SUNK and split == SPLITS - 1:

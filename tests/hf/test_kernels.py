@@ -84,13 +84,12 @@ def test_attention_of_groups_of_every_size(dtype, group):
     agrees(dtype, 2, group, 5, 32, [70])
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 1), (torch.float32, 4), (torch.float16, 4)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"window": 40}, {"window": 3}, {"softcap": 2.0}, {"sinks": [0.3, -1.0, 4.0, 2.0]},
      {"window": 90, "softcap": 30.0, "sinks": [1.0, 9.0, 0.0, -40.0]}],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_attention_with_windows_caps_sinks_and_padding(dtype, options, splits):
     """Padding of whole tiles, of a part, and of the whole prefix."""
     if "sinks" in options:

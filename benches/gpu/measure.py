@@ -34,6 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent / "python")]
 from sssd import DraftBatch, Drafter, DraftTree, PassBlock, hf  # noqa: E402
 from sssd.hardware import CostCurve  # noqa: E402
 from sssd.hf.fast import fast_pass  # noqa: E402
+from sssd.hf.kernels.tree import Tree  # noqa: E402
 from sssd.hf.profile import profile  # noqa: E402
 from sssd.hf.static import WIDTHS, StaticStore  # noqa: E402
 
@@ -88,6 +89,8 @@ def correct(options: Any, results: dict[str, Any]) -> None:
     assert known is not None
     rng = np.random.default_rng(0)
     stores = [StaticStore(known, 2, 256), StaticStore(known, 2, 256, record=lambda function: function)]
+    recorded = sum(stores[0].warm_up(2, WIDTHS[:6], accept) for accept in (True, False))
+    stores[0].stack.zero_()
     lengths, equal, passes = [0, 0], 0, 0
     with torch.inference_mode():
         while max(lengths) < 150:
@@ -99,7 +102,8 @@ def correct(options: Any, results: dict[str, Any]) -> None:
             equal += torch.equal(*outputs) and torch.equal(*states)
             passes += 1
             lengths = [length + int(rng.integers(1, 5)) for length in lengths]
-    found["graph_replay"] = {"passes": passes, "bit_for_bit": equal}
+    found["graph_replay"] = {"passes": passes, "bit_for_bit": equal, "recorded": recorded}
+    found["by_kernels"] = known.by_kernels
     if options.smollm2 is None:
         found["smollm2"] = "not carried"
         return
@@ -196,6 +200,7 @@ def kernels(options: Any, results: dict[str, Any]) -> None:
     """Microseconds of one layer's attention over a tree, by kernel."""
     rng = np.random.default_rng(0)
     shapes = [(b, c, w) for b in (1, 16) for c in (2048, 8192) for w in (32, 1, 8, 64)]
+    shapes += [(1, 32768, 32), (1, 32768, 1)]
     heads = (4, 2, 16) if options.rehearse else (32, 8, 128)
     results["kernels"] = []
     for batch, context, width in [(1, 64, 8)] if options.rehearse else shapes:
@@ -217,7 +222,7 @@ def kernels_at(
     keys, values = (torch.randn(batch, kv_heads, slots, dim, device=DEVICE, dtype=dtype) for _ in range(2))
     trees, roots, lengths, _ = random_block(rng, [context] * batch, width, 1000)
     block = PassBlock()
-    block.fill(trees, roots, lengths, width=width, mask=True)
+    block.fill(trees, roots, lengths, width=width, mask=True, links=True)
     tree = torch.from_numpy(block.mask).to(DEVICE)
     mask = torch.ones(batch, 1, width, slots, dtype=torch.bool, device=DEVICE)
     mask[:, 0, :, context:] = tree
@@ -226,8 +231,7 @@ def kernels_at(
     grouped = additive.repeat(1, 1, group, 1)
     spread = queries.view(batch, heads, width, dim)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-    small = tree.to(torch.uint8)
-    splits = max(1, min(32, context // 256))
+    words, depths = block.ancestors.view(np.int64), block.depths
     reference = sdpa(queries.double(), keys.double(), values.double(), attn_mask=grouped.double())
 
     def copied() -> Any:
@@ -245,9 +249,12 @@ def kernels_at(
         return lambda: run(spread, keys, values, block_mask=block, enable_gqa=True)
 
     def own() -> Callable[[], Any]:
-        from tree_attention import tree_attention
+        from sssd.hf.kernels.attention import tree_attention
 
-        return lambda: tree_attention(queries, keys, values, small, lengths, dim**-0.5, splits)
+        tree = Tree(*(torch.from_numpy(part).to(DEVICE) for part in (words, depths)), lengths, lengths * 0)
+        # [node, head] to [key head, head of the group, node]
+        order = (batch, width, kv_heads, group, dim), (0, 2, 3, 1, 4)
+        return lambda: tree_attention(spread, keys, values, tree, dim**-0.5).view(order[0]).permute(order[1])
 
     candidates: dict[str, Callable[[], Callable[[], Any]]] = {
         "sdpa, keys copied": lambda: copied,

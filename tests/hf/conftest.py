@@ -2,9 +2,10 @@
 
 import os
 
+import interpreter  # noqa: F401
 import pytest
 
-NO_PASSES = {"test_architectures.py", "test_conversion.py"}
+NO_PASSES = {"test_architectures.py", "test_conversion.py", "test_kernels.py"}
 """Tests that run no pass of ``sssd.hf.passes``."""
 ONE_OF_EACH = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "mamba"}
 """Of all architectures: the fast path, which has the buffers, and each of the other two ways."""
@@ -39,3 +40,11 @@ def static(monkeypatch):
 def growing(monkeypatch):
     """Buffers that grow, on a GPU too."""
     monkeypatch.setattr("sssd.hf.passes.STATIC_DEVICES", set())
+
+
+@pytest.fixture
+def by_kernels(static, monkeypatch):
+    """Passes by the Triton kernels on the CPU, as on a GPU."""
+    pytest.importorskip("triton", reason="needs triton")
+    monkeypatch.setattr("sssd.hf.kernels.DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr("sssd.hf.fast._should_pack", lambda model: False)

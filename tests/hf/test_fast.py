@@ -318,6 +318,8 @@ def test_graph_replay_equals_eager_bit_for_bit():
     rng = np.random.default_rng(0)
     with torch.inference_mode():
         stores = [StaticStore(known, 2, 256), StaticStore(known, 2, 256, record=lambda function: function)]
+        assert sum(stores[0].warm_up(2, WIDTHS[:5], accept) for accept in (True, False)) == 10
+        stores[0].stack.zero_()
         lengths = [0, 0]
         for step in range(40):
             width = int(rng.choice(WIDTHS[:5]))

@@ -11,5 +11,6 @@ except ImportError as error:
 
 from sssd.hf.contract import cache_argument
 from sssd.hf.generate import GenerateResult, generate
+from sssd.hf.passes import warm_up
 
-__all__ = ["GenerateResult", "cache_argument", "generate"]
+__all__ = ["GenerateResult", "cache_argument", "generate", "warm_up"]

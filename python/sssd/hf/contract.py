@@ -31,6 +31,7 @@ from transformers.generation import utils as generation
 from sssd.errors import UnsupportedModelError
 from sssd.hf.probe import NEWEST_TESTED, mixes_tokens
 from sssd.hf.stock import is_stock, replaced
+from sssd.hf.verify import implementation_of
 
 _ROWWISE = {
     processors.MinLengthLogitsProcessor,
@@ -243,7 +244,7 @@ def why_not_model(model: Any) -> str | None:
         return "its attention is bidirectional; set is_decoder=True in the config"
     if cannot_roll_back(model):
         return "it has recurrent layers, whose state cannot be rolled back"
-    implementation = config._attn_implementation
+    implementation = implementation_of(config)
     if implementation not in ("sdpa", "eager"):
         return (
             f"attention {implementation!r} cannot express a tree mask; "
@@ -289,7 +290,7 @@ def _why_not_code(model: Any) -> str | None:
             continue  # a class's own, a compiled one, one that moves states between devices
         if not (quantized and path):
             return f"{path or 'the model'} has a forward of its own"
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    attention = implementation_of(model.config.get_text_config(decoder=True))
     code = replaced(map(type, model.modules()), attention)
     if code is not None:
         return f"{code} is replaced"

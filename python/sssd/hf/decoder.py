@@ -186,7 +186,8 @@ class Decoder:
                 "tokens": sum(len(row.tokens) for row in rows) - before,
                 "draft_seconds": drafted - started if self.has_drafted else 0.0,
             }
-            settle = partial(self._settle, rule, step)
+            # a pass that was recorded, or not yet, takes longer than those that the rule has to judge
+            settle = partial(self._settle, rule if self.passes.settled else None, step)
         settle()
 
     def _settle(self, rule: SizingRule | None, step: dict[str, Any]) -> None:

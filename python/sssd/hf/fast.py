@@ -8,6 +8,8 @@ What it gains, all without changing what is computed but for the rounding of sum
 - Grouped-query attention without copies of keys and values: the query heads of a group lie along the query
   axis.
 - One product for queries, keys and values, one for gate and up; one additive mask for all layers.
+- On a GPU with triton, :meth:`FastPass.tree_pass`: ten kernels a layer and no mask. The weights of those
+  products then lie end to end, where the model's own modules go on using them.
 
 It is taken only while every module, function and setting of the model is exactly what this code was written
 for, and while reordered weights equal the model's own, bit for bit: all of that is looked at again in each
@@ -29,9 +31,12 @@ import xxhash
 from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from transformers import modeling_utils
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, SiLUActivation
 
-from sssd.hf.contract import cache_argument, has_hooks
+from sssd.hf import kernels
+from sssd.hf.compare import NotKnown, as_kernels_read, check_choices, compare, distance
+from sssd.hf.contract import has_hooks
+from sssd.hf.kernels.tree import Tree
 from sssd.hf.stock import functions, replaced
 from sssd.hf.verify import AttentionMasks, TreeCache
 
@@ -61,10 +66,6 @@ class _Kept:
 _kept: "WeakKeyDictionary[Any, _Kept]" = WeakKeyDictionary()
 
 
-class NotKnown(Exception):
-    """The fast path does not fit the model; the message says why."""
-
-
 def fast_pass(model: Any) -> "FastPass | None":
     """The fast path of a model as it is now, made and checked when it is new; None where there is none.
 
@@ -74,7 +75,7 @@ def fast_pass(model: Any) -> "FastPass | None":
     try:
         structure = _structure(model)
     except Exception as reason:
-        _log(model, str(reason))
+        _log(model, f"verified by the model's own forward: {reason}")
         return None
     if kept.failed is not None and kept.failed == (structure, _Weights(model.parameters())):
         return None
@@ -93,7 +94,7 @@ def fast_pass(model: Any) -> "FastPass | None":
 
 def give_up(model: Any, reason: str) -> None:
     """Takes the fast path from a model for as long as it stays as it is."""
-    _log(model, reason)
+    _log(model, f"verified by the model's own forward: {reason}")
     kept = _kept.setdefault(model, _Kept())
     kept.fast = None
     try:
@@ -106,7 +107,7 @@ def _log(model: Any, reason: str) -> None:
     kept = _kept.setdefault(model, _Kept())
     if reason not in kept.logged:
         kept.logged.add(reason)
-        _logger.info("%s: verified by the model's own forward: %s", type(model).__name__, reason)
+        _logger.info("%s: %s", type(model).__name__, reason)
 
 
 class _Weights:
@@ -144,12 +145,23 @@ def _digest(weight: Any) -> bytes:
 
 
 class _Linear:
-    """Products with the weights of one or more ``nn.Linear`` that take the same input."""
+    """Products with the weights of one or more ``nn.Linear`` that take the same input.
 
-    def __init__(self, modules: list[nn.Linear], packed: bool) -> None:
+    Args:
+        modules: Those.
+        packed: Whether to make a copy of the weights, in oneDNN's order.
+        joined: Whether to lay the weights end to end, for one product.
+    """
+
+    def __init__(self, modules: list[nn.Linear], packed: bool, joined: bool = False) -> None:
         self.modules = modules
         self.packed: Any = None
+        self.weight: Any = None
         self.bias: Any = None
+        if joined and len(modules) > 1:
+            self.weight, self.bias = _joined([m.weight for m in modules]), _joined([m.bias for m in modules])
+            if self.bias is None and any(module.bias is not None for module in modules):
+                self.weight = None
         if packed:
             weight = (
                 torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight
@@ -165,24 +177,55 @@ class _Linear:
     def __call__(self, x: Any) -> Any:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.weight is not None:
+            return linear(x, self.weight, self.bias)
         if len(self.modules) == 1:
             return linear(x, self.modules[0].weight, self.modules[0].bias)
         return torch.cat([linear(x, module.weight, module.bias) for module in self.modules], dim=-1)
 
 
+def _joined(parts: list[Any]) -> Any:
+    """One tensor of which the weights are parts from now on, one after the other; None where that cannot be.
+
+    What is theirs stays theirs: parameters, values and memory taken. What was made of them before, by
+    ``detach()`` say, keeps the old values.
+    """
+    if any(part is None for part in parts) or len(set(map(id, parts))) < len(parts):
+        return None
+    if any(part.is_inference() or not part.is_contiguous() for part in parts):
+        return None
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    storage = parts[0].untyped_storage()
+    if all(
+        part.data_ptr() == end and part.untyped_storage().data_ptr() == storage.data_ptr()
+        for part, end in zip(parts[1:], ends[:-1], strict=True)
+    ):
+        # as an earlier call has left them
+        return parts[0].detach().as_strided(shape, parts[0].stride())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, place in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = place
+    return whole
+
+
 class _Layer:
     """One decoder layer's parts."""
 
-    def __init__(self, layer: Any, packed: bool) -> None:
+    def __init__(self, layer: Any, packed: bool, joined: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], packed)
+        self.qkv = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], packed, joined)
         self.out = _Linear([attention.o_proj], packed)
-        self.gate_up = _Linear([mlp.gate_proj, mlp.up_proj], packed)
+        self.gate_up = _Linear([mlp.gate_proj, mlp.up_proj], packed, joined)
         self.down = _Linear([mlp.down_proj], packed)
         self.activation = mlp.act_fn
+        self.gates_by_silu = isinstance(mlp.act_fn, nn.SiLU | SiLUActivation)
         self.scaling = attention.scaling
+        self.head_norms: Any = None
+        if self.q_norm is not None and self.k_norm is not None:
+            self.head_norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon
 
 
 class FastPass:
@@ -191,6 +234,9 @@ class FastPass:
     Args:
         model: A Hugging Face model.
         structure: What :func:`_structure` says of it.
+
+    Attributes:
+        by_kernels: Whether :meth:`tree_pass` may be used.
 
     Raises:
         NotKnown: Its weights are not those that this path was written for.
@@ -208,13 +254,22 @@ class FastPass:
         weight = self.embedding.weight
         self.dtype, self.device = weight.dtype, weight.device
         self.packed = _should_pack(model)
+        self.vocab_size, self.layer_count = self.embedding.num_embeddings, len(decoder.layers)
         self.stores: list[Any] = []
+        self.window: Any = AttentionMasks(model).windows
+        reason = kernels.why_not(self.device, self.dtype, self.head_dim)
+        self.by_kernels = reason is None and not self.packed
+        if reason is not None and self.device.type in kernels.DEVICES:
+            _log(model, f"without its own kernels ({reason})")
         # in lower precisions the models round between the two factors, and the tokens should be theirs
         self._plain_norm = self.dtype == torch.float32
         # what outlives a call must not be made of inference tensors, which nobody may write to afterwards
         with torch.inference_mode(False), torch.no_grad():
-            self.layers = [_Layer(layer, self.packed) for layer in decoder.layers]
+            self.layers = [_Layer(layer, self.packed, self.by_kernels) for layer in decoder.layers]
             self.head = _Linear([model.lm_head], self.packed)
+        if self.by_kernels and self.device.type == "cuda":
+            # the places where the weights were, which nothing else fits into
+            torch.cuda.empty_cache()
         self._weights = self._as_they_are()
 
     @property
@@ -251,54 +306,29 @@ class FastPass:
             NotKnown: They differ by more.
         """
         twin = _twin(self.model)
-        error = max(_distance(*pair) for pair in FastPass(twin, None)._compare())
+        error = max(distance(*pair) for pair in FastPass(twin, None)._compare())
         if not error < 1e-5:
             raise NotKnown(f"the logits of a small model of its kind differ by {error:.1e}")
-        rounding = torch.finfo(self.dtype).eps
-        for ours, theirs in self._compare():
-            error = _distance(ours, theirs)
-            if self.dtype == torch.float32 and not error < 1e-4:
-                raise NotKnown(f"its logits differ from the model's own by {error:.1e}")
-            chosen = theirs.gather(-1, ours.argmax(-1, keepdim=True))
-            best, scale = theirs.amax(-1, keepdim=True), theirs.abs().amax(-1, keepdim=True)
-            if not bool((best - chosen <= 8 * rounding * scale).all()):
-                raise NotKnown("it chooses other tokens than its own forward")
+        for pair in self._compare():
+            check_choices(*pair, self.dtype)
+        if self.by_kernels:
+            try:
+                check_choices(*compare(self.model, self._run_tree, (11,))[0], self.dtype)
+            except Exception as error:  # no compiler for their launchers, say
+                self.by_kernels = False
+                _log(self.model, f"without its own kernels ({error})")
 
     def _compare(self) -> list[tuple[Any, Any]]:
-        """Logits of this path and of the model's own forward, float32, for one token and for a tree."""
-        model = self.model
-        tokens = torch.arange(1, 12, device=self.device)[None] * 7919 % self.embedding.num_embeddings
-        # two branches below the third token
-        parents = [-1, 0, 1, 2, 3, 2, 5, 6, 4, 7, 9]
-        mask = torch.zeros(1, 11, 11, dtype=torch.bool, device=self.device)
-        depths = [0] * 11
-        for i, parent in enumerate(parents):
-            if parent >= 0:
-                mask[0, i] = mask[0, parent]
-                depths[i] = depths[parent] + 1
-            mask[0, i, i] = True
-        positions = torch.tensor([depths], device=self.device)
-        masks, name = AttentionMasks(model), cache_argument(model)
-        own, mine = TreeCache(1), TreeCache(1)
-        pairs = []
-        with torch.inference_mode():
-            for cache in (own, mine):
-                text = torch.arange(11, device=self.device)[None]
-                model(input_ids=tokens, use_cache=True, position_ids=text, **{name: cache})
-                cache.lengths = [11]
-            for count in (1, 11):
-                block = tokens[:, :count], positions[:, :count] + 11
-                shape = mask[:, :count, :count], positions[:, :count]
-                theirs = model(
-                    input_ids=block[0],
-                    attention_mask=masks.build(own, *shape),
-                    position_ids=block[1],
-                    use_cache=True,
-                    **{name: own},
-                ).logits
-                ours = self(*block, mine, masks.build(mine, *shape))
-                pairs.append((ours.float(), theirs.float()))
-        return pairs
+        masks = AttentionMasks(self.model)
+        return compare(
+            self.model,
+            lambda ids, positions, cache, *shape: self(ids, positions, cache, masks.build(cache, *shape)),
+        )
+
+    def _run_tree(self, ids: Any, positions: Any, cache: TreeCache, *shape: Any) -> Any:
+        tree, cache.stack = as_kernels_read(cache, *shape)
+        with kernels.on(self.device):
+            return self.tree_pass(ids, positions, tree, cache)
 
     def __call__(self, ids: Any, positions: Any, cache: Any, mask: Any) -> Any:
         """Logits [B, T, vocabulary] of T tokens of each row, whose keys and values are written to the cache.
@@ -349,14 +379,53 @@ class FastPass:
             hidden = hidden + layer.down(layer.activation(gate) * up)
         return self.head(self._norm(self.final_norm, hidden))
 
+    def tree_pass(self, ids: Any, positions: Any, tree: Tree, store: Any, out: Any = None) -> Any:
+        """The same by kernels that read the trees themselves. No shape depends on a length.
+
+        Args:
+            ids: Int64 [B, T].
+            positions: Int64 [B, T].
+            tree: The trees of the rows, T entries each.
+            store: What has the cached keys and values: ``store.stack``, [2 * layers, B or more, key heads,
+                slots, dim], those of each layer in turn. Those of the T tokens are written behind each row's
+                prefix.
+            out: Where to write the logits, [B * T, vocabulary]; by default a new tensor.
+        """
+        from sssd.hf.kernels.attention import tree_attention
+        from sssd.hf.kernels.layers import add_norm, rope_and_write, silu_gate
+
+        batch, count = ids.shape
+        branch, hidden = self.embedding(ids), None
+        cos, sin = (part.contiguous() for part in self.rotary(branch, positions))
+        for index, layer in enumerate(self.layers):
+            keys, values = store.stack[2 * index : 2 * index + 2, :batch]
+            hidden, normed = add_norm(branch, hidden, layer.norm.weight, layer.norm.variance_epsilon)
+            queries = rope_and_write(layer.qkv(normed), cos, sin, layer.head_norms, tree, keys, values)
+            mixed = tree_attention(
+                queries.transpose(1, 2), keys, values, tree, layer.scaling, window=self.window
+            )
+            weight, epsilon = layer.mlp_norm.weight, layer.mlp_norm.variance_epsilon
+            hidden, normed = add_norm(layer.out(mixed.view(batch, count, -1)), hidden, weight, epsilon)
+            gate_up = layer.gate_up(normed)
+            if layer.gates_by_silu:
+                gated = silu_gate(gate_up)
+            else:
+                gate, up = gate_up.chunk(2, dim=-1)
+                gated = layer.activation(gate) * up
+            branch = layer.down(gated)
+        _, normed = add_norm(branch, hidden, self.final_norm.weight, self.final_norm.variance_epsilon)
+        if out is None:
+            return self.head(normed)
+        head = self.head.modules[0]
+        torch.mm(normed.flatten(0, 1), head.weight.t(), out=out)
+        if head.bias is not None:
+            out += head.bias
+        return out.view(batch, count, -1)
+
     def _norm(self, module: Any, x: Any) -> Any:
         if self._plain_norm:
             return rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
         return module(x)
-
-
-def _distance(ours: Any, theirs: Any) -> float:
-    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-9))
 
 
 def _signed(sin: Any) -> Any:
@@ -443,7 +512,7 @@ def _twin(model: Any) -> Any:
         if value is None or hasattr(config, name):
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:2]
+        config.layer_types = (config.layer_types * 2)[:2]
     if getattr(config, "sliding_window", None):
         config.sliding_window = 6
     config._attn_implementation = "sdpa"

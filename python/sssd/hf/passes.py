@@ -1,6 +1,6 @@
 """Verify passes of one batch: its cache, and the fastest way to run the model over it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -8,17 +8,60 @@ import torch
 from numpy.typing import ArrayLike
 
 from sssd._core import DraftBatch, PassBlock
-from sssd.hf.contract import cache_argument
+from sssd.errors import InvalidArgumentError
+from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import FastPass, fast_pass, give_up
-from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, give_back, lease
+from sssd.hf.interface import give_up_kernels, model_pass
+from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, bucket_of, give_back, lease
 from sssd.hf.verify import AttentionMasks, TreeCache
 
 STATIC_DEVICES = {"cuda"}
 """Types of devices where launching kernels one by one takes longer than running them."""
 
 
+def warm_up(
+    model: Any,
+    *,
+    batch: int = 1,
+    length: int = 4096,
+    widths: Iterable[int] = WIDTHS,
+    sample: bool = False,
+) -> int:
+    """Records the passes of a model on a GPU ahead; else calls do so when a shape has come up three times.
+
+    Args:
+        model: A model that ``sssd.hf.generate`` can verify.
+        batch: Most rows that calls will have. All numbers below are recorded too: powers of two.
+        length: Most tokens of prompt and output that they will have. Buffers of this size are kept.
+        widths: Tokens of each row, of 1, 2, 4, ... 64.
+        sample: Whether the calls will sample or use logits processors; their passes are other ones.
+
+    Returns:
+        How many passes were recorded: 0 where none are, on a CPU say.
+
+    Raises:
+        UnsupportedModelError: The model cannot be verified.
+        InvalidArgumentError: ``batch`` or ``length`` is not positive, or a width is none of those.
+    """
+    check_model(model)
+    widths = tuple(widths)
+    if batch < 1 or length < 1:
+        raise InvalidArgumentError(f"batch and length must be at least 1, got {batch} and {length}")
+    if set(widths) - set(WIDTHS):
+        raise InvalidArgumentError(f"widths must be of {', '.join(map(str, WIDTHS))}, got {list(widths)}")
+    count = 0
+    with torch.inference_mode(), Passes(model, batch, None, length + WIDTHS[-1]) as passes:
+        rows = bucket_of(batch)
+        while rows:
+            count += passes.warm_up(widths, accept=not sample, rows=rows)
+            rows //= 2
+    return count
+
+
 class Passes:
     """Runs verify passes: on fixed buffers, else on the fast path, else by the model's own forward.
+
+    On fixed buffers the fast path runs, or the model's own modules with a kernel for their attention.
 
     A context manager, at whose end the fixed buffers are given back.
 
@@ -33,6 +76,7 @@ class Passes:
         cache: The states of the batch.
         block: What the last :meth:`fill` filled.
         overlaps: Whether the device works on a pass by itself, once it is launched.
+        settled: Whether the last pass ran as later ones of its shape will, so that its time tells theirs.
     """
 
     def __init__(
@@ -43,17 +87,23 @@ class Passes:
         self.fast: FastPass | None = fast_pass(model) if fast_path else None
         self.overlaps = model.device.type in STATIC_DEVICES
         self.store: StaticStore | None = None
+        self.settled = True
+        self.left = False
         # layers of the known families are alike
         alike = 0 if self.fast is None else len(self.fast.layers)
         self.cache = TreeCache(batch, padding, room, alike)
         self.block = self._own_block = PassBlock()
-        if self.fast is not None and self.overlaps:
+        runner: Any = self.fast
+        if fast_path and runner is None and self.overlaps:
+            runner = model_pass(model)
+        if runner is not None and self.overlaps:
             try:
-                self.store = lease(self.fast, batch, room)
+                self.store = lease(runner, batch, room)
                 self.cache = StaticCache(self.store, batch, padding)
             except Exception as error:  # too little memory, say
                 self.close()
-                give_up(model, f"fixed buffers failed ({error})")
+                self.left = True
+                (give_up_kernels if self.fast is None else give_up)(model, f"fixed buffers failed ({error})")
 
     def __enter__(self) -> Self:
         return self
@@ -69,9 +119,16 @@ class Passes:
 
     def width(self, nodes: int) -> int:
         """Tokens of each row in a pass over trees of at most so many nodes."""
-        if self.store is None or self.fast is None:
+        if self.store is None or self.left:
             return nodes + 1
         return next((width for width in WIDTHS if width > nodes), nodes + 1)
+
+    def warm_up(self, widths: Iterable[int] = WIDTHS, accept: bool = True, rows: int | None = None) -> int:
+        """Records passes of these widths ahead, of all rows or of fewer; see :meth:`StaticStore.warm_up`."""
+        if self.store is None or self.left:
+            return 0
+        known = [width for width in widths if width in WIDTHS]
+        return self.store.warm_up(rows or len(self.cache.lengths), known, accept)
 
     def fill(
         self, trees: DraftBatch | None, roots: ArrayLike, positions: ArrayLike, width: int | None = None
@@ -110,7 +167,7 @@ class Passes:
         cache, width = self.cache, self.block.ids.shape[1]
         if (
             self.store is not None
-            and self.fast is not None
+            and not self.left
             and isinstance(cache, StaticCache)
             and self.block is self.store.block
             and cache.has_room(width)
@@ -122,7 +179,9 @@ class Passes:
                 self._leave_fast_path(error)
             else:
                 cache.moved = accept
+                self.settled = self.store.settled
                 return finish
+        self.settled = True
         if not self.overlaps:
             return lambda: (self._forward(), None)
         logits = self._forward()
@@ -152,5 +211,8 @@ class Passes:
 
     def _leave_fast_path(self, error: Exception) -> None:
         """Goes on by the model's own forward; the cache stays where it is, in the fixed buffers as well."""
-        give_up(self.model, f"a pass failed ({error})")
-        self.fast = None
+        if self.fast is None:
+            give_up_kernels(self.model, f"a pass failed ({error})")
+        else:
+            give_up(self.model, f"a pass failed ({error})")
+        self.fast, self.left = None, True

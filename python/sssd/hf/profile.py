@@ -25,6 +25,7 @@ from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import available_bytes
 from sssd.hf.passes import STATIC_DEVICES, Passes
 from sssd.hf.static import WIDTHS
+from sssd.hf.verify import implementation_of
 
 BATCHES, CONTEXTS = (1, 4), (128, 512, 2048)
 
@@ -143,6 +144,7 @@ def _measure(
                 times = np.empty((repeats + 1, len(widths)))
                 with Passes(model, batch, None, context + 2 * widths[-1], fast_path) as passes:
                     _fill(passes, context, widths[-1])
+                    passes.warm_up(widths)
                     for turn in range(repeats + 1):
                         for j, width in enumerate(widths):
                             times[turn, j] = _time(passes, width, rng)
@@ -239,7 +241,7 @@ def _device_name(model: Any) -> str:
 
 
 def _attention(model: Any, fast_path: bool) -> str:
-    implementation = model.config.get_text_config(decoder=True)._attn_implementation
+    implementation = implementation_of(model.config.get_text_config(decoder=True))
     return f"{implementation}, fast path" if fast_path else str(implementation)
 
 

@@ -18,6 +18,16 @@ _KV_ALIGNMENT = 16
 """CUDA kernels copy a mask of unaligned rows at every layer, so rows are allocated in this multiple."""
 
 
+TREE = "sssd_tree|"
+"""What the attention of a model is called while passes run by the tree kernel, before its own name."""
+
+
+def implementation_of(config: Any) -> Any:
+    """The attention that a model was given, ``"sdpa"`` or ``"eager"`` say."""
+    name = config._attn_implementation
+    return name.removeprefix(TREE) if isinstance(name, str) else name
+
+
 class _TreeLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values in a growing buffer, each row of the batch packed to the left."""
 
@@ -198,14 +208,18 @@ class AttentionMasks:
 
     Args:
         model: A model that :func:`sssd.hf.contract.check_model` lets pass.
+
+    Attributes:
+        windows: The sliding window of all layers (None: full attention), or of each layer type where they
+            differ.
     """
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config(decoder=True)
-        self._windows = _windows(config)
-        known = self._windows.values() if isinstance(self._windows, dict) else [self._windows]
+        self.windows = windows_of(config)
+        known = self.windows.values() if isinstance(self.windows, dict) else [self.windows]
         self._narrowest = min((window for window in known if window is not None), default=1 << 62)
-        self._additive = config._attn_implementation == "eager"
+        self._additive = implementation_of(config) == "eager"
         self._dtype = model.dtype
 
     def build(self, cache: TreeCache, tree_mask: Any, depths: Any) -> Any:
@@ -234,7 +248,7 @@ class AttentionMasks:
             mask = tree_mask.new_ones(len(lengths), 1, count, aligned)
             mask[:, 0, :, lengths[0] : end] = tree_mask
             mask = self._in_form(mask)[..., :end]
-            return dict.fromkeys(self._windows, mask) if isinstance(self._windows, dict) else mask
+            return dict.fromkeys(self.windows, mask) if isinstance(self.windows, dict) else mask
         starts = torch.tensor(lengths, device=depths.device)
         return self.assemble(aligned, starts, tree_mask, depths, cache.padding, end)
 
@@ -272,9 +286,9 @@ class AttentionMasks:
                 mask = mask & ((starts + depths)[:, :, None] - keys[:, None] < window)
             return self._in_form(mask)[:, None, :, :end]
 
-        if isinstance(self._windows, dict):
-            return {kind: finish(window) for kind, window in self._windows.items()}
-        return finish(self._windows)
+        if isinstance(self.windows, dict):
+            return {kind: finish(window) for kind, window in self.windows.items()}
+        return finish(self.windows)
 
     def _in_form(self, mask: Any) -> Any:
         """A bool mask in the form that the model takes."""
@@ -283,7 +297,7 @@ class AttentionMasks:
         return torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, torch.finfo(self._dtype).min)
 
 
-def _windows(config: Any) -> dict[str, int | None] | int | None:
+def windows_of(config: Any) -> dict[str, int | None] | int | None:
     """The sliding window of all layers (None: full attention), or of each layer type where they differ."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())

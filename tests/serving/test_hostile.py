@@ -64,7 +64,7 @@ SLACK = 12 * MB
         "s = drafter.begin([1])\nuntil_full(lambda n: s.extend(np.zeros(10**7, np.int32)))",
         "until_full(lambda n: drafter.begin(np.zeros(10**7, np.int32), background=True))",
         "until_full(lambda n: drafter.begin([n, 2, 1], namespace=f'{n}').draft())",
-        "until_full(lambda n: drafter.begin([1], namespace=f'{n}' + 'x' * (1 << 20)))",
+        "for n in range(200): drafter.begin([1], namespace=f'{n}' + 'x' * (1 << 20))",
         "for n in range(2000): drafter.begin(rng.integers(0, 50000, 3000), namespace=str(n % 20)).finish()",
         """
     s = drafter.begin([1])
@@ -235,7 +235,7 @@ def test_signals_are_heeded_during_every_long_call():
 @pytest.mark.timeout(900)
 def test_other_threads_go_on_during_every_long_call():
     code = (
-        LONG.format(tokens=2_000_000)
+        LONG.format(tokens=800_000)
         + """
     sys.setswitchinterval(0.0005)
     gaps = []

@@ -60,7 +60,8 @@ pub fn push<T>(items: &mut Vec<T>, item: T) {
 /// process.
 pub fn room_for_a_thread() -> bool {
     let mut room = Vec::<u8>::new();
-    let found = room.try_reserve_exact(8 << 20).is_ok();
+    // more than any allocator keeps for later: it is asked of the system
+    let found = room.try_reserve_exact(33 << 20).is_ok();
     // or the compiler would leave it out
     std::hint::black_box(&mut room);
     found

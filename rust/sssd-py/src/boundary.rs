@@ -192,6 +192,12 @@ fn run(work: &Mutex<Option<impl FnOnce()>>) {
     }
 }
 
+/// Lets go of the GIL for long enough that who waits for it wakes up: a thread that takes it back at once can keep it for
+/// ever.
+pub fn let_others_run(py: Python<'_>) {
+    py.detach(|| thread::sleep(Duration::from_micros(50)));
+}
+
 /// Waits until no other call has the request, as long as no signal ends the wait.
 pub fn wait_for(py: Python<'_>, request: &Arc<Request>) -> PyResult<()> {
     if request.is_taken() {

@@ -3,7 +3,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::thread;
 
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyMemoryError, PyOSError, PyTypeError};
@@ -14,7 +13,7 @@ use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
 };
 
-use crate::boundary::{Running, enter};
+use crate::boundary::{Running, enter, let_others_run};
 use crate::errors::error;
 use crate::tokens::{int32, tokens_into};
 
@@ -346,7 +345,7 @@ fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1
     let mut slots = array.readwrite();
     for slots in slots.as_slice_mut()?.chunks_mut(PIECE) {
         slots.iter_mut().zip(&mut ids).for_each(|(slot, id)| *slot = id);
-        py.detach(thread::yield_now);
+        let_others_run(py);
     }
     drop(slots);
     Ok(array)
@@ -388,7 +387,7 @@ fn gather(ids: &Bound<'_, PyAny>, vocab_size: u32) -> PyResult<Vec<Token>> {
         tokens_into(&aligned(piece)?, Some(vocab_size), &mut out)?;
         start += PIECE;
         py.check_signals()?;
-        py.detach(thread::yield_now);
+        let_others_run(py);
     }
     Ok(out)
 }
@@ -417,6 +416,7 @@ fn watched<T: Send + 'static>(
     if !long {
         return enter(py, true, work);
     }
+    watch.renew();
     let mut running = Running::start(py, work)?;
     let mut interrupted = Ok(());
     loop {
@@ -639,10 +639,11 @@ impl PyDatastoreBuilder {
     ) -> PyResult<()> {
         let py = ids.py();
         let tokens = gather(ids, self.vocab_size)?;
+        let watch = self.with(py, |builder| Ok(builder.watch()))?;
+        watch.renew();
         if tokens.len() < LONG {
             return self.with(py, |builder| work(builder, &tokens));
         }
-        let watch = self.with(py, |builder| Ok(builder.watch()))?;
         let builder = Arc::clone(&self.builder);
         let result = watched(py, true, &watch, move || add(&builder, |builder| work(builder, &tokens)))?;
         result.ok_or_else(|| finished(py))?.map_err(|failure| raised(py, failure))

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyInt, PyList, PyMemoryView, PySequence, PyString, PyTuple};
 use sssd_core::{MAX_TOKEN, MemoryFull, PLACEHOLDER, Token, TopK};
 
-use crate::boundary::memory_full;
+use crate::boundary::{let_others_run, memory_full};
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 
@@ -311,7 +311,7 @@ fn read_items<'py>(
 /// After every `CHUNK` items, lets other threads and the handlers of signals have their turn.
 fn take_turns(py: Python<'_>, items: usize) -> PyResult<()> {
     if items.is_multiple_of(CHUNK) {
-        py.detach(|| ());
+        let_others_run(py);
         py.check_signals()?;
     }
     Ok(())

@@ -23,6 +23,11 @@ impl Progress {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
+    /// Takes back what came too late to cancel anything.
+    pub fn renew(&self) {
+        self.cancelled.store(false, Ordering::Relaxed);
+    }
+
     pub(crate) fn advance(&self, symbols: u64) -> io::Result<()> {
         self.done.fetch_add(symbols, Ordering::Relaxed);
         if self.cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }

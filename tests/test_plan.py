@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,19 @@ def test_every_file_has_its_place_in_the_architecture():
     for path in (ROOT / "python/sssd").rglob("*.py*"):
         described = path.parent.name in ("cli", "hardware", "__pycache__") or path.name.startswith("__")
         assert described or f"{path.name}`" in text, path
+
+
+def test_every_mutant_of_a_promise_can_be_made():
+    """The line that it breaks is there once, and its promise and test are."""
+    mutants = tomllib.loads((ROOT / "benches/promises.toml").read_text())["mutant"]
+    promises = set(re.findall(r"^\| ([A-Z]\d+) \|", (ROOT / "docs/guarantees.md").read_text(), re.M))
+    for mutant in mutants:
+        assert mutant["promise"] in promises, mutant
+        if "file" in mutant:
+            assert (ROOT / mutant["file"]).read_text().count(mutant["line"]) == 1, mutant
+        path, *names = mutant["test"].split(" ")[0].split("::")
+        if path.endswith(".py"):
+            text = (ROOT / path).read_text()
+            assert all(re.search(rf"(def|class) {name.split('[')[0]}\b", text) for name in names), mutant
+    # where a line that breaks it would be artificial
+    assert promises - {mutant["promise"] for mutant in mutants} <= {"D10", "D19", "V6", "V7"}

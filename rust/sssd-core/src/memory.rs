@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use memmap2::MmapMut;
 use thiserror::Error;
 
 /// There is no memory for what was asked; nothing was changed.
@@ -59,12 +60,8 @@ pub fn push<T>(items: &mut Vec<T>, item: T) {
 /// Whether there is memory to start a thread: one that finds its stack but no room for its thread-local data ends the
 /// process.
 pub fn room_for_a_thread() -> bool {
-    let mut room = Vec::<u8>::new();
-    // more than any allocator keeps for later: it is asked of the system
-    let found = room.try_reserve_exact(33 << 20).is_ok();
-    // or the compiler would leave it out
-    std::hint::black_box(&mut room);
-    found
+    // of the system itself: allocators keep memory for later that a thread cannot have
+    MmapMut::map_anon(8 << 20).is_ok()
 }
 
 /// Unwinds with [`MemoryFull`].

@@ -102,7 +102,7 @@ def test_saving_loading_and_freezing_let_other_threads_run(tmp_path):
     calls = {
         "save": lambda: drafter.save(tmp_path / "again"),
         "load": lambda: Drafter.load(tmp_path / "saved"),
-        "freeze": lambda: drafter.freeze(builder),
+        "freeze": lambda: [drafter.freeze(builder) for _ in range(20)],
         "finish of a build": builder.finish,
     }
     ticks = {name: ticks_during(call) for name, call in calls.items()}

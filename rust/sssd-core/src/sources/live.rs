@@ -8,8 +8,10 @@
 //! Ring and tables grow with what they hold. A table grows slot by slot (linear hashing, W. Litwin, VLDB 1980): each new
 //! slot begins with the chain of the one whose share it takes. Texts enter in slices, between which others read.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::Token;
 use crate::index::Hash;
@@ -132,7 +134,7 @@ impl LiveStore {
     fn append(&self, tokens: &[Token], used: u32, paid: &mut Reservation) {
         let mut chances = SECOND_CHANCES;
         loop {
-            let mut ring = self.write();
+            let mut ring = self.ring.write();
             if tokens.len() <= ORDERS[0] || ring.grow(tokens.len() + 1, paid).is_err() {
                 return;
             }
@@ -143,7 +145,7 @@ impl LiveStore {
                 return;
             }
             let moved = ring.evict(&mut chances);
-            drop(ring);
+            RwLockWriteGuard::unlock_fair(ring);
             if let Some((copy, used)) = moved {
                 self.enter(&copy, used);
             }
@@ -153,12 +155,14 @@ impl LiveStore {
 
     /// Adds a document for which there is room.
     fn enter(&self, tokens: &[Token], used: u32) {
-        self.write().begin_document(used);
+        self.ring.write().begin_document(used);
         for slice in (0..tokens.len()).step_by(SLICE) {
-            let mut ring = self.write();
+            let mut ring = self.ring.write();
             (slice..tokens.len().min(slice + SLICE)).for_each(|at| ring.push(&tokens[..=at]));
+            // who waits comes first, or they would wait for the whole text
+            RwLockWriteGuard::unlock_fair(ring);
         }
-        self.write().end_document();
+        self.ring.write().end_document();
     }
 
     /// Tells that what was drafted from here was accepted.
@@ -212,11 +216,7 @@ impl LiveStore {
 
     /// What is held, while nobody adds to it.
     pub fn read(&self) -> RwLockReadGuard<'_, Ring> {
-        self.ring.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Ring> {
-        self.ring.write().unwrap_or_else(PoisonError::into_inner)
+        self.ring.read()
     }
 }
 

@@ -11,6 +11,8 @@ use crate::memory::{MemoryFull, Reservation};
 const FIRST: usize = 1 << FIRST_BITS;
 const FIRST_BITS: u32 = 8;
 const SEGMENTS: usize = 24;
+/// Bytes of a page of the system, or part of one.
+const PAGE: usize = 4096;
 
 /// Items that are zero at first, at most `most` of them. Pages of the system that nobody has written to cost nothing.
 pub struct Segments<T> {
@@ -36,15 +38,34 @@ impl<T: Zeroable> Segments<T> {
 
     /// Has at least `len` items there, or as many as there may be. Calls must not overlap.
     pub fn grow(&self, len: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
+        self.grow_with(len, paid, |_| {})
+    }
+
+    /// The same, with every page of it in memory: who writes to them later does not wait for the system.
+    pub fn grow_resident(&self, len: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
+        self.grow_with(len, paid, |items| {
+            // or the compiler would see that they are zero already
+            let items = std::hint::black_box(items);
+            items.iter_mut().step_by(PAGE / size_of::<T>()).for_each(|item| *item = T::zeroed());
+        })
+    }
+
+    fn grow_with(
+        &self,
+        len: usize,
+        paid: &mut Reservation,
+        prepare: impl Fn(&mut [T]),
+    ) -> Result<(), MemoryFull> {
         while self.len() < len.min(self.most) {
             let (held, (segment, _)) = (self.len(), place(self.len()));
             let more = held.max(FIRST).min(self.most - held);
             let wanted = more * size_of::<T>();
             paid.try_resize(paid.bytes() + wanted)?;
-            let Ok(items) = bytemuck::try_zeroed_slice_box(more) else {
+            let Ok(mut items) = bytemuck::try_zeroed_slice_box(more) else {
                 let _ = paid.try_resize(paid.bytes() - wanted);
                 return Err(MemoryFull::System { wanted });
             };
+            prepare(&mut items);
             let _ = self.segments[segment].set(items);
             self.len.store(held + more, Ordering::Release);
         }

@@ -133,11 +133,16 @@ impl LiveStore {
     /// Adds a document as it is, if there is memory for it.
     fn append(&self, tokens: &[Token], used: u32, paid: &mut Reservation) {
         let mut chances = SECOND_CHANCES;
+        if tokens.len() <= ORDERS[0] {
+            return;
+        }
+        // others read while memory is taken: it may have to be cleared
+        let grown = self.read().grow(tokens.len() + 1, paid);
+        if grown.is_err() && !self.ring.write().stop_growing() {
+            return;
+        }
         loop {
             let mut ring = self.ring.write();
-            if tokens.len() <= ORDERS[0] || ring.grow(tokens.len() + 1, paid).is_err() {
-                return;
-            }
             if ring.has_room(tokens.len()) {
                 break;
             }
@@ -258,30 +263,30 @@ impl Ring {
         }
     }
 
-    /// Takes memory for `more` tokens of a document. A ring that cannot grow stays as it is from then on, if that is
-    /// worth having.
-    fn grow(&mut self, more: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
+    /// Takes memory for `more` tokens of a document.
+    fn grow(&self, more: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
         if self.full {
             return Ok(());
         }
-        if let Err(refused) = self.try_grow(self.end as usize + more, paid) {
-            let (held, documents) = (self.tokens.len(), self.starts.len().min(self.used.len()));
-            if held < WORTH_HAVING || held < self.end as usize || documents <= self.newest {
-                return Err(refused);
-            }
-            (self.full, self.capacity, self.documents) = (true, held, documents);
+        let tokens = self.end as usize + more;
+        self.starts.grow_resident(self.newest + 2, paid)?;
+        self.used.grow_resident(self.newest + 2, paid)?;
+        for heads in &self.heads {
+            heads.slots.grow_resident(HEADS * tokens, paid)?;
         }
-        Ok(())
+        self.previous.grow_resident(tokens, paid)?;
+        self.tokens.grow_resident(tokens, paid)
     }
 
-    fn try_grow(&mut self, tokens: usize, paid: &mut Reservation) -> Result<(), MemoryFull> {
-        self.starts.grow(self.newest + 2, paid)?;
-        self.used.grow(self.newest + 2, paid)?;
-        for heads in &self.heads {
-            heads.slots.grow(HEADS * tokens, paid)?;
+    /// Since it cannot grow, stays as it is from now on; false if that is not worth having.
+    fn stop_growing(&mut self) -> bool {
+        let held = self.tokens.len().min(self.previous.len());
+        let documents = self.starts.len().min(self.used.len());
+        self.full = held >= WORTH_HAVING && held >= self.end as usize && documents > self.newest;
+        if self.full {
+            (self.capacity, self.documents) = (held, documents);
         }
-        self.previous.grow(tokens, paid)?;
-        self.tokens.grow(tokens, paid)
+        self.full
     }
 
     /// Whether a document of `tokens` tokens can enter.

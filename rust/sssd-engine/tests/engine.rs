@@ -135,6 +135,9 @@ fn any_number_of_namespaces_costs_no_call_more_than_its_own() {
     (0..3000).for_each(|n| drop(engine.namespace(&n.to_string()).unwrap()));
     let each = (engine.memory().used - held) / 3000;
     assert!((1000..8000).contains(&each), "{each}");
+    let before = engine.memory().used;
+    engine.namespace(&"x".repeat(5000)).unwrap();
+    assert!(engine.memory().used - before > 4900 + each, "names are charged");
     sleep(ttl + ttl / 4);
     // a few at a time, by calls for others
     engine.namespace("other").unwrap();

@@ -1,7 +1,10 @@
 """Texts with something to predict: words said again and again with strangers between; a datastore of them."""
 
 import random
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sssd import DatastoreBuilder
@@ -40,3 +43,28 @@ def distribution(rng: random.Random, token: int) -> tuple[list[int], list[float]
     weights = sorted((rng.random() ** 3 + 0.01 for _ in ids), reverse=True)
     total = sum(weights) * (1 + 0.3 * rng.random())
     return ids, [weight / total for weight in weights]
+
+
+def ticks_during(act: Callable[[], object]) -> int:
+    """How often another thread runs while this one is in a call. It runs only when this one lets it."""
+    ticks, done = [0], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1e-4):
+            ticks[0] += 1
+
+    ticker = threading.Thread(target=tick)
+    interval = sys.getswitchinterval()
+    ticker.start()
+    try:
+        while ticks[0] == 0:
+            time.sleep(1e-3)
+        sys.setswitchinterval(1000)
+        before = ticks[0]
+        act()
+        after = ticks[0]
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        ticker.join()
+    return after - before

@@ -1,41 +1,13 @@
 """Calls that may take long let other Python threads run meanwhile."""
 
-import sys
-import threading
-import time
-
 import numpy as np
 import pytest
+from world import ticks_during
 
 from sssd import DatastoreBuilder, Drafter
 
 TOKENS = np.random.default_rng(0).integers(0, 50_000, 300_000, np.int32)
 FEW = np.random.default_rng(1).integers(0, 30, 3000)
-
-
-def ticks_during(act):
-    """How often another thread runs while this one is in a call. It runs only when this one lets it."""
-    ticks, done = [0], threading.Event()
-
-    def tick():
-        while not done.wait(1e-4):
-            ticks[0] += 1
-
-    ticker = threading.Thread(target=tick)
-    interval = sys.getswitchinterval()
-    ticker.start()
-    try:
-        while ticks[0] == 0:
-            time.sleep(1e-3)
-        sys.setswitchinterval(1000)
-        before = ticks[0]
-        act()
-        after = ticks[0]
-    finally:
-        sys.setswitchinterval(interval)
-        done.set()
-        ticker.join()
-    return after - before
 
 
 def unindexed():

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from world import ticks_during
 
 from sssd import Drafter
 from sssd.errors import BatchError, ClosedError, SssdError
@@ -83,30 +84,9 @@ def test_many_threads_on_one_drafter():
 
 
 def test_a_batch_lets_other_threads_run():
-    drafter, ticks, done = Drafter(threads=1), [0], threading.Event()
+    drafter = Drafter(threads=1)
     sequences = [drafter.begin(np.random.default_rng(i).integers(0, 40, 3000)) for i in range(64)]
-
-    def tick():
-        while not done.is_set():
-            ticks[0] += 1
-            time.sleep(0)
-
-    ticker = threading.Thread(target=tick)
-    interval = sys.getswitchinterval()
-    ticker.start()
-    try:
-        while ticks[0] == 0:
-            time.sleep(1e-3)
-        sys.setswitchinterval(1000)  # from here on a thread runs only when this one gives the lock away
-        before = ticks[0]
-        for _ in range(20):
-            drafter.draft_batch(sequences, 64)
-        after = ticks[0]
-    finally:
-        sys.setswitchinterval(interval)
-        done.set()
-        ticker.join()
-    assert after > before
+    assert ticks_during(lambda: [drafter.draft_batch(sequences, 64) for _ in range(20)]) > 0
 
 
 def test_closing_while_a_batch_runs_is_an_error_for_one():

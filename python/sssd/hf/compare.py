@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from sssd.hf.contract import cache_argument
+from sssd.hf.contract import cache_argument, forward
 from sssd.hf.kernels.tree import Tree
 from sssd.hf.verify import AttentionMasks, TreeCache
 
@@ -53,13 +53,7 @@ def compare(
         for count in counts:
             ids, places = tokens[:, :count], positions[:, :count] + _TEXT
             shape = tree[:, :count, :count], positions[:, :count]
-            theirs = model(
-                input_ids=ids,
-                attention_mask=masks.build(own, *shape),
-                position_ids=places,
-                use_cache=True,
-                **{name: own},
-            ).logits
+            theirs = forward(model, ids, masks.build(own, *shape), places, own)
             ours = run(ids, places, mine, *shape)
             pairs.append((ours.float(), theirs.float()))
     return pairs

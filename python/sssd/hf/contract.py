@@ -165,6 +165,18 @@ class Call:
         )
 
 
+def forward(model: Any, ids: Any, mask: Any, positions: Any, cache: Any) -> Any:
+    """Logits of a pass by the model itself, whose states go to ``cache``."""
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        return_dict=True,
+        **{cache_argument(model): cache},
+    ).logits
+
+
 def cache_argument(model: Any) -> str:
     """The name under which the model's ``forward`` takes its cache: ``cache`` since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

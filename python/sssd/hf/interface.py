@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sssd.hf import kernels
 from sssd.hf.compare import NotKnown, as_kernels_read, check_choices, compare
-from sssd.hf.contract import cache_argument
+from sssd.hf.contract import forward
 from sssd.hf.kernels.tree import Tree
 from sssd.hf.static import StaticStore
 from sssd.hf.verify import TREE, AttentionMasks, TreeCache, implementation_of
@@ -189,14 +189,7 @@ class ModelPass:
 
     def __call__(self, ids: Any, positions: Any, store: StaticStore, mask: Any) -> Any:
         """As :meth:`sssd.hf.fast.FastPass.__call__`, on the buffers of a store."""
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            return_dict=True,
-            **{cache_argument(self.model): _PassCache(store, len(ids))},
-        ).logits
+        return forward(self.model, ids, mask, positions, _PassCache(store, len(ids)))
 
 
 @contextmanager

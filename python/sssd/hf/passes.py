@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from sssd._core import DraftBatch, PassBlock
 from sssd.errors import InvalidArgumentError
-from sssd.hf.contract import cache_argument, check_model
+from sssd.hf.contract import check_model, forward
 from sssd.hf.fast import FastPass, fast_pass, give_up
 from sssd.hf.interface import give_up_kernels, model_pass
 from sssd.hf.static import WIDTHS, Answer, StaticCache, StaticStore, bucket_of, give_back, lease
@@ -200,14 +200,7 @@ class Passes:
                 return self.fast(ids, positions, cache, mask)
             except Exception as error:
                 self._leave_fast_path(error)
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            return_dict=True,
-            **{cache_argument(self.model): cache},
-        ).logits
+        return forward(self.model, ids, mask, positions, cache)
 
     def _leave_fast_path(self, error: Exception) -> None:
         """Goes on by the model's own forward; the cache stays where it is, in the fixed buffers as well."""

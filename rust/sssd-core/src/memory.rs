@@ -26,8 +26,8 @@ pub enum MemoryFull {
     },
     /// The system has none.
     #[error(
-        "the system has no memory for {wanted} more bytes; finish or close sequences, or set max_bytes to what the \
-         process may take"
+        "the system has no memory for {wanted} more bytes; free some (finish or close sequences, say), or set max_bytes \
+         to what the process may take"
     )]
     System {
         /// Bytes asked for.

@@ -346,12 +346,12 @@ impl Peek<'_> {
 fn ended_by(panic: &(dyn Any + Send)) -> RequestError {
     match panic.downcast_ref::<MemoryFull>() {
         Some(&full) => RequestError::Memory(full),
-        None => RequestError::Failed(reason(panic)),
+        None => RequestError::Failed(panic_reason(panic)),
     }
 }
 
 /// What a panic said.
-pub fn reason(panic: &(dyn Any + Send)) -> String {
+pub fn panic_reason(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned()
 }

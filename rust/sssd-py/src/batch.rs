@@ -1,5 +1,6 @@
 //! Batch calls of `sssd.Drafter`, and `sssd.DraftBatch`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use numpy::{
@@ -553,10 +554,10 @@ impl PyDrafter {
         }
         // whatever is wrong with `out` is found before anything changes, and nothing can go wrong with it later
         let lent = out.as_ref().map(|out| out.get().lend(py)).transpose()?;
-        let (long, cancelled) = (work.tokens.len() > LONG, std::sync::Arc::clone(&work.cancelled));
+        let (long, cancelled) = (work.tokens.len() > LONG, Arc::clone(&work.cancelled));
         drop(work);
         if long {
-            let (engine, step) = (std::sync::Arc::clone(&self.engine), std::sync::Arc::clone(&step));
+            let (engine, step) = (Arc::clone(&self.engine), Arc::clone(&step));
             call_cancelled(py, cancelled, move |_| engine.run(&step))?;
         } else {
             call(py, true, || self.engine.run(&step))?;
@@ -597,7 +598,7 @@ impl PyDrafter {
                 )));
             };
             let sequence = sequence.get();
-            if !std::sync::Arc::ptr_eq(&sequence.engine, &self.engine) {
+            if !Arc::ptr_eq(&sequence.engine, &self.engine) {
                 return Err(refuse(format!("sequences[{index}] belongs to another drafter")));
             }
             work.requests.push(sequence.request.clone());

@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
 use sssd_core::{MAX_NODES, MemoryFull, room_for_a_thread};
-use sssd_engine::{Interrupted, Request, RequestError, gate};
+use sssd_engine::{Interrupted, Request, RequestError, gate, panic_reason};
 
 use crate::errors::error;
 use crate::shutdown;
@@ -133,20 +132,33 @@ pub fn call_cancelled<T: Send + 'static>(
     work: impl FnOnce(Interrupted) -> T + Send + 'static,
 ) -> PyResult<T> {
     let flag = Arc::clone(&cancelled);
-    let mut running = Running::start(py, move || {
+    let running = Running::start(py, move || {
         let _pass = gate::enter();
         work(&|| flag.load(Ordering::Relaxed))
-    })?;
+    });
+    heed_signals(py, running, GRACE, || cancelled.store(true, Ordering::Relaxed))
+}
+
+/// Waits for work while Python's handlers of signals run. If one raises, the work is told by `cancel`, and left to end by
+/// itself after `grace`.
+pub fn heed_signals<T: Send + 'static>(
+    py: Python<'_>,
+    mut running: Running<T>,
+    grace: Duration,
+    cancel: impl Fn(),
+) -> PyResult<T> {
     let mut ended: Option<(PyErr, Instant)> = None;
     loop {
         match (running.wait(py)?, ended) {
             (Some(_), Some((signal, _))) => return Err(signal),
             (Some(done), None) => return Ok(done),
-            (None, Some((signal, since))) if since.elapsed() > GRACE => return Err(signal),
+            (None, Some((signal, since))) if since.elapsed() > grace => return Err(signal),
             (None, Some(waiting)) => ended = Some(waiting),
             (None, None) => {
                 ended = py.check_signals().err().map(|signal| (signal, Instant::now()));
-                cancelled.store(ended.is_some(), Ordering::Relaxed);
+                if ended.is_some() {
+                    cancel();
+                }
             }
         }
     }
@@ -157,7 +169,7 @@ pub struct Running<T>(Receiver<thread::Result<T>>);
 
 impl<T: Send + 'static> Running<T> {
     /// Where no thread is to be had, the work is done when this returns.
-    pub fn start(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> PyResult<Self> {
+    pub fn start(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> Self {
         let (sender, receiver) = sync_channel(1);
         // a thread that does not start would take the work with it
         let work = Arc::new(Mutex::new(Some(move || {
@@ -169,7 +181,7 @@ impl<T: Send + 'static> Running<T> {
         if !room_for_a_thread() || thread.spawn(move || run(&theirs)).is_err() {
             py.detach(|| run(&work));
         }
-        Ok(Self(receiver))
+        Self(receiver)
     }
 
     /// Waits a moment for it.
@@ -263,7 +275,6 @@ fn panicked(py: Python<'_>, panic: &(dyn Any + Send)) -> PyErr {
     if let Some(full) = panic.downcast_ref::<MemoryFull>() {
         return memory_full(py, full);
     }
-    let reason = panic.downcast_ref::<String>().map(String::as_str);
-    let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    let reason = panic_reason(panic);
     error(py, "InternalError", format!("internal error, please report it: {reason}"))
 }

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
 
 use crate::batch::PyDraftBatch;
+use crate::datastore::PyDatastoreBuilder;
 use crate::drafter::PyDrafter;
 use crate::pass::PyPassBlock;
 use crate::sequence::PySequence;
@@ -61,6 +62,7 @@ macro_rules! not_to_be_copied {
 not_to_be_copied! {
     PyDrafter: "a Drafter", "use Drafter.save and Drafter.load";
     PySequence: "a Sequence", "use Sequence.fork, or begin one from its token_ids where the drafter is";
+    PyDatastoreBuilder: "a DatastoreBuilder", "build in one process, and open the finished file by its path in others";
     PyPassBlock: "a PassBlock", "make one where it is used, or send its arrays";
     PySizingRule: "a SizingRule", "make one from its curve where it is used";
     PyPace: "a Pace", "it belongs to a sequence and its rule";

@@ -3,19 +3,20 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
-use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayMethods};
 use pyo3::exceptions::{PyMemoryError, PyOSError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyRange, PySlice, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyTuple};
 use sssd_core::{Corpus, Token};
 use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
 };
 
-use crate::boundary::{Running, enter, let_others_run};
+use crate::boundary::{Running, enter, heed_signals, let_others_run};
 use crate::errors::error;
-use crate::tokens::{int32, tokens_into};
+use crate::tokens::{int32, tokens};
 
 /// Token ids read from Python, and arrays given to it, between two moments in which other threads can run.
 const PIECE: usize = 1 << 15;
@@ -162,7 +163,7 @@ impl PyDatastore {
     fn count(&self, ids: &Bound<'_, PyAny>) -> PyResult<u64> {
         let py = ids.py();
         let store = self.store(py)?;
-        let query = gather(ids, store.vocab_size())?;
+        let query = tokens(ids, Some(store.vocab_size()))?;
         enter(py, true, move || store.count(&query))?.map_err(|failure| raised(py, failure))
     }
 
@@ -191,7 +192,7 @@ impl PyDatastore {
     ) -> PyResult<Bound<'py, PyList>> {
         let py = ids.py();
         let store = self.store(py)?;
-        let query = gather(ids, store.vocab_size())?;
+        let query = tokens(ids, Some(store.vocab_size()))?;
         let held = Arc::clone(&store);
         let positions = enter(py, true, move || held.occurrences(&query, limit))?;
         let positions = positions.map_err(|failure| raised(py, failure))?;
@@ -355,56 +356,6 @@ fn is_large(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.len() > LARGE)
 }
 
-/// Token ids, checked, in pieces, so that other threads run and Ctrl-C is heeded in between.
-fn gather(ids: &Bound<'_, PyAny>, vocab_size: u32) -> PyResult<Vec<Token>> {
-    let py = ids.py();
-    let mut out = Vec::new();
-    let sliced = ids.is_instance_of::<PyList>()
-        || ids.is_instance_of::<PyTuple>()
-        || ids.is_instance_of::<PyRange>()
-        || ids.cast::<PyUntypedArray>().is_ok_and(|array| array.ndim() == 1);
-    if !sliced {
-        if ids.hasattr("__array__")? || ids.hasattr("__len__")? {
-            let array = py.import("numpy")?.call_method1("asarray", (ids,))?;
-            if array.cast::<PyUntypedArray>().is_ok_and(|array| array.ndim() == 1) {
-                return gather(&array, vocab_size);
-            }
-        }
-        // says what is wrong with it
-        tokens_into(ids, Some(vocab_size), &mut out)?;
-        return Ok(out);
-    }
-    if ids.len()? <= PIECE {
-        reserve(&mut out, ids.len()?)?;
-        tokens_into(&aligned(ids.clone())?, Some(vocab_size), &mut out)?;
-        return Ok(out);
-    }
-    reserve(&mut out, ids.len()?)?;
-    let mut start = 0;
-    while start < ids.len()? {
-        let piece = ids.get_item(PySlice::new(py, start as isize, (start + PIECE) as isize, 1))?;
-        reserve(&mut out, piece.len()?)?;
-        tokens_into(&aligned(piece)?, Some(vocab_size), &mut out)?;
-        start += PIECE;
-        py.check_signals()?;
-        let_others_run(py);
-    }
-    Ok(out)
-}
-
-fn reserve(out: &mut Vec<Token>, more: usize) -> PyResult<()> {
-    out.try_reserve_exact(more)
-        .map_err(|_| PyMemoryError::new_err(format!("not enough memory for {more} token ids")))
-}
-
-/// The same ids where a processor may want them: arrays from buffers may start at any byte.
-fn aligned(ids: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
-    match ids.cast::<PyUntypedArray>() {
-        Ok(array) if !array.getattr("flags")?.getattr("aligned")?.is_truthy()? => ids.call_method0("copy"),
-        _ => Ok(ids),
-    }
-}
-
 /// Runs `work` without the GIL. If it is long, on another thread, so that this one can heed Ctrl-C, upon which it cancels
 /// `watch`; a signal's handler may use the same objects.
 fn watched<T: Send + 'static>(
@@ -417,19 +368,8 @@ fn watched<T: Send + 'static>(
         return enter(py, true, work);
     }
     watch.renew();
-    let mut running = Running::start(py, work)?;
-    let mut interrupted = Ok(());
-    loop {
-        if let Some(result) = running.wait(py)? {
-            return interrupted.map(|()| result);
-        }
-        if interrupted.is_ok() {
-            interrupted = py.check_signals();
-            if interrupted.is_err() {
-                watch.cancel();
-            }
-        }
-    }
+    // it ends at the next occasion, and the next call would wait for it
+    heed_signals(py, Running::start(py, work), Duration::MAX, || watch.cancel())
 }
 
 /// Totals over the files of a store.
@@ -638,7 +578,7 @@ impl PyDatastoreBuilder {
         work: impl FnOnce(&mut Builder, &[Token]) -> sssd_store::Result<()> + Send + 'static,
     ) -> PyResult<()> {
         let py = ids.py();
-        let tokens = gather(ids, self.vocab_size)?;
+        let tokens = tokens(ids, Some(self.vocab_size))?;
         let watch = self.with(py, |builder| Ok(builder.watch()))?;
         watch.renew();
         if tokens.len() < LONG {
@@ -744,7 +684,7 @@ impl PyDatastoreBuilder {
         let watch = Arc::new(Progress::default());
         let worker = Arc::clone(&watch);
         // on a thread of its own, for the sorter cannot be interrupted
-        let mut running = Running::start(py, move || builder.finish(&worker))?;
+        let mut running = Running::start(py, move || builder.finish(&worker));
         loop {
             if let Some(result) = running.wait(py)? {
                 return result.map(PyBuildSummary).map_err(|failure| raised(py, failure));
@@ -762,13 +702,6 @@ impl PyDatastoreBuilder {
     fn close(&self, py: Python<'_>) {
         let builder = self.take(py);
         py.detach(|| drop(builder));
-    }
-
-    fn __reduce__(&self) -> PyResult<()> {
-        Err(PyTypeError::new_err(
-            "a DatastoreBuilder writes a file and cannot be copied or pickled: build in one process, and open the \
-             finished file by its path in others",
-        ))
     }
 
     fn __enter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {

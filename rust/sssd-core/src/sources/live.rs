@@ -49,7 +49,6 @@ pub struct LiveStore {
     ring: RwLock<Ring>,
     /// Whoever has it adds a document, and pays for it.
     paid: Mutex<Reservation>,
-    enabled: bool,
 }
 
 /// What the live store holds.
@@ -86,14 +85,14 @@ impl LiveStore {
     pub fn new(bytes: usize, paid: Reservation) -> Self {
         let capacity = (bytes / BYTES).min(1 << 30);
         let capacity = if capacity < 256 { 0 } else { capacity };
-        Self { ring: RwLock::new(Ring::new(capacity)), paid: Mutex::new(paid), enabled: capacity > 0 }
+        Self { ring: RwLock::new(Ring::new(capacity)), paid: Mutex::new(paid) }
     }
 
     /// Adds a text, as far as its tokens are new. The oldest documents make room. Between documents `interrupted` is
     /// asked whether to leave it at that; false if it was.
     pub fn commit(&self, tokens: &[Token], interrupted: &mut dyn FnMut() -> bool) -> bool {
         let tokens = &tokens[tokens.len().saturating_sub(self.read().capacity / 4)..];
-        if tokens.len() <= ORDERS[0] || !self.enabled {
+        if tokens.len() <= ORDERS[0] {
             return true;
         }
         let mut at = 0;

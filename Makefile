@@ -90,10 +90,7 @@ soak: install ## run the whole API at random for SOAK_MINUTES
 
 .PHONY: mutants
 mutants: install ## break each promise of docs/guarantees.md, and ask the test that must notice
-	git worktree prune
-	test -d target/mutants || git worktree add --quiet --detach target/mutants
-	git -C target/mutants checkout --quiet --force --detach $$(git rev-parse HEAD)
-	$(BIN)/python benches/mutants.py promises target/mutants target/mutants.md
+	$(BIN)/python benches/promises.py
 
 # `cargo install` takes minutes, once.
 $(TOOLS)/bin/cargo-%:

@@ -1,10 +1,6 @@
-"""Breaks the code, one line at a time, and asks the tests whether they notice.
+"""Breaks a part of the code, one line at a time, and asks all tests of that part whether they notice.
 
-Usage: mutants.py predictor|sizing|engine|promises FOLDER OUT.md
-
-`predictor`, `sizing` and `engine` break these parts and ask all tests of theirs. `promises` breaks what
-`docs/guarantees.md` promises, asks the one test that `promises.toml` names for each, and takes 20 minutes at
-most; with a promise as a last argument, only its mutants.
+Usage: mutants.py predictor|sizing|engine FOLDER OUT.md
 
 FOLDER is a copy of this repository that may be broken (`git worktree add --detach FOLDER`); builds are made
 there, hardly optimised. A mutant that does not apply is an error: the list follows the code.
@@ -12,12 +8,8 @@ there, hardly optimised. A mutant that does not apply is an error: the list foll
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-import tomllib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -679,129 +671,5 @@ def main(name: str, folder: Path, out: Path) -> None:
     out.write_text("\n".join([*head, *rows]) + "\n")
 
 
-SECONDS = 20 * 60
-"""All mutants of promises, and what one test may take."""
-LONGEST = 240
-
-
-@dataclass(frozen=True)
-class Promise:
-    """A mutant of promised behaviour, and the test that must notice."""
-
-    promise: str
-    mutant: Mutant
-    test: str
-
-    @property
-    def is_python(self) -> bool:
-        return self.test.startswith("tests/")
-
-    @property
-    def needs_extension(self) -> bool:
-        return self.is_python and self.mutant.file.endswith(".rs")
-
-
-def read_promises() -> list[Promise]:
-    """The rows of `promises.toml`: those in Rust first, those that need the extension built last."""
-    known = {mutant.what: mutant for part in PARTS.values() for mutant in part.mutants}
-    table = tomllib.loads(Path(__file__).with_name("promises.toml").read_text(encoding="utf-8"))
-    rows = []
-    for row in table["mutant"]:
-        promise, what, test = row.pop("promise"), row.pop("what"), row.pop("test")
-        rows.append(Promise(promise, Mutant(what, **row) if row else known[what], test))
-    return sorted(rows, key=lambda row: (row.needs_extension, row.is_python))
-
-
-def ask(folder: Path, tests: list[str]) -> str:
-    """Runs tests: ``"passed"``, ``"failed"``, or what else became of them."""
-    if tests[0].startswith("tests/"):
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    else:
-        command = ["cargo", "test", "--locked", "-p", *tests[0].split()]
-    environment = os.environ | {
-        "PYTHONPATH": str(folder / "python"),
-        "CARGO_PROFILE_DEV_DEBUG": "0",
-        "CARGO_TARGET_DIR": str(folder / "target"),
-        "SSSD_FUZZ_FILES": "3000",
-    }
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=LONGEST if len(tests) == 1 else SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return "failed"
-    ran = re.findall(r"(\d+) (?:passed|failed)", output)
-    if not any(map(int, ran)):
-        return "no test ran: " + " | ".join(output.strip().splitlines()[-3:])
-    return "failed" if process.returncode else "passed"
-
-
-def judge(folder: Path, row: Promise) -> str:
-    """Whether the test of a row notices its mutant."""
-    path = folder / row.mutant.file
-    whole = path.read_text()
-    if whole.count(row.mutant.line) != 1:
-        return f"does not apply: its line is there {whole.count(row.mutant.line)} times"
-    try:
-        path.write_text(whole.replace(row.mutant.line, row.mutant.instead))
-        if row.needs_extension:
-            build(folder)
-        told = ask(folder, [row.test])
-    except SystemExit as problem:
-        told = str(problem).splitlines()[-1]
-    finally:
-        path.write_text(whole)
-        run(folder, "git", "clean", "-qfd", "rust")
-    return {"failed": "noticed", "passed": "**survived**"}.get(told, told)
-
-
-def promises(folder: Path, out: Path, only: str = "") -> None:
-    """Runs the mutants of promises and prints the score of each promise."""
-    started = time.monotonic()
-    rows = [row for row in read_promises() if row.promise.startswith(only)]
-    build(folder)
-    python = [row.test for row in rows if row.is_python]
-    for tests in [[test] for test in dict.fromkeys(row.test for row in rows if not row.is_python)] + [python]:
-        if tests and (told := ask(folder, tests)) != "passed":
-            raise SystemExit(f"without any mutant: {told} ({tests})")
-    lines, score, total = [], Counter(), Counter()
-    for row in rows:
-        told = "not run: no time" if time.monotonic() - started > SECONDS else judge(folder, row)
-        score[row.promise] += told == "noticed"
-        total[row.promise] += 1
-        lines.append(f"| {row.promise} | {row.mutant.what} | `{row.test}` | {told} |")
-        print(f"{time.monotonic() - started:6.0f} s {lines[-1]}", flush=True)
-    names = sorted(total, key=lambda name: (name[0], int(name[1:])))
-    lines.sort(key=lambda line: names.index(line.split()[1]))
-    commit = run(folder, "git", "rev-parse", "--short", "HEAD").stdout.strip()
-    scores = ", ".join(f"{name} {score[name]}/{total[name]}" for name in names)
-    head = [
-        "# Mutants of promises",
-        "",
-        f"`make mutants` at {commit}: {score.total()} of {total.total()} are noticed by the test named.",
-        f"{scores}.",
-        "",
-        "| promise | mutant | test | |",
-        "| --- | --- | --- | --- |",
-    ]
-    out.write_text("\n".join([*head, *lines]) + "\n")
-    print(f"{score.total()} of {total.total()} noticed: {scores}")
-    if score != total:
-        raise SystemExit("some mutants were not noticed")
-
-
 if __name__ == "__main__":
-    name, folder, out = sys.argv[1], Path(sys.argv[2]).resolve(), Path(sys.argv[3])
-    if name == "promises":
-        promises(folder, out, *sys.argv[4:])
-    else:
-        main(name, folder, out)
+    main(sys.argv[1], Path(sys.argv[2]).resolve(), Path(sys.argv[3]))

@@ -3,9 +3,9 @@
 Usage: promises.py [--promise P] [--seconds S]
 
 `promises.toml` names the lines and the tests. The code is broken in copies of the last commit, under
-`target/mutants`, one for each of at most four cores. A run takes 20 minutes at most; the next one at the same
-commit goes on where it ended: `target/mutants/verdicts.json` keeps what was found. Ends with 0 once none is left
-and at least 95 % were noticed.
+`target/mutants`, one for each of at most four cores. A run takes 20 minutes at most; the next one at the
+same commit goes on where it ended: `target/mutants/verdicts.json` keeps what was found. Ends with 0 once
+none is left and at least 95 % were noticed.
 """
 
 import argparse

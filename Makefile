@@ -26,6 +26,8 @@ help: ## show the targets
 demo: install ## decode real prompts with and without sssd, token by token
 	$(BIN)/python -m sssd demo
 
+# Tests of models keep one core busy each, and measure nothing: two run side by side.
+PARALLEL := -n 2 --dist worksteal
 .PHONY: test
 test: check ## run the checks and all tests
 	if cargo nextest --version >/dev/null 2>&1; then \
@@ -34,8 +36,9 @@ test: check ## run the checks and all tests
 		cargo test --locked --workspace --exclude sssd-py; \
 	fi
 	$(MAKE) debug
-	SSSD_TEST_FIXED_BUFFERS=1 $(BIN)/python -m pytest tests/hf -m "not slow"
-	$(BIN)/python -m pytest
+	SSSD_TEST_FIXED_BUFFERS=1 $(BIN)/python -m pytest $(PARALLEL) tests/hf -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) tests/hf
+	$(BIN)/python -m pytest --ignore tests/hf
 
 # The dependencies are those of the Rust tests. Of Python's tests those are left out that take long, or that hardly
 # touch the extension.

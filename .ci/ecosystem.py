@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # -qq: CI would take a line of totals for that of `make test`
-PYTEST = ("-m", "pytest", "-qq", "-rfE", "--tb=short", "-m", "not slow")
+PYTEST = ("-m", "pytest", "-qq", "-rfE", "--tb=short", "-n", "2", "--dist", "worksteal", "-m", "not slow")
 
 
 def requirements(which: str) -> list[str]:

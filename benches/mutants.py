@@ -35,8 +35,8 @@ PREDICTOR = [
     Mutant(
         "a longer context's escape is not passed on to the shorter ones",
         f"{CORE}/predictor/blend.rs",
-        "        rest *= escape;\n        contexts.push((class as u8, cell));",
-        "        contexts.push((class as u8, cell));",
+        "        rest *= escape;\n        push(contexts, (class as u8, cell));",
+        "        push(contexts, (class as u8, cell));",
     ),
     Mutant(
         "votes of shorter contexts are not added to nested ones",
@@ -83,8 +83,8 @@ PREDICTOR = [
     Mutant(
         "feedback passes no escape on",
         f"{CORE}/predictor/blend.rs",
-        "            rest *= escape;\n            contexts.push((class, cell));",
-        "            contexts.push((class, cell));",
+        "            rest *= escape;\n            push(contexts, (class, cell));",
+        "            push(contexts, (class, cell));",
     ),
     Mutant(
         "escapes of nested sources see each length's own votes",
@@ -392,9 +392,9 @@ ENGINE_MUTANTS = [
         "a new namespace begins with what the default one has learned",
         f"{ENGINE}/src/tenants.rs",
         "        let (name, number, namespace) = (Arc::<str>::from(name), held.made,",
-        'if let Some(first) = held.by_name.get("") {'
-        "let bytes = first.namespace.with_model(sssd_core::Model::to_bytes);"
-        "let _ = namespace.set_model(sssd_core::Model::from_bytes(&bytes).unwrap_or_default()); }"
+        'if let Some(first) = held.by_name.get("")'
+        "&& let Ok(bytes) = first.namespace.with_model(sssd_core::Model::to_bytes)"
+        "{ let _ = namespace.set_weights(&bytes); }"
         "let (name, number, namespace) = (Arc::<str>::from(name), held.made,",
     ),
     Mutant(
@@ -418,8 +418,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "nobody may interrupt a long prompt",
         f"{ENGINE}/src/engine.rs",
-        "sequence.prefill(piece)?;\n            if piece.len() == PIECE && interrupted() {",
-        "sequence.prefill(piece)?;\n            if piece.len() > PIECE && interrupted() {",
+        "sequence.prefill(piece)?;\n                if piece.len() == PIECE && interrupted() {",
+        "sequence.prefill(piece)?;\n                if piece.len() > PIECE && interrupted() {",
     ),
     Mutant(
         "a fork is not counted",
@@ -454,8 +454,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "a prompt that does not fit leaves its request half indexed",
         f"{ENGINE}/src/request.rs",
-        "Err(full @ RequestError::Memory(_)) if indexing =>",
-        "Err(full @ RequestError::Memory(_)) if indexing && full.to_string().is_empty() =>",
+        "if indexing || unwound => Self::end(state, full.clone()),",
+        "if unwound => Self::end(state, full.clone()),",
     ),
     Mutant(
         "a request that panicked goes on",

@@ -127,6 +127,15 @@ class TestCostCurve:
         with pytest.raises(CostCurveError, match=r"curve\.json"):
             CostCurve.load(path)
 
+    def test_a_file_too_large_for_a_curve_is_not_read(self, tmp_path):
+        path = tmp_path / "curve.json"
+        curve().save(path)
+        with path.open("r+b") as file:
+            file.seek(16 << 20)
+            file.write(b" ")
+        with pytest.raises(CostCurveError, match="too large"):
+            CostCurve.load(path)
+
     def test_a_missing_file_is_named_with_what_there_is(self):
         with pytest.raises(CostCurveError, match="h100-llama-3-8b-roofline"):
             CostCurve.load("nowhere.json")

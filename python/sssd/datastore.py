@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, FileInfo
+from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, Documents, FileInfo
 from sssd.errors import (
     CorpusError,
     DatastoreChangedError,
@@ -31,6 +31,7 @@ __all__ = [
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
+    "Documents",
     "FileInfo",
     "build",
     "check_output",

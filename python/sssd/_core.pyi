@@ -1,6 +1,6 @@
 """Types of the compiled core."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceABC
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "DatastoreInfo",
     "DraftBatch",
     "DraftTree",
+    "Documents",
     "Drafter",
     "FileInfo",
     "Pace",
@@ -1137,6 +1138,24 @@ class Datastore:
             DatastoreChangedError: a file has been changed in place since it was opened.
             ClosedError: the datastore is closed.
         """
+    def documents(self, start: int = 0, stop: int | None = None) -> Documents:
+        """The documents in their order, those of the first file first, as they were added (one longer than a segment in
+        several). They are read in pieces, through the file and not the map.
+
+        Args:
+            start: the first that is wanted, counted from 0 over all files; ``info.documents`` says how many there are.
+            stop: the one to stop before; by default all are read.
+
+        Returns:
+            An iterator of int32 arrays.
+
+        Raises:
+            InvalidArgumentError: ``start`` or ``stop`` is negative.
+            CorruptDatastoreError, DatastoreChangedError, OSError: when a file turns out to be damaged, changed or
+                unreadable. The documents are not compared with their checksums; ``verify`` is for that.
+            MemoryError: there is no memory for a document.
+            ClosedError: the datastore is closed.
+        """
     def close(self) -> None:
         """Gives the files back. Drafters that use the store keep it until they are gone. Closing twice is fine."""
     @property
@@ -1146,6 +1165,15 @@ class Datastore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
+
+@final
+class Documents(Iterator[NDArray[np.int32] | None]):
+    """The documents of a datastore, in their order: an iterator of int32 arrays. Made by ``Datastore.documents``. It keeps
+    the files until it is gone, also if the datastore is closed.
+    """
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> NDArray[np.int32] | None:
+        """Implement next(self)."""
 
 @final
 class DatastoreInfo:
@@ -1265,6 +1293,37 @@ class DatastoreBuilder:
             ClosedError: the builder is finished or closed.
 
         A builder whose file is torn by an error in the middle of a document, Ctrl-C included, closes itself.
+        """
+    def add_datastore(
+        self,
+        store: Datastore,
+        keep: ArrayLike | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> NDArray[np.bool]:
+        """Adds the documents of an open datastore, those of its first file first, without tokenizing again and in little
+        memory. Their bytes are compared with the checksums first.
+
+        Args:
+            store: the datastore.
+            keep: bool [documents], which of its documents (``store.info.documents``) to add; all by default. Documents that
+                its tombstones name are never added.
+            progress: called about twenty times a second with the tokens and document ends done with and their total.
+
+        Returns:
+            bool [documents]: which were added; with ``deduplicate`` those that were added before are not.
+
+        Raises:
+            VocabularyMismatchError: the store has another vocabulary or tokenizer.
+            InvalidArgumentError: ``keep`` is not one bool per document, or ``max_memory`` would give more than 64 segments.
+            CorruptDatastoreError: the store is damaged; nothing of the damaged file is added.
+            DatastoreChangedError: a file of the store has been changed in place since it was opened.
+            OSError: the temporary file cannot be written, or the store's cannot be read.
+            MemoryError: there is no memory for it.
+            ClosedError: the builder is finished or closed, or the store is closed.
+
+        Ctrl-C, and what ``progress`` raises, ends it after some documents; the builder goes on unless it was in the middle
+        of one, after which it closes itself.
         """
     def add_stream(self, ids: ArrayLike, end_token_id: int) -> None:
         """Adds a stretch of a token stream in which ``end_token_id`` is the last token of each document. The last

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, FileInfo
+from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, Documents, FileInfo
 from sssd.errors import (
     CorpusError,
     DatastoreChangedError,
@@ -32,6 +32,7 @@ __all__ = [
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
+    "Documents",
     "FileInfo",
     "build",
     "check_output",

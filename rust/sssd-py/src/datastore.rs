@@ -45,7 +45,7 @@ impl PyDatastore {
         Ok(self.store(py)?.vocab_size())
     }
 
-    fn store(&self, py: Python<'_>) -> PyResult<Arc<Datastore>> {
+    pub fn store(&self, py: Python<'_>) -> PyResult<Arc<Datastore>> {
         let store = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
         store.ok_or_else(|| error(py, "ClosedError", "the datastore is closed"))
     }
@@ -335,7 +335,7 @@ impl Found {
 }
 
 /// A new int32 array. Numpy makes a large one, for it raises where there is no memory.
-fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1<i32>>> {
+pub fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let ids = tokens.iter().map(|&token| token as i32);
     if tokens.len() <= 4096 {
         return Ok(int32(py, ids));
@@ -556,7 +556,7 @@ impl PyFileInfo {
 ///     MemoryError: there is no memory for it.
 #[pyclass(frozen, name = "DatastoreBuilder", module = "sssd")]
 pub struct PyDatastoreBuilder {
-    builder: Arc<Mutex<Option<Builder>>>,
+    pub builder: Arc<Mutex<Option<Builder>>>,
     vocab_size: u32,
 }
 
@@ -595,7 +595,7 @@ impl PyDatastoreBuilder {
 }
 
 /// Lets `work` add to the file, unless it is finished. A builder that cannot go on is closed.
-fn add<T>(
+pub fn add<T>(
     builder: &Mutex<Option<Builder>>,
     work: impl FnOnce(&mut Builder) -> sssd_store::Result<T>,
 ) -> Option<sssd_store::Result<T>> {
@@ -774,7 +774,7 @@ impl PyBuildSummary {
     }
 }
 
-fn finished(py: Python<'_>) -> PyErr {
+pub fn finished(py: Python<'_>) -> PyErr {
     error(py, "ClosedError", "the builder is finished or closed")
 }
 

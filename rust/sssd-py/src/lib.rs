@@ -4,6 +4,7 @@ mod batch;
 mod boundary;
 mod copies;
 mod datastore;
+mod documents;
 mod drafter;
 mod errors;
 mod logits;
@@ -27,6 +28,8 @@ mod _core {
     use batch::PyDraftBatch;
     #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
+    #[pymodule_export]
+    use documents::PyDocuments;
     #[pymodule_export]
     use drafter::PyDrafter;
     #[pymodule_export]
@@ -57,6 +60,7 @@ mod _core {
         fits::<PyDatastoreBuilder>();
         fits::<PyDatastoreInfo>();
         fits::<PyFileInfo>();
+        fits::<PyDocuments>();
         fits::<PyDrafter>();
         fits::<PySequence>();
         fits::<PyDraftTree>();

@@ -26,6 +26,7 @@ const NOWHERE: u32 = u32::MAX;
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
+    parts: Vec<Part>,
     vocab_size: u32,
     /// Hashes successors; at random, so that no file can have them collide.
     multiplier: u32,
@@ -36,6 +37,14 @@ struct OpenFile {
     /// The path from the root, whatever the folder is changed to.
     absolute: PathBuf,
     bytes: Arc<Bytes>,
+}
+
+/// The documents of one segment, in the order of the file's table.
+pub(crate) struct Part {
+    pub file: usize,
+    pub documents: u64,
+    /// The segment, unless all documents are empty: nothing is looked up there.
+    pub segment: Option<usize>,
 }
 
 /// What the header of a datastore file says.
@@ -123,7 +132,7 @@ impl Datastore {
 
     fn empty() -> Self {
         let multiplier = RandomState::new().hash_one(0) as u32 | 1;
-        Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, multiplier }
+        Self { files: Vec::new(), segments: Vec::new(), parts: Vec::new(), vocab_size: 0, multiplier }
     }
 
     fn add(
@@ -138,8 +147,15 @@ impl Datastore {
         }
         let bytes = Arc::new(load()?);
         self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
+        self.parts.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
-        self.segments.extend(table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry)));
+        for entry in &table {
+            let segment = (entry.suffixes > 0).then_some(self.segments.len());
+            self.parts.push(Part { file: self.files.len(), documents: entry.documents, segment });
+            if segment.is_some() {
+                self.segments.push(Segment::new(bytes.clone(), header.vocab_size, entry));
+            }
+        }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         self.files.push(OpenFile { info, absolute, bytes });
@@ -220,11 +236,27 @@ impl Datastore {
     /// # Errors
     /// The same, and [`Error::Cancelled`].
     pub fn verify_watched(&self, progress: &Progress) -> Result<()> {
-        for OpenFile { info, bytes, .. } in &self.files {
+        self.verify_blocks(progress, &|_, _| true)
+    }
+
+    /// The same for the documents alone.
+    pub(crate) fn verify_text(&self, progress: &Progress) -> Result<()> {
+        self.verify_blocks(progress, &|file, block| {
+            let parts = self.parts.iter().filter(|part| part.file == file);
+            parts.filter_map(|part| part.segment).any(|segment| {
+                let text = self.segments[segment].text_place();
+                text.start < block.end && block.start < text.end
+            })
+        })
+    }
+
+    fn verify_blocks(&self, progress: &Progress, wanted: &dyn Fn(usize, &Range<u64>) -> bool) -> Result<()> {
+        for (index, OpenFile { info, bytes, .. }) in self.files.iter().enumerate() {
+            let wanted = |block: &Range<u64>| wanted(index, block);
             let proceed = || progress.check().and_then(|()| bytes.check(&info.path));
             proceed()?;
             let read = |start, out: &mut [u8]| bytes.read(start, out);
-            let damaged = format::damage(&info.path, info.file_bytes, &read, &proceed);
+            let damaged = format::damage(&info.path, info.file_bytes, &read, &wanted, &proceed);
             bytes.check(&info.path)?; // whatever was found
             let damaged = damaged?;
             if !damaged.is_empty() {
@@ -269,6 +301,26 @@ impl Datastore {
             .map_err(memory())?;
         self.sample(&intervals, tokens.len(), limit, |position| positions.push(position));
         Ok(positions)
+    }
+
+    /// The documents by segment, in the order of the files.
+    pub(crate) fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    pub(crate) fn segment(&self, index: usize) -> &Segment {
+        &self.segments[index]
+    }
+
+    /// Documents of all files, the empty ones included.
+    pub fn documents(&self) -> u64 {
+        self.files.iter().map(|file| file.info.documents).sum()
+    }
+
+    pub(crate) fn check_file(&self, index: usize) -> Result<&Path> {
+        let OpenFile { info, bytes, .. } = &self.files[index];
+        bytes.check(&info.path)?;
+        Ok(&info.path)
     }
 
     fn check_tokens(&self, tokens: &[Token]) -> Result<()> {

@@ -7,6 +7,7 @@
 mod builder;
 mod bytes;
 mod datastore;
+mod documents;
 mod error;
 mod format;
 mod index;
@@ -20,6 +21,7 @@ mod tests;
 pub use builder::{BuildOptions, BuildSummary, Builder};
 pub use bytes::Load;
 pub use datastore::{Datastore, FileInfo};
+pub use documents::{Document, DocumentReader};
 pub use error::{Error, Result};
 pub use format::VERSION;
 pub use progress::Progress;

@@ -3,6 +3,7 @@
 //! A look-up goes from the first token's bucket of ranks, through the fences (the leading symbols of every 64th
 //! suffix, in one `u64`), to at most 64 ranks of one stretch of the suffix array: only these touch the text.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -91,6 +92,39 @@ impl Segment {
             suffixes: entry.suffixes,
             sections,
         }
+    }
+
+    /// Tokens and document ends.
+    pub fn symbols(&self) -> u64 {
+        self.symbols
+    }
+
+    /// Bytes of the text in the file.
+    pub fn text_place(&self) -> Range<u64> {
+        self.sections[0].start as u64..self.sections[0].end as u64
+    }
+
+    /// Reads at most `count` symbols from `position` on, a multiple of 8, without touching mapped pages. `bytes` is room
+    /// for them as they stand in the file.
+    pub fn read_symbols(
+        &self,
+        position: u64,
+        count: usize,
+        bytes: &mut Vec<u8>,
+        out: &mut Vec<u32>,
+    ) -> io::Result<()> {
+        let bits = u64::from(self.symbol_bits);
+        let count = self.symbols.saturating_sub(position).min(count as u64);
+        let length = (count * bits).div_ceil(8) as usize;
+        bytes.clear();
+        bytes.try_reserve(length + size_of::<u64>())?;
+        bytes.resize(length + size_of::<u64>(), 0); // room for the last load
+        self.bytes.read(self.text_place().start + position / 8 * bits, &mut bytes[..length])?;
+        out.clear();
+        out.try_reserve(count as usize)?;
+        let packed = Packed::new(bytes, self.symbol_bits);
+        out.extend((0..count).map(|index| packed.get(index) as u32));
+        Ok(())
     }
 
     fn section(&self, index: usize) -> &[u8] {

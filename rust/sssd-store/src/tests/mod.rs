@@ -1,3 +1,4 @@
+mod documents;
 mod hostile;
 mod oracle;
 mod scale;

@@ -7,7 +7,7 @@ use super::build;
 use crate::{BuildOptions, Datastore, Load};
 
 /// A store of the documents, split over `files` files with segments of at most `segment_symbols`.
-fn open(documents: &[Vec<Token>], vocab_size: u32, (files, segment_symbols): (usize, u64)) -> Datastore {
+pub fn open(documents: &[Vec<Token>], vocab_size: u32, (files, segment_symbols): (usize, u64)) -> Datastore {
     let folder = tempfile::tempdir().unwrap();
     let parts = documents.chunks(documents.len().div_ceil(files).max(1));
     let paths: Vec<_> = (0..parts.len().max(1)).map(|part| folder.path().join(part.to_string())).collect();
@@ -32,7 +32,11 @@ fn continuations(documents: &[Vec<Token>], query: &[Token]) -> Vec<Vec<Token>> {
     found
 }
 
-fn follow(store: &Datastore, positions: impl IntoIterator<Item = u64>, longest: usize) -> Vec<Vec<Token>> {
+pub fn follow(
+    store: &Datastore,
+    positions: impl IntoIterator<Item = u64>,
+    longest: usize,
+) -> Vec<Vec<Token>> {
     let mut found: Vec<_> = positions
         .into_iter()
         .map(|position| {
@@ -47,7 +51,7 @@ fn follow(store: &Datastore, positions: impl IntoIterator<Item = u64>, longest: 
 }
 
 /// Corpora of few distinct tokens, some of them the largest ids of vocabularies of every symbol width.
-fn corpus() -> impl Strategy<Value = (u32, Vec<Vec<Token>>)> {
+pub fn corpus() -> impl Strategy<Value = (u32, Vec<Vec<Token>>)> {
     let vocab =
         prop_oneof![1u32..5, Just(255), Just(256), Just(65_535), Just(65_536), Just(128_256), Just(1 << 20)];
     vocab.prop_flat_map(|vocab| {
@@ -58,7 +62,7 @@ fn corpus() -> impl Strategy<Value = (u32, Vec<Vec<Token>>)> {
 }
 
 /// Files, and the largest segment. A segment holds the longest document, so that none is cut.
-fn layout() -> impl Strategy<Value = (usize, u64)> {
+pub fn layout() -> impl Strategy<Value = (usize, u64)> {
     (1usize..4, prop_oneof![Just(1 << 20), 50u64..200])
 }
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from sssd.cli.arguments import add_build_arguments, add_memory_argument, read_options
 from sssd.cli.output import build_progress, notes, show
-from sssd.corpus import Corpus, Manifest, Part, Removed, pull, push
+from sssd.corpus import Copied, Corpus, Manifest, Part, Removed, pull, push
 from sssd.errors import InvalidArgumentError, OutputError, UsageError
 from sssd.reading.options import shown
 from sssd.reading.tokenizer import load_tokenizer
@@ -283,10 +284,14 @@ def _export(arguments: argparse.Namespace) -> None:
         print_ = corpus.manifest.fingerprint
         if print_ is not None and bytes.fromhex(print_) not in tokenizer.fingerprints:
             raise InvalidArgumentError(f"the corpus holds tokens of another tokenizer than {tokenizer.name}")
-    if arguments.output is not None and Path(arguments.output).exists():
-        raise OutputError(f"{shown(Path(arguments.output))} is there already; choose another name")
-    out = sys.stdout if arguments.output is None else Path(arguments.output).open("x", encoding="utf-8")
-    try:
+    with ExitStack() as opened:
+        out = sys.stdout
+        if arguments.output is not None:
+            try:
+                out = opened.enter_context(open(arguments.output, "x", encoding="utf-8"))
+            except FileExistsError:
+                name = shown(Path(arguments.output))
+                raise OutputError(f"{name} is there already; choose another name") from None
         for document in corpus.documents(source=arguments.source):
             record: dict[str, Any] = {"source": document.source, "added": _shown_time(document.added)}
             if document.metadata:
@@ -296,9 +301,6 @@ def _export(arguments: argparse.Namespace) -> None:
             else:
                 record["text"] = tokenizer.decode(document.ids.tolist())
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    finally:
-        if out is not sys.stdout:
-            out.close()
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -317,9 +319,11 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _push(arguments: argparse.Namespace) -> None:
     copied = push(arguments.folder, arguments.url, force=arguments.force, timeout=arguments.wait)
-    _say(
-        f"{arguments.url}: {copied.files} files of {copied.bytes:,} bytes copied; {_totals(copied.manifest)}"
-    )
+    _say_copied(arguments.url, copied)
+
+
+def _say_copied(place: str, copied: Copied) -> None:
+    _say(f"{place}: {copied.files} files of {copied.bytes:,} bytes copied; {_totals(copied.manifest)}")
 
 
 def _pull_arguments(parser: argparse.ArgumentParser) -> None:
@@ -330,9 +334,7 @@ def _pull_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pull(arguments: argparse.Namespace) -> None:
     copied = pull(arguments.url, arguments.folder, force=arguments.force, timeout=arguments.wait)
-    _say(
-        f"{arguments.folder}: {copied.files} files of {copied.bytes:,} bytes copied; {_totals(copied.manifest)}"
-    )
+    _say_copied(arguments.folder, copied)
 
 
 def _none(_: argparse.ArgumentParser) -> None:
@@ -342,7 +344,7 @@ def _none(_: argparse.ArgumentParser) -> None:
 _ACTIONS: dict[str, tuple[str, Any, Any]] = {
     "add": ("add documents; makes the corpus if there is none", _add_arguments, _add),
     "adopt": (
-        "take over the shares of an array of jobs, other corpora, datastores",
+        "take over shares of an array of jobs, corpora, datastores",
         _adopt_arguments,
         _adopt,
     ),

@@ -46,7 +46,7 @@ def status(console: Console, text: str) -> Any:
 
 @contextmanager
 def build_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr for each step of a build; what is to be called with the step, what is done, the total."""
+    """A bar on stderr for each step of a build. To be called with the step, what is done, and the total."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(

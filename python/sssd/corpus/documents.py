@@ -133,9 +133,9 @@ class Collector:
         return table, parts
 
 
-def table_of(documents: Iterable[NDArray[np.int32]]) -> Table:
+def table_of(documents: Iterable[NDArray[np.int32] | None]) -> Table:
     """The table of a datastore file's documents."""
-    rows = [(content_hash(ids), 0, len(ids)) for ids in documents]
+    rows = [(content_hash(ids), 0, len(ids)) for ids in documents if ids is not None]
     return np.array(rows, np.uint64).reshape(-1, 3)
 
 

@@ -350,7 +350,8 @@ impl Builder {
         };
         let (tokens, documents) = (header.tokens, header.documents);
         progress.advance(0)?;
-        let file_bytes = self.output.seal(header, &self.segments)?;
+        let file_bytes =
+            self.output.seal(|body_end, checksums| header.seal(body_end, checksums, &self.segments))?;
         let segments = self.segments.len() as u64;
         Ok(BuildSummary { tokens, documents, duplicates: self.duplicates, segments, file_bytes })
     }

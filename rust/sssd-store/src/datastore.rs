@@ -10,6 +10,7 @@ use crate::bytes::{Bytes, Load, Source};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
 use crate::progress::Progress;
 use crate::segment::{Interval, Query, Segment};
+use crate::tombstones::{Buried, Tombstones};
 use crate::{Error, Fingerprint, Result};
 
 /// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
@@ -37,6 +38,9 @@ struct OpenFile {
     /// The path from the root, whatever the folder is changed to.
     absolute: PathBuf,
     bytes: Arc<Bytes>,
+    tombstones: Option<Tombstones>,
+    /// The path of the tombstones from the root.
+    tombstones_path: Option<PathBuf>,
 }
 
 /// The documents of one segment, in the order of the file's table.
@@ -158,8 +162,78 @@ impl Datastore {
         }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.files.push(OpenFile { info, absolute, bytes });
+        self.files.push(OpenFile { info, absolute, bytes, tombstones: None, tombstones_path: None });
         Ok(())
+    }
+
+    /// Passes over the dead documents of a file, which [`crate::write_tombstones`] has written for it, from now on. The
+    /// tombstones are read into memory and checked whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`], [`Error::Version`], [`Error::OutOfMemory`], [`Error::Cancelled`];
+    /// [`Error::InvalidArgument`] for those of another store, or if there is no such file.
+    pub fn add_tombstones(&mut self, file: usize, path: &Path, progress: &Progress) -> Result<()> {
+        let tombstones = Tombstones::open(path, &self.buried(file)?, progress)?;
+        self.bury(file, path, tombstones);
+        Ok(())
+    }
+
+    /// The same for their contents.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn add_tombstones_from_bytes(&mut self, file: usize, name: &str, bytes: Vec<u8>) -> Result<()> {
+        let path = Path::new(name);
+        let tombstones = Tombstones::from_bytes(path, Bytes::Owned(bytes), &self.buried(file)?)?;
+        self.bury(file, path, tombstones);
+        Ok(())
+    }
+
+    /// What the tombstones of a file must agree with.
+    fn buried(&self, file: usize) -> Result<Buried<'_>> {
+        let problem =
+            || Error::InvalidArgument(format!("there is no file {file}, so it cannot have tombstones"));
+        let info = &self.files.get(file).ok_or_else(problem)?.info;
+        let mut suffixes = Vec::new();
+        suffixes.try_reserve_exact(self.parts.len()).map_err(Error::memory("tombstones"))?;
+        suffixes.extend(self.segments_of(file).map(|segment| self.segments[segment].suffixes()));
+        Ok(Buried {
+            path: &info.path,
+            uuid: info.uuid,
+            vocab_size: info.vocab_size,
+            documents: info.documents,
+            suffixes,
+        })
+    }
+
+    fn bury(&mut self, file: usize, path: &Path, mut tombstones: Tombstones) {
+        let segments: SmallVec<[usize; 64]> = self.segments_of(file).collect();
+        for (segment, living) in segments.into_iter().zip(tombstones.segments.drain(..)) {
+            self.segments[segment].set_living(living);
+        }
+        let file = &mut self.files[file];
+        file.tombstones = Some(tombstones);
+        file.tombstones_path = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
+    }
+
+    fn segments_of(&self, file: usize) -> impl Iterator<Item = usize> {
+        self.parts.iter().filter(move |part| part.file == file).filter_map(|part| part.segment)
+    }
+
+    /// Of each file the path of its tombstones from the root, if it has some.
+    pub fn tombstones_paths(&self) -> impl ExactSizeIterator<Item = Option<&Path>> {
+        self.files.iter().map(|file| file.tombstones_path.as_deref())
+    }
+
+    /// Dead documents and tokens of a file.
+    pub fn dead(&self, file: usize) -> (u64, u64) {
+        let tombstones = self.files.get(file).and_then(|file| file.tombstones.as_ref());
+        tombstones.map_or((0, 0), |tombstones| (tombstones.dead_documents, tombstones.dead_tokens))
+    }
+
+    /// Whether a document of a file is dead.
+    pub(crate) fn is_dead(&self, file: usize, document: u64) -> bool {
+        self.files[file].tombstones.as_ref().is_some_and(|tombstones| tombstones.is_dead(document))
     }
 
     fn complete(self) -> Result<Self> {
@@ -266,13 +340,15 @@ impl Datastore {
         Ok(())
     }
 
-    /// Occurrences of `tokens` within documents; without tokens, the number of tokens in the store.
+    /// Occurrences of `tokens` within living documents; without tokens, the number of their tokens.
     ///
     /// # Errors
     /// [`Error::InvalidToken`], [`Error::Changed`], [`Error::OutOfMemory`].
     pub fn count(&self, tokens: &[Token]) -> Result<u64> {
         if tokens.is_empty() {
-            return Ok(self.files.iter().map(|file| file.info.tokens).sum());
+            let living =
+                self.files.iter().enumerate().map(|(index, file)| file.info.tokens - self.dead(index).1);
+            return Ok(living.sum());
         }
         self.check_tokens(tokens)?;
         self.check()?;

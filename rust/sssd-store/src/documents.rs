@@ -17,9 +17,11 @@ pub struct Document {
     pub number: u64,
     /// Tokens.
     pub length: u64,
-    part: usize,
+    /// Whether tombstones name it.
+    pub is_dead: bool,
+    pub(crate) part: usize,
     /// Of the segment's text.
-    start: u64,
+    pub(crate) start: u64,
 }
 
 /// Goes through the documents of a store, those of the first file first.
@@ -32,6 +34,8 @@ pub struct DocumentReader {
     start: u64,
     /// The next document's.
     number: u64,
+    /// The file, and its first document's.
+    file: (usize, u64),
     window: Window,
     tokens: Vec<Token>,
 }
@@ -39,7 +43,16 @@ pub struct DocumentReader {
 impl DocumentReader {
     /// At the first document.
     pub fn new(store: Arc<Datastore>) -> Self {
-        Self { store, part: 0, passed: 0, start: 0, number: 0, window: Window::default(), tokens: Vec::new() }
+        Self {
+            store,
+            part: 0,
+            passed: 0,
+            start: 0,
+            number: 0,
+            file: (0, 0),
+            window: Window::default(),
+            tokens: Vec::new(),
+        }
     }
 
     /// Goes on to the first document from `number` on whose segment is another one, but not beyond `number`: those before
@@ -63,7 +76,11 @@ impl DocumentReader {
         let Some(&Part { file, documents, segment }) = self.store.parts().get(self.part) else {
             return Ok(None);
         };
+        if file != self.file.0 {
+            self.file = (file, self.store.files().take(file).map(|file| file.documents).sum());
+        }
         let (number, part, start) = (self.number, self.part, self.start);
+        let is_dead = self.store.is_dead(file, number - self.file.1);
         let length = segment.map_or(Ok(0), |segment| {
             let end = self.window.find_end(&self.store, part, segment, start)?;
             let symbols = self.store.segment(segment).symbols();
@@ -73,7 +90,7 @@ impl DocumentReader {
         self.passed += 1;
         self.number += 1;
         self.start += length + 1;
-        Ok(Some(Document { number, length, part, start }))
+        Ok(Some(Document { number, length, is_dead, part, start }))
     }
 
     /// Some of a document's tokens from `from` on; none at its end only.

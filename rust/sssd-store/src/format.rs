@@ -359,10 +359,10 @@ pub fn damage(
 }
 
 /// Takes fields off the front of a slice known to be long enough.
-struct Fields<'a>(&'a [u8]);
+pub struct Fields<'a>(pub &'a [u8]);
 
 impl Fields<'_> {
-    fn array<const N: usize>(&mut self) -> [u8; N] {
+    pub fn array<const N: usize>(&mut self) -> [u8; N] {
         let mut out = [0; N];
         let (head, rest) = self.0.split_at(N.min(self.0.len()));
         out[..head.len()].copy_from_slice(head);
@@ -370,11 +370,11 @@ impl Fields<'_> {
         out
     }
 
-    fn u32(&mut self) -> u32 {
+    pub fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.array())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.array())
     }
 }

@@ -17,6 +17,7 @@ mod progress;
 mod segment;
 #[cfg(test)]
 mod tests;
+mod tombstones;
 
 pub use builder::{BuildOptions, BuildSummary, Builder};
 pub use bytes::Load;
@@ -25,6 +26,7 @@ pub use documents::{Document, DocumentReader};
 pub use error::{Error, Result};
 pub use format::VERSION;
 pub use progress::Progress;
+pub use tombstones::{TOMBSTONES_VERSION, write_tombstones};
 
 /// Identifies a tokenizer, so that a store is not queried with the ids of another one. All zero: unknown.
 pub type Fingerprint = [u8; 32];

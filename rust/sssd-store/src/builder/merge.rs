@@ -36,7 +36,7 @@ impl Builder {
             if let Some(chosen) = chosen.get_mut(document.number as usize)
                 && *chosen
             {
-                *chosen = self.copy(&mut reader, &document)?;
+                *chosen = !document.is_dead && self.copy(&mut reader, &document)?;
             }
             (documents, symbols) = (documents + 1, symbols + document.length + 1);
             if documents == DOCUMENTS || symbols > SYMBOLS {

@@ -2,6 +2,7 @@ mod documents;
 mod hostile;
 mod oracle;
 mod scale;
+mod tombstones;
 
 use std::path::Path;
 

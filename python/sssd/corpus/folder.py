@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ def writing(path: Path, *, timeout: float, grace: float, create: bool = False) -
         folder = Folder(path, grace)
         folder.clean()
         yield folder
-        folder.clean()
+        with suppress(OSError):  # all is done, and the next writer cleans as well
+            folder.clean()
     finally:
         os.close(lock)
 

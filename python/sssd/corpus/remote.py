@@ -129,6 +129,7 @@ def pull(
                 f"{shown(local.path)} holds a version that {store.name} does not stem from; push it first, "
                 "or replace it with --force (force=True)"
             )
+        (local.path / _PARTIAL).mkdir(exist_ok=True)
         for _ in range(_VERSIONS):
             try:
                 sizes = [
@@ -144,6 +145,8 @@ def pull(
                 manifest = newer
         else:
             raise CorpusError(f"{store.name} changes faster than it can be copied; try again later")
+        for name in manifest.files & set(os.listdir(local.path / _PARTIAL)):
+            local.place(local.path / _PARTIAL / name, name)
         if mine is None or mine.version != manifest.version:
             manifest = _switch(local, manifest)
         _set_in_step(local, url, manifest)
@@ -162,14 +165,13 @@ def _switch(local: Folder, manifest: Manifest) -> Manifest:
 
 
 def _fetch(store: "_Storage", folder: Path, segment: Segment, name: str) -> int:
-    """Copies a file that is not here; returns its bytes, 0 if it is here."""
-    target, partial = folder / name, folder / _PARTIAL / name
+    """Copies a file that is not here to where it waits for the others. Returns its bytes, 0 if it is here."""
+    partial = folder / _PARTIAL / name
     try:
-        _check(target, name, segment, whole=False)
+        _check(folder / name, name, segment, whole=False)
         return 0
     except (FileNotFoundError, DatastoreError):
         pass
-    partial.parent.mkdir(exist_ok=True)
     resumed = partial.exists()
     store.get(name, partial)
     try:
@@ -179,9 +181,7 @@ def _fetch(store: "_Storage", folder: Path, segment: Segment, name: str) -> int:
         if resumed:
             return _fetch(store, folder, segment, name)
         raise CorruptCorpusError(f"{store.name}/{name} is damaged, or was on its way ({error})") from None
-    size = partial.stat().st_size
-    os.replace(partial, target)
-    return size
+    return partial.stat().st_size
 
 
 def _check(path: Path, name: str, segment: Segment, *, whole: bool = True) -> None:

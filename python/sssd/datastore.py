@@ -67,9 +67,14 @@ class Built:
     report: ReadReport
 
 
-def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -> Datastore:
+def _reopen(
+    paths: list[Path],
+    load: Literal["mmap", "ram"],
+    uuids: list[str],
+    tombstones: list[Path | None] | None = None,
+) -> Datastore:
     """The datastore of a pickle: the same files, by their contents."""
-    store = Datastore.open(paths, load=load)
+    store = Datastore.open(paths, load=load, tombstones=tombstones)
     for path, file, uuid in zip(paths, store.info.files, uuids, strict=True):
         if file.uuid != uuid:
             store.close()

@@ -1,6 +1,7 @@
 //! Documents out of a `Datastore`, and from one into a `DatastoreBuilder`.
 
 use std::collections::TryReserveError;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -9,8 +10,9 @@ use sssd_core::Token;
 use sssd_store::{Document, DocumentReader, Error, Progress};
 
 use crate::boundary::{Running, enter, not_negative, optional_int};
-use crate::datastore::{PyDatastore, PyDatastoreBuilder, add, array, finished, raised};
-use crate::errors::error;
+use crate::datastore::{PyDatastore, PyDatastoreBuilder, add, array, finished};
+use crate::errors::{error, raised};
+use crate::shutdown::defer_shutdown;
 
 /// Tokens, and documents, read at once.
 const TOKENS: usize = 1 << 16;
@@ -29,9 +31,9 @@ struct Documents {
     stop: u64,
     /// A long document whose tokens are being read.
     open: Option<Document>,
-    /// Read and not yet given out: the tokens, and where each document ends.
+    /// Read and not yet given out: the tokens, where each document ends, and whether it is dead.
     tokens: Vec<Token>,
-    ends: Vec<usize>,
+    ends: Vec<(usize, bool)>,
     given: usize,
     /// Raised once the documents before it have been given out.
     failure: Option<Error>,
@@ -47,13 +49,13 @@ impl Documents {
                 Err(failure) => self.fail(failure)?,
             }
         }
-        let Some(&end) = self.ends.get(self.given) else { return Ok(Next::Later) };
-        let start = self.given.checked_sub(1).map_or(0, |before| self.ends[before]);
+        let Some(&(end, is_dead)) = self.ends.get(self.given) else { return Ok(Next::Later) };
+        let start = self.given.checked_sub(1).map_or(0, |before| self.ends[before].0);
         let mut tokens = Vec::new();
         tokens.try_reserve_exact(end - start).map_err(memory)?;
         tokens.extend_from_slice(&self.tokens[start..end]);
         self.given += 1;
-        Ok(Next::Document(tokens))
+        Ok(Next::Document((!is_dead).then_some(tokens)))
     }
 
     /// It ends with this.
@@ -94,13 +96,13 @@ impl Documents {
 
     /// Whether the document was read to its end.
     fn read_tokens(&mut self, document: Document) -> sssd_store::Result<bool> {
-        let first = self.ends.last().copied().unwrap_or(0);
+        let first = self.ends.last().map_or(0, |last| last.0);
         let most = (self.tokens.len() - first) as u64 + PASSED;
         loop {
             let from = (self.tokens.len() - first) as u64;
-            if from == document.length {
+            if document.is_dead || from == document.length {
                 self.ends.try_reserve(1).map_err(memory)?;
-                self.ends.push(self.tokens.len());
+                self.ends.push((self.tokens.len(), document.is_dead));
                 return Ok(true);
             }
             if from >= most {
@@ -115,7 +117,8 @@ impl Documents {
 }
 
 enum Next {
-    Document(Vec<Token>),
+    /// None for one that is dead.
+    Document(Option<Vec<Token>>),
     /// Not yet read.
     Later,
     End,
@@ -131,11 +134,14 @@ impl PyDocuments {
         slf
     }
 
-    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyArray1<i32>>>> {
+    #[allow(clippy::type_complexity)]
+    fn __next__<'py>(&self, py: Python<'py>) -> PyResult<Option<Option<Bound<'py, PyArray1<i32>>>>> {
         loop {
             let next = enter(py, true, || self.0.lock().unwrap_or_else(PoisonError::into_inner).next())?;
             match next.map_err(|failure| raised(py, failure))? {
-                Next::Document(tokens) => return array(py, &tokens).map(Some),
+                Next::Document(tokens) => {
+                    return tokens.map(|tokens| array(py, &tokens)).transpose().map(Some);
+                }
                 Next::Later => py.check_signals()?,
                 Next::End => return Ok(None),
             }
@@ -278,6 +284,7 @@ pub fn mask(py: Python<'_>, given: Option<&Bound<'_, PyAny>>, documents: u64) ->
             format!("one bool for each of the {documents} documents, not {found}"),
         )
     };
+    let _deferred = defer_shutdown(py);
     let array = py.import("numpy")?.call_method1("asarray", (given,))?;
     let Ok(bools) = array.extract::<PyReadonlyArray1<'_, bool>>() else {
         let (kind, shape) = (array.getattr("dtype")?, array.getattr("shape")?);
@@ -290,4 +297,43 @@ pub fn mask(py: Python<'_>, given: Option<&Bound<'_, PyAny>>, documents: u64) ->
     out.try_reserve_exact(count).map_err(|_| memory())?;
     out.extend(bools.iter());
     Ok(out)
+}
+
+/// Writes which documents of a datastore file are dead, for ``Datastore.open(tombstones=...)``. They are passed over by all
+/// that is looked up; the file itself stays as it is. The target appears, or is replaced, in one durable step.
+///
+/// Args:
+///     store: an open datastore of one file. Documents that its own tombstones name stay dead.
+///     dead: bool [documents], which are dead.
+///     path: the file to write.
+///     progress: called about twenty times a second with how much is done and of how much.
+///
+/// Returns:
+///     How many tokens the dead documents have.
+///
+/// Raises:
+///     InvalidArgumentError: the store has several files, or ``dead`` is not one bool per document.
+///     CorruptDatastoreError, DatastoreChangedError: the store is damaged, or changed since it was opened.
+///     OSError: the file cannot be written, or ``path`` is a folder, a pipe or a device.
+///     MemoryError: there is no memory for it: a quarter of a byte per token of the largest segment.
+///     ClosedError: the store is closed.
+#[pyfunction]
+#[pyo3(signature = (store, dead, path, *, progress=None))]
+pub fn write_tombstones(
+    py: Python<'_>,
+    store: &PyDatastore,
+    dead: &Bound<'_, PyAny>,
+    path: PathBuf,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<u64> {
+    let store = store.store(py)?;
+    let dead = mask(py, Some(dead), store.documents())?;
+    let total = store.files().map(|file| 2 * file.tokens + file.documents).sum::<u64>();
+    let watch = Arc::new(Progress::default());
+    let worker = Arc::clone(&watch);
+    let running = Running::start(py, move || sssd_store::write_tombstones(&store, &dead, &path, &worker));
+    let written = reported(py, running, &watch, |done| {
+        progress.map_or(Ok(()), |call| call.call1((done, total)).map(drop))
+    })?;
+    written.map_err(|failure| raised(py, failure))
 }

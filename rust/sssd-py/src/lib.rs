@@ -3,6 +3,7 @@
 mod batch;
 mod boundary;
 mod copies;
+mod corpora;
 mod datastore;
 mod documents;
 mod drafter;
@@ -12,6 +13,7 @@ mod pass;
 mod sequence;
 mod shutdown;
 mod sizing;
+mod source;
 mod state;
 mod tokens;
 mod tree;
@@ -30,6 +32,8 @@ mod _core {
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
     use documents::PyDocuments;
+    #[pymodule_export]
+    use documents::write_tombstones;
     #[pymodule_export]
     use drafter::PyDrafter;
     #[pymodule_export]

@@ -33,14 +33,14 @@ pub struct Datastore {
     multiplier: u32,
 }
 
+#[derive(Clone)]
 struct OpenFile {
     info: FileInfo,
     /// The path from the root, whatever the folder is changed to.
     absolute: PathBuf,
     bytes: Arc<Bytes>,
-    tombstones: Option<Tombstones>,
-    /// The path of the tombstones from the root.
-    tombstones_path: Option<PathBuf>,
+    /// With their path from the root.
+    tombstones: Option<(Arc<Tombstones>, PathBuf)>,
 }
 
 /// The documents of one segment, in the order of the file's table.
@@ -162,7 +162,7 @@ impl Datastore {
         }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.files.push(OpenFile { info, absolute, bytes, tombstones: None, tombstones_path: None });
+        self.files.push(OpenFile { info, absolute, bytes, tombstones: None });
         Ok(())
     }
 
@@ -211,9 +211,8 @@ impl Datastore {
         for (segment, living) in segments.into_iter().zip(tombstones.segments.drain(..)) {
             self.segments[segment].set_living(living);
         }
-        let file = &mut self.files[file];
-        file.tombstones = Some(tombstones);
-        file.tombstones_path = Some(std::path::absolute(path).unwrap_or_else(|_| path.to_owned()));
+        let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        self.files[file].tombstones = Some((Arc::new(tombstones), absolute));
     }
 
     fn segments_of(&self, file: usize) -> impl Iterator<Item = usize> {
@@ -222,18 +221,70 @@ impl Datastore {
 
     /// Of each file the path of its tombstones from the root, if it has some.
     pub fn tombstones_paths(&self) -> impl ExactSizeIterator<Item = Option<&Path>> {
-        self.files.iter().map(|file| file.tombstones_path.as_deref())
+        self.files.iter().map(|file| file.tombstones.as_ref().map(|(_, path)| path.as_path()))
     }
 
     /// Dead documents and tokens of a file.
     pub fn dead(&self, file: usize) -> (u64, u64) {
         let tombstones = self.files.get(file).and_then(|file| file.tombstones.as_ref());
-        tombstones.map_or((0, 0), |tombstones| (tombstones.dead_documents, tombstones.dead_tokens))
+        tombstones.map_or((0, 0), |(tombstones, _)| (tombstones.dead_documents, tombstones.dead_tokens))
     }
 
     /// Whether a document of a file is dead.
     pub(crate) fn is_dead(&self, file: usize, document: u64) -> bool {
-        self.files[file].tombstones.as_ref().is_some_and(|tombstones| tombstones.is_dead(document))
+        self.files[file].tombstones.as_ref().is_some_and(|(tombstones, _)| tombstones.is_dead(document))
+    }
+
+    /// The files of several stores as one, which shares what they have open.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if they differ in vocabulary size or (known) tokenizer, [`Error::OutOfMemory`],
+    /// [`Error::InvalidArgument`] without a store.
+    pub fn union<'a>(stores: impl IntoIterator<Item = &'a Self>) -> Result<Self> {
+        let memory = || Error::memory("the segments of a datastore");
+        let mut all = Self::empty();
+        for store in stores {
+            for file in &store.files {
+                all.files.first().map_or(Ok(()), |first| agree(&first.info, &file.info))?;
+                all.files.try_reserve(1).map_err(memory())?;
+                all.files.push(file.clone());
+            }
+            let (files, segments) = (all.files.len() - store.files.len(), all.segments.len());
+            all.parts.try_reserve(store.parts.len()).map_err(memory())?;
+            all.segments.try_reserve(store.segments.len()).map_err(memory())?;
+            all.parts.extend(store.parts.iter().map(|part| Part {
+                file: part.file + files,
+                documents: part.documents,
+                segment: part.segment.map(|segment| segment + segments),
+            }));
+            all.segments.extend(store.segments.iter().cloned());
+            all.vocab_size = store.vocab_size;
+        }
+        all.complete()
+    }
+
+    /// Whether these files, with the tombstones of each, hold what is open. Reads only their headers.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`].
+    pub fn is_of<P: AsRef<Path>>(&self, files: &[(P, Option<P>)]) -> Result<bool> {
+        if files.len() != self.files.len() || !self.is_readable() {
+            return Ok(false);
+        }
+        for (file, (path, tombstones)) in self.files.iter().zip(files) {
+            let mut header = [0; format::PAGE as usize];
+            file.bytes.read(0, &mut header).map_err(Error::read(&file.info.path))?;
+            let same = is_file(path.as_ref(), file.info.file_bytes, &header)?
+                && match (&file.tombstones, tombstones) {
+                    (None, None) => true,
+                    (Some((held, _)), Some(path)) => is_file(path.as_ref(), held.len(), held.header())?,
+                    _ => false,
+                };
+            if !same {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn complete(self) -> Result<Self> {
@@ -546,6 +597,17 @@ impl Corpus for Datastore {
     fn is_readable(&self) -> bool {
         self.files.iter().all(|file| file.bytes.is_intact())
     }
+}
+
+/// Whether a file has this length and header.
+fn is_file(path: &Path, length: u64, header: &[u8]) -> Result<bool> {
+    let source = Source::open(path)?;
+    let mut page = [0; format::PAGE as usize];
+    if source.len() != length {
+        return Ok(false);
+    }
+    source.read(0, &mut page).map_err(Error::read(path))?;
+    Ok(page == header)
 }
 
 #[inline]

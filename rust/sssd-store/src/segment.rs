@@ -62,7 +62,8 @@ pub fn key(bits: u32, symbols: impl IntoIterator<Item = u64>) -> u64 {
     key
 }
 
-/// A text of documents with its suffix array.
+/// A text of documents with its suffix array. Copies share the bytes.
+#[derive(Clone)]
 pub struct Segment {
     bytes: Arc<Bytes>,
     vocab_size: u32,
@@ -73,7 +74,7 @@ pub struct Segment {
     symbols: u64,
     suffixes: u64,
     sections: [Range<usize>; 6],
-    living: Option<Living>,
+    living: Option<Arc<Living>>,
 }
 
 impl Segment {
@@ -99,7 +100,7 @@ impl Segment {
 
     /// Passes over the suffixes that do not live from now on.
     pub fn set_living(&mut self, living: Living) {
-        self.living = Some(living);
+        self.living = Some(Arc::new(living));
     }
 
     /// Suffixes, the dead ones included.

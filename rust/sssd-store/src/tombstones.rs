@@ -233,6 +233,16 @@ impl Tombstones {
         Ok(Self { bytes, documents, dead_tokens, dead_documents, segments })
     }
 
+    /// The bytes of the header: equal for equal tombstones.
+    pub fn header(&self) -> &[u8] {
+        &self.bytes[..PAGE as usize]
+    }
+
+    /// Bytes of the file.
+    pub fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// Whether a document of the file is dead.
     pub fn is_dead(&self, document: u64) -> bool {
         let byte = self.bytes[self.documents.clone()].get((document / 8) as usize);
@@ -258,7 +268,6 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
 }
 
 /// The living suffixes of a segment.
-#[derive(Clone)]
 pub struct Living {
     bytes: Arc<Bytes>,
     blocks: Range<usize>,

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -75,7 +76,22 @@ def reading():
     return {"folder": folder, **names}
 
 
-NAMES = {"README.md": readme, "reading.md": reading, "hardware.md": hardware, "serving.md": serving}
+def corpora():
+    """A folder with logs and a model's, and names of folders to make."""
+    names = reading()
+    logs = names["folder"] / "logs.jsonl"
+    logs.write_text("".join(f'{{"id": {number}, "text": "a b a b"}}\n' for number in range(6, 10)))
+    made = {"os": os, "logs": logs, "copy": names["folder"] / "copy", "folder": names["folder"] / "corpus"}
+    return {**names, **made}
+
+
+NAMES = {
+    "README.md": readme,
+    "corpora.md": corpora,
+    "reading.md": reading,
+    "hardware.md": hardware,
+    "serving.md": serving,
+}
 """What a page takes for granted, where it has blocks of Python."""
 
 

@@ -42,7 +42,8 @@ class Held:
 class CorpusMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
+        memory = "/dev/shm"  # nothing here takes the power away, and syncing takes time
+        self.folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
         self.corpus = Corpus(self.folder / "corpus", grace=0)
         self.serial = self.time = 0
         self.model: list[Held] = []

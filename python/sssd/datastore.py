@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, Documents, FileInfo
+from sssd._core import (
+    BuildSummary,
+    Datastore,
+    DatastoreBuilder,
+    DatastoreInfo,
+    Documents,
+    FileInfo,
+    write_tombstones,
+)
 from sssd.errors import (
     CorpusError,
     DatastoreChangedError,
@@ -37,6 +45,7 @@ __all__ = [
     "check_output",
     "check_tokenizer",
     "tokenizer_fingerprint",
+    "write_tombstones",
 ]
 
 Progress = Callable[[str, int, int | None], object]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sssd import DatastoreBuilder
 from sssd.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +53,14 @@ def hardware():
 
 
 def serving():
-    """Two requests, of which the target said three tokens and one."""
+    """Two requests, of which the target said three tokens and one, and datastores."""
+    folder = Path(tempfile.mkdtemp())
+    stores = {"code_store": folder / "code.sssd", "german_store": folder / "de.sssd"}
+    for path in stores.values():
+        with DatastoreBuilder(path, vocab_size=10) as builder:
+            builder.add(TEXT)
     return {
+        **stores,
         "V": 10,
         "eos": 2,
         "prompts": [TEXT, TEXT],

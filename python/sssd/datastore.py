@@ -9,7 +9,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, Documents, FileInfo
+from sssd._core import (
+    BuildSummary,
+    Datastore,
+    DatastoreBuilder,
+    DatastoreInfo,
+    Documents,
+    FileInfo,
+    write_tombstones,
+)
 from sssd.errors import (
     CorpusError,
     DatastoreChangedError,
@@ -38,6 +46,7 @@ __all__ = [
     "check_output",
     "check_tokenizer",
     "tokenizer_fingerprint",
+    "write_tombstones",
 ]
 
 Progress = Callable[[str, int, int | None], object]

@@ -73,7 +73,7 @@ def test_the_bytes_are_what_the_description_says(tmp_path: Path) -> None:
     uuid = data[16:32]
     documents, dead, dead_tokens, length, checksums_at, segments, _ = struct.unpack_from("<7Q", data, 32)
     store = Datastore.open(golden_store(tmp_path))
-    assert (magic, version, vocab_size) == (b"\x89SST\r\n\x1a\n", 1, 300)
+    assert (magic, version, vocab_size) == (b"\x89SSX\r\n\x1a\n", 1, 300)
     assert uuid.hex() == store.info.files[0].uuid.replace("-", "")
     assert (documents, dead, dead_tokens, length, segments) == (7, 3, 202, len(data), 1)
     assert unpack(data[PAGE : PAGE + 8], 7, 1) == DEAD

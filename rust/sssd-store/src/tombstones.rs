@@ -22,8 +22,8 @@ use crate::{Error, Result};
 
 /// Version of the tombstones' format that this release writes and reads.
 pub const TOMBSTONES_VERSION: u32 = 1;
-// told from a datastore's by its fourth byte
-const MAGIC: [u8; 8] = *b"\x89SST\r\n\x1a\n";
+// told from those of datastores and saved drafters by its fourth byte
+const MAGIC: [u8; 8] = *b"\x89SSX\r\n\x1a\n";
 const CRC_AT: usize = PAGE as usize - 4;
 /// Bytes of a segment's entry in the table.
 const ENTRY: u64 = 24;

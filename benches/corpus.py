@@ -1,7 +1,7 @@
-"""Measures corpora in folders: what merging writes, and what drafts cost beside one file of the same text.
+"""Measures corpora in folders: what merging writes, what drafts cost beside one file, what size is worth.
 
 ``python benches/corpus.py STREAMS OUT.json`` with the folder that holds ``store.npy`` (30.9 M tokens) and
-``dev.*.jsonl``; ``--work`` names a folder for 2 GB of files, ``--only`` one of the two parts.
+``dev.*.jsonl``; ``--work`` names a folder for 2 GB of files, ``--only`` one of the parts.
 """
 
 import argparse
@@ -113,12 +113,76 @@ def beside_one_file(stream: np.ndarray, streams: Path, work: Path, requests: int
     return found
 
 
+def by_size(stream: np.ndarray, streams: Path, work: Path, requests: int) -> dict[str, Any]:
+    """Accepted tokens by the size of the store: documents at random, each store holding the smaller ones."""
+    ends = np.flatnonzero(stream == END_TOKEN) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    order = np.random.default_rng(0).permutation(len(ends))
+    after = np.cumsum((ends - starts)[order])
+    stores: dict[int, Datastore | None] = {0: None}
+    for wanted in (300_000, 1_000_000, 3_000_000, 10_000_000, len(stream)):
+        chosen = order[: np.searchsorted(after, wanted) + 1]
+        path = work / f"{wanted}.sssd"
+        with DatastoreBuilder(path, vocab_size=VOCAB_SIZE) as builder:
+            for document in np.sort(chosen):
+                builder.add(stream[starts[document] : ends[document]])
+        store = Datastore.open(path)
+        stores[store.info.tokens] = store
+    rows = []
+    for path in sorted(streams.glob("dev.*.jsonl")):
+        [input] = find_inputs([path], ReadOptions(), ReadReport())
+        recorded = list(itertools.islice(read_trace(input), requests))
+        for tokens, store in stores.items():
+            replay = Replay(NODES)
+            for request in recorded:
+                drafter = Drafter(
+                    datastore=store, live_bytes=0, soft_bytes=1 << 20, end_token_ids=[END_TOKEN]
+                )
+                replay.run(drafter, request)
+            row = replay.row(path.name.split(".")[1])
+            rows.append(
+                {"trace": row["trace"], "tokens": tokens, "accepted_per_step": row["accepted_per_step"]}
+            )
+        print(rows[-len(stores) :], flush=True)
+    means = {
+        tokens: statistics.mean(row["accepted_per_step"] for row in rows if row["tokens"] == tokens)
+        for tokens in stores
+    }
+    sizes = [tokens for tokens in stores if tokens]
+    slope, start = np.polyfit(np.log10(sizes), [means[tokens] for tokens in sizes], 1)
+    law = {"per_tenfold": float(slope), "at_1_M": float(start + 6 * slope)}
+    return {"nodes": NODES, "requests_per_trace": requests, "means": means, "law": law, "rows": rows}
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Accepted tokens by the size of the store, each trace in grey."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for trace in dict.fromkeys(row["trace"] for row in found["rows"]):
+        own = [row for row in found["rows"] if row["trace"] == trace and row["tokens"]]
+        axes.plot(
+            [r["tokens"] for r in own], [r["accepted_per_step"] for r in own], color="0.75", linewidth=0.8
+        )
+    sizes = [int(tokens) for tokens in found["means"] if int(tokens)]
+    means = [found["means"][tokens] for tokens in found["means"] if int(tokens)]
+    axes.plot(sizes, means, "o-", color="C0", label="mean of the traces")
+    without = next(mean for tokens, mean in found["means"].items() if not int(tokens))
+    axes.axhline(without, linestyle="--", color="C1", label="mean without a store")
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens in the store")
+    axes.set_ylabel(f"accepted tokens a step, {found['nodes']} nodes")
+    axes.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("streams", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--only", choices=("daily", "beside"))
+    parser.add_argument("--only", choices=("daily", "beside", "sizes"))
     parser.add_argument("--requests", type=int, default=20, help="of each trace")
     parser.add_argument(
         "--utf8-per-token", type=float, default=4.29, help="bytes of the text (default: %(default)s)"
@@ -136,10 +200,13 @@ def main() -> None:
         results = {**json.loads(arguments.output.read_text()), **results}
     work = Path(tempfile.mkdtemp(dir=arguments.work))
     try:
-        if arguments.only != "daily":
+        if arguments.only in (None, "beside"):
             results["beside_one_file"] = beside_one_file(stream, arguments.streams, work, arguments.requests)
-        if arguments.only != "beside":
+        if arguments.only in (None, "daily"):
             results["daily"] = daily(stream, work, arguments.utf8_per_token)
+        if arguments.only in (None, "sizes"):
+            results["sizes"] = by_size(stream, arguments.streams, work, arguments.requests)
+            draw(results["sizes"], arguments.output.with_suffix(".svg"))
     finally:
         shutil.rmtree(work)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n")

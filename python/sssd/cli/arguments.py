@@ -152,7 +152,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
     )
     parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file, or folder of a corpus; repeatable"
+        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
     )
     add_any_tokenizer_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")

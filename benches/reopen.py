@@ -18,7 +18,7 @@ import numpy as np
 
 from sssd import DatastoreBuilder, Drafter
 
-SECONDS = 4.0
+SECONDS = 2.0
 
 
 def build(path: Path, tokens: int, seed: int) -> Path:

@@ -1,8 +1,8 @@
 """Measures what ``Drafter.reopen`` costs those who draft meanwhile.
 
-``python benches/reopen.py [TOKENS]``: times of single drafts of 32 nodes by a thread of its own, while nothing else
-happens, while files are merely replaced, and while they are replaced and reopened all the time; and times of
-``reopen`` with and without news. Prints JSON, in microseconds.
+``python benches/reopen.py [TOKENS]``: times of single drafts of 32 nodes by a thread of its own, while
+nothing else happens, while files are merely replaced, and while they are replaced and reopened all the time;
+and times of ``reopen`` with and without news. Prints JSON, in microseconds.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 
 from sssd import DatastoreBuilder, Drafter
 
-SECONDS = 4.0
+SECONDS = 2.0
 
 
 def build(path: Path, tokens: int, seed: int) -> Path:

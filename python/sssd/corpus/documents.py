@@ -72,7 +72,9 @@ class Collector:
         ids = np.asarray(ids)
         if not len(ids):
             return
-        plain = ids.astype(np.int32)  # what does not fit is refused by the builder
+        plain = ids.astype(np.int32)
+        if (plain != ids).any():
+            self._builder.add(ids)  # which refuses it
         content = content_hash(plain)
         if self._known is not None and content in self._known:
             self.duplicates += 1

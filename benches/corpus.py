@@ -158,7 +158,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """Accepted tokens by the size of the store, each trace in grey."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained", dpi=110)
     axes = figure.subplots()
     for trace in dict.fromkeys(row["trace"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["trace"] == trace and row["tokens"]]
@@ -170,6 +170,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.plot(sizes, means, "o-", color="C0", label="mean of the traces")
     without = next(mean for tokens, mean in found["means"].items() if not int(tokens))
     axes.axhline(without, linestyle="--", color="C1", label="mean without a store")
+    axes.set_ylim(0, 1.6 * max(means))  # document editing, far above, copies from its prompt
     axes.set_xscale("log")
     axes.set_xlabel("tokens in the store")
     axes.set_ylabel(f"accepted tokens a step, {found['nodes']} nodes")
@@ -206,7 +207,7 @@ def main() -> None:
             results["daily"] = daily(stream, work, arguments.utf8_per_token)
         if arguments.only in (None, "sizes"):
             results["sizes"] = by_size(stream, arguments.streams, work, arguments.requests)
-            draw(results["sizes"], arguments.output.with_suffix(".svg"))
+            draw(results["sizes"], arguments.output.with_suffix(".png"))
     finally:
         shutil.rmtree(work)
     arguments.output.write_text(json.dumps(results, indent=1) + "\n")

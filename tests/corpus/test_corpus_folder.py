@@ -15,7 +15,8 @@ from folders import VOCABULARY, document, held, opened, records
 
 from sssd import Drafter
 from sssd.corpus import Corpus, files
-from sssd.corpus.manifest import MAX_BYTES, Manifest, Part, Segment, manifest_from_bytes
+from sssd.corpus import manifest as module
+from sssd.corpus.manifest import Manifest, Part, Segment, manifest_from_bytes
 from sssd.datastore import Datastore, DatastoreBuilder
 from sssd.errors import (
     CorpusError,
@@ -397,8 +398,6 @@ class TestManifest:
         ],
     )
     def test_forged_ones_are_refused(self, corpus: Corpus, change: dict[str, object]) -> None:
-        from sssd.corpus import manifest as module
-
         add(corpus, 1)
         content = json.loads((corpus.path / "manifest.json").read_bytes())
         content["segments"][0].update(change)
@@ -418,8 +417,9 @@ class TestManifest:
         with pytest.raises(DatastoreVersionError, match="version 2"):
             manifest_from_bytes(b'{"format": "sssd corpus", "version": 2}', "x")
 
-    def test_one_that_would_be_too_long_is_not_written(self) -> None:
-        parts = (Part("x" * 4096, 0, 1, 1),) * (MAX_BYTES // 4096)
+    def test_one_that_would_be_too_long_is_not_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MAX_BYTES", 1 << 16)
+        parts = (Part("x" * 4096, 0, 1, 1),) * 16
         segment = Segment("0" * 8, len(parts), len(parts), 0, 0, "", parts)
         with pytest.raises(CorpusError, match="--source"):
             Manifest("0" * 32, 0, 2, None, 0, (segment,)).to_bytes()

@@ -17,7 +17,7 @@ from sssd import Drafter
 from sssd.corpus import Corpus, files
 from sssd.corpus import manifest as module
 from sssd.corpus.manifest import Manifest, Part, Segment, manifest_from_bytes
-from sssd.datastore import Datastore, DatastoreBuilder
+from sssd.datastore import Datastore, DatastoreBuilder, build
 from sssd.errors import (
     CorpusError,
     CorruptCorpusError,
@@ -345,6 +345,15 @@ class TestShards:
                 [tmp_path / "a.bin"], vocab_size=13, end_token_id=12, options=ReadOptions(shard=(share, 4))
             )
         assert corpus.adopt().documents == 20
+
+    def test_build_takes_shares_too(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"ids": document(s)}) for s in range(7)))
+        for share in range(3):
+            options = ReadOptions(shard=(share, 3))
+            build(tmp_path / "a.jsonl", tmp_path / f"{share}.sssd", vocab_size=VOCABULARY, options=options)
+        corpus = Corpus(tmp_path / "corpus")
+        assert corpus.adopt(tmp_path.glob("*.sssd")).documents == 7
+        assert held(corpus) == tokens(*range(7))
 
     def test_more_shares_than_documents(self, tmp_path: Path) -> None:
         corpus = Corpus(tmp_path / "corpus")

@@ -102,13 +102,13 @@ fn life(path: &Path, others: &Path, stream: &[u32]) -> Result<()> {
 
 /// Some documents die, and the rest goes into another store.
 fn live(store: &Arc<Datastore>, path: &Path, others: &Path) -> Result<()> {
-    let dead: SmallVec<[bool; 900]> = (0..store.documents()).map(|document| document % 3 == 0).collect();
+    let dead: SmallVec<[bool; 1024]> = (0..store.documents()).map(|document| document % 3 == 0).collect();
     let (tombstones, progress) = (others.join("dead"), Progress::default());
     write_tombstones(store, &dead, &tombstones, &progress)?;
     let mut store = Datastore::open(&[path], Load::Mmap)?;
     store.add_tombstones(0, &tombstones, &progress)?;
     store.count(&[1])?;
-    let mut chosen: SmallVec<[bool; 900]> = dead.iter().map(|_| true).collect();
+    let mut chosen: SmallVec<[bool; 1024]> = dead.iter().map(|_| true).collect();
     let mut builder = Builder::create(&others.join("merged"), BuildOptions::new(2000))?;
     builder.add_datastore(&Arc::new(Datastore::union([&store])?), &mut chosen)?;
     builder.finish(&progress).map(drop)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sssd import DatastoreBuilder
 from sssd.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +53,14 @@ def hardware():
 
 
 def serving():
-    """Two requests, of which the target said three tokens and one."""
+    """Two requests, of which the target said three tokens and one, and datastores."""
+    folder = Path(tempfile.mkdtemp())
+    stores = {"code_store": folder / "code.sssd", "german_store": folder / "de.sssd"}
+    for path in stores.values():
+        with DatastoreBuilder(path, vocab_size=10) as builder:
+            builder.add(TEXT)
     return {
+        **stores,
         "V": 10,
         "eos": 2,
         "prompts": [TEXT, TEXT],
@@ -75,7 +83,22 @@ def reading():
     return {"folder": folder, **names}
 
 
-NAMES = {"README.md": readme, "reading.md": reading, "hardware.md": hardware, "serving.md": serving}
+def corpora():
+    """A folder with logs and a model's, and names of folders to make."""
+    names = reading()
+    logs = names["folder"] / "logs.jsonl"
+    logs.write_text("".join(f'{{"id": {number}, "text": "a b a b"}}\n' for number in range(6, 10)))
+    made = {"os": os, "logs": logs, "copy": names["folder"] / "copy", "folder": names["folder"] / "corpus"}
+    return {**names, **made}
+
+
+NAMES = {
+    "README.md": readme,
+    "corpora.md": corpora,
+    "reading.md": reading,
+    "hardware.md": hardware,
+    "serving.md": serving,
+}
 """What a page takes for granted, where it has blocks of Python."""
 
 

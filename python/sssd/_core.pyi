@@ -1,6 +1,6 @@
 """Types of the compiled core."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceABC
 from os import PathLike
 from pathlib import Path
@@ -21,6 +21,7 @@ __all__ = [
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
+    "Documents",
     "DraftBatch",
     "DraftTree",
     "Drafter",
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "build_profile",
     "top_k",
+    "write_tombstones",
 ]
 
 MAX_NODES: int
@@ -40,6 +42,33 @@ SOURCES: tuple[str, ...]
 TOP_K: int
 __version__: str
 build_profile: str
+
+def write_tombstones(
+    store: Datastore,
+    dead: ArrayLike,
+    path: _StrPath,
+    *,
+    progress: Callable[[int, int], object] | None = None,
+) -> int:
+    """Writes which documents of a datastore file are dead, for ``Datastore.open(tombstones=...)``. They are passed over by all
+    that is looked up; the file itself stays as it is. The target appears, or is replaced, in one durable step.
+
+    Args:
+        store: an open datastore of one file. Documents that its own tombstones name stay dead.
+        dead: bool [documents], which are dead.
+        path: the file to write.
+        progress: called about twenty times a second with how much is done and of how much.
+
+    Returns:
+        How many tokens the dead documents have.
+
+    Raises:
+        InvalidArgumentError: the store has several files, or ``dead`` is not one bool per document.
+        CorruptDatastoreError, DatastoreChangedError: the store is damaged, or changed since it was opened.
+        OSError: the file cannot be written, or ``path`` is a folder, a pipe or a device.
+        MemoryError: there is no memory for it: a quarter of a byte per token of the largest segment.
+        ClosedError: the store is closed.
+    """
 
 def top_k(logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The most probable tokens under logits, and their probabilities, in one pass. The GIL is released.
@@ -66,8 +95,9 @@ class Drafter:
     Args:
         vocab_size: number of token ids; ids outside are refused everywhere. Any id below 2^31 if left out.
         end_token_ids: tokens that end a sequence; nothing is drafted after one.
-        datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
-            (which may be closed afterwards).
+        datastore: a corpus to match as well: a path, several paths that are one store, the folder of a corpus, or an open
+            ``Datastore`` (which may be closed afterwards). Or several by name, a mapping from names to such: sequences
+            match all of them, or those that ``begin(datastores=...)`` names.
         load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
         live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
             42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
@@ -82,7 +112,8 @@ class Drafter:
     Raises:
         InvalidArgumentError: ``vocab_size`` is not in 1..2^31, or a size is negative.
         InvalidTokenError: an end token is outside the vocabulary.
-        VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
+        VocabularyMismatchError: a datastore has more token ids than ``vocab_size``, or datastores differ in vocabulary or
+            tokenizer.
         OSError, DatastoreError: the datastore cannot be opened.
         MemoryLimitError: ``max_bytes`` is less than a drafter takes.
     """
@@ -91,7 +122,7 @@ class Drafter:
         *,
         vocab_size: int | None = None,
         end_token_ids: ArrayLike | None = None,
-        datastore: Datastore | _StrPath | SequenceABC[_StrPath] | None = None,
+        datastore: _Store | Mapping[str, _Store] | None = None,
         load: Literal["mmap", "ram"] = "mmap",
         live_bytes: int | str = 67108864,
         soft_bytes: int | str = 16777216,
@@ -107,6 +138,7 @@ class Drafter:
         *,
         namespace: str = "",
         max_length: int | None = None,
+        datastores: Iterable[str] | None = None,
         background: bool = False,
     ) -> Sequence:
         """Starts a sequence (a request).
@@ -120,12 +152,14 @@ class Drafter:
             namespace: whose live store, target's probabilities and weights to use and to add to: a tenant, a model, an
                 adapter. Made when first named. Nothing is shared with other namespaces but the datastore.
             max_length: the most tokens that the sequence may have; nothing is drafted beyond.
+            datastores: names of those of the drafter's datastores that this sequence and its forks match; none if empty, all
+                by default. A datastore that was given alone is named ``""``.
             background: return at once and let another thread index the prompt. Until it is done ``ready`` is False and
                 drafts are empty; other calls wait. With ``threads=1`` the first of these does the work.
 
         Raises:
             InvalidTokenError: an id is not an integer.
-            InvalidArgumentError: ``max_length`` is negative.
+            InvalidArgumentError: ``max_length`` is negative, or there is no datastore of a name.
             MemoryLimitError: the sequence or its namespace does not fit into the limits.
         """
     def extend_batch(
@@ -335,6 +369,35 @@ class Drafter:
     @property
     def live_tokens(self) -> int:
         """Tokens in the live store."""
+    def reopen(
+        self, datastore: _Store | Mapping[str, _Store] | None = None, *, load: Literal["mmap", "ram"] = "mmap"
+    ) -> bool:
+        """Opens the datastores anew, as they are now in the same places (of a corpus: its newest version), or others, and has
+        drafts match them from the next one on, those of running sequences too. Each draft goes by one version; nobody
+        waits meanwhile. What a sequence has chosen stays chosen; names that are gone match nothing. The files of the old
+        version are closed when nobody uses them any more.
+
+        Args:
+            datastore: others, as in ``Drafter(datastore=...)``.
+            load: how to open them, if they are given; else it stays as it was.
+
+        Returns:
+            Whether anything has changed. If not, only headers have been read.
+
+        Raises:
+            VocabularyMismatchError: vocabulary or tokenizer is not that of the datastores before, or of the drafter.
+            OSError, DatastoreError: a datastore cannot be opened.
+
+        After an error everything is as it was.
+        """
+    @property
+    def datastore(self) -> Datastore | None:
+        """What sequences match by default: all datastores as one, open for look-up, or None. Closing it does not take it from
+        the drafter.
+        """
+    @property
+    def datastores(self) -> dict[str, Datastore]:
+        """The datastores by name, without corpora that are empty; ``""`` is one that was given alone."""
     @property
     def vocab_size(self) -> int | None:
         """Number of token ids, or None if not given."""
@@ -1063,6 +1126,7 @@ class Datastore:
         load: Literal["mmap", "ram"] = "mmap",
         vocab_size: int | None = None,
         fingerprint: bytes | None = None,
+        tombstones: SequenceABC[_StrPath | None] | None = None,
     ) -> Datastore:
         """staticmethod(function) -> method
 
@@ -1137,6 +1201,24 @@ class Datastore:
             DatastoreChangedError: a file has been changed in place since it was opened.
             ClosedError: the datastore is closed.
         """
+    def documents(self, start: int = 0, stop: int | None = None) -> Documents:
+        """The documents in their order, those of the first file first, as they were added (one longer than a segment in
+        several). They are read in pieces, through the file and not the map.
+
+        Args:
+            start: the first that is wanted, counted from 0 over all files; ``info.documents`` says how many there are.
+            stop: the one to stop before; by default all are read.
+
+        Returns:
+            An iterator of int32 arrays, with None in the place of a document that tombstones name.
+
+        Raises:
+            InvalidArgumentError: ``start`` or ``stop`` is negative.
+            CorruptDatastoreError, DatastoreChangedError, OSError: when a file turns out to be damaged, changed or
+                unreadable. The documents are not compared with their checksums; ``verify`` is for that.
+            MemoryError: there is no memory for a document.
+            ClosedError: the datastore is closed.
+        """
     def close(self) -> None:
         """Gives the files back. Drafters that use the store keep it until they are gone. Closing twice is fine."""
     @property
@@ -1146,6 +1228,17 @@ class Datastore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
+
+@final
+class Documents(Iterator[NDArray[np.int32] | None]):
+    """The documents of a datastore, in their order: an iterator of int32 arrays, None for dead ones. Made by
+    ``Datastore.documents``. It keeps the files until it is gone, also if the datastore is closed.
+    """
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> NDArray[np.int32] | None:
+        """Implement next(self)."""
+
+_Store = Datastore | _StrPath | SequenceABC[_StrPath]
 
 @final
 class DatastoreInfo:
@@ -1265,6 +1358,37 @@ class DatastoreBuilder:
             ClosedError: the builder is finished or closed.
 
         A builder whose file is torn by an error in the middle of a document, Ctrl-C included, closes itself.
+        """
+    def add_datastore(
+        self,
+        store: Datastore,
+        keep: ArrayLike | None = None,
+        *,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> NDArray[np.bool]:
+        """Adds the documents of an open datastore, those of its first file first, without tokenizing again and in little
+        memory. Their bytes are compared with the checksums first.
+
+        Args:
+            store: the datastore.
+            keep: bool [documents], which of its documents (``store.info.documents``) to add; all by default. Documents that
+                its tombstones name are never added.
+            progress: called about twenty times a second with the tokens and document ends done with and their total.
+
+        Returns:
+            bool [documents]: which were added; with ``deduplicate`` those that were added before are not.
+
+        Raises:
+            VocabularyMismatchError: the store has another vocabulary or tokenizer.
+            InvalidArgumentError: ``keep`` is not one bool per document, or ``max_memory`` would give more than 64 segments.
+            CorruptDatastoreError: the store is damaged; nothing of the damaged file is added.
+            DatastoreChangedError: a file of the store has been changed in place since it was opened.
+            OSError: the temporary file cannot be written, or the store's cannot be read.
+            MemoryError: there is no memory for it.
+            ClosedError: the builder is finished or closed, or the store is closed.
+
+        Ctrl-C, and what ``progress`` raises, ends it after some documents; the builder goes on unless it was in the middle
+        of one, after which it closes itself.
         """
     def add_stream(self, ids: ArrayLike, end_token_id: int) -> None:
         """Adds a stretch of a token stream in which ``end_token_id`` is the last token of each document. The last

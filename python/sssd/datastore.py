@@ -1,14 +1,23 @@
 """Datastores: a corpus of token documents on disk, how one is built, and whose tokens it holds."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sssd._core import BuildSummary, Datastore, DatastoreBuilder, DatastoreInfo, FileInfo
+from sssd._core import (
+    BuildSummary,
+    Datastore,
+    DatastoreBuilder,
+    DatastoreInfo,
+    Documents,
+    FileInfo,
+    write_tombstones,
+)
 from sssd.errors import (
     CorpusError,
     DatastoreChangedError,
@@ -31,11 +40,13 @@ __all__ = [
     "Datastore",
     "DatastoreBuilder",
     "DatastoreInfo",
+    "Documents",
     "FileInfo",
     "build",
     "check_output",
     "check_tokenizer",
     "tokenizer_fingerprint",
+    "write_tombstones",
 ]
 
 Progress = Callable[[str, int, int | None], object]
@@ -65,9 +76,14 @@ class Built:
     report: ReadReport
 
 
-def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -> Datastore:
+def _reopen(
+    paths: list[Path],
+    load: Literal["mmap", "ram"],
+    uuids: list[str],
+    tombstones: list[Path | None] | None = None,
+) -> Datastore:
     """The datastore of a pickle: the same files, by their contents."""
-    store = Datastore.open(paths, load=load)
+    store = Datastore.open(paths, load=load, tombstones=tombstones)
     for path, file, uuid in zip(paths, store.info.files, uuids, strict=True):
         if file.uuid != uuid:
             store.close()
@@ -129,9 +145,8 @@ def build(
         raise InvalidArgumentError(f"max_memory must be a number of bytes, not {max_memory}")
     if end_token_id is not None and not 0 <= end_token_id < vocab_size:
         raise InvalidArgumentError(f"the end token {end_token_id} is outside 0..{vocab_size - 1}")
-    single = isinstance(inputs, str | bytes | os.PathLike | Mapping) or hasattr(inputs, "features")
     report = ReadReport()
-    found = find_inputs([inputs] if single else inputs, options, report, output=target)
+    found = find_inputs(as_items(inputs), options, report, output=target)
     builder = DatastoreBuilder(
         target,
         vocab_size=vocab_size,
@@ -140,16 +155,27 @@ def build(
         max_memory=max_memory,
     )
     try:
-        work = _Build(builder, loaded, vocab_size, end_token_id, options, report)
+        work = Reading(builder, loaded, vocab_size, end_token_id, options, report)
         work.read(found, progress or (lambda *_: None))
-        if not work.tokens:
-            reasons = "; ".join(report.notes()) or "they are empty"
-            raise EmptyCorpusError(f"no document in the inputs ({len(found)}): {reasons}")
+        if not work.tokens and options.shard is None:
+            raise no_document(len(found), report)
         check_output(Path(output), force=force)
         indexed = None if progress is None else lambda done, total: progress("indexing", done, total)
         return Built(target, builder.finish(indexed), report)
     finally:
         builder.close()
+
+
+def as_items(inputs: Any) -> Iterable[Any]:
+    """One or several inputs, as several."""
+    single = isinstance(inputs, str | bytes | os.PathLike | Mapping) or hasattr(inputs, "features")
+    return [inputs] if single else inputs
+
+
+def no_document(inputs: int, report: ReadReport) -> EmptyCorpusError:
+    """The error for inputs that hold no document, with the reasons."""
+    reasons = "; ".join(report.notes()) or "they are empty"
+    return EmptyCorpusError(f"no document in the inputs ({inputs}): {reasons}")
 
 
 def check_output(path: Path, *, force: bool) -> Path:
@@ -197,77 +223,136 @@ def check_tokenizer(store: Datastore, tokenizer: Any) -> None:
             )
 
 
-class _Build:
-    """One build: inputs in, documents added."""
+class Sink(Protocol):
+    """What documents are read into: a ``DatastoreBuilder``, or what stands before one."""
+
+    def add(self, ids: Any) -> None:
+        """Takes a document, int [n]."""
+
+    def add_stream(self, ids: Any, end_token_id: int) -> None:
+        """Takes a stretch of a stream, int [n], whose documents end with ``end_token_id``."""
+
+    def end_stream(self) -> None:
+        """Ends the document that ``add_stream`` has left open."""
+
+
+class Reading:
+    """Documents of inputs on their way: read, tokenized in batches, handed to a sink.
+
+    Args:
+        sink: where they go. Its ``add`` gets the document's id as well if there is an ``id_field``.
+        tokenizer: for text.
+        vocab_size: number of token ids.
+        end_token_id: ends documents in token arrays; appended to every document that is text.
+        options: how inputs are read.
+        report: takes note of what is skipped.
+        id_field: member of each record that is the id of its documents.
+    """
 
     def __init__(
         self,
-        builder: DatastoreBuilder,
+        sink: Sink,
         tokenizer: LoadedTokenizer | None,
         vocab_size: int,
         end_token_id: int | None,
         options: ReadOptions,
         report: ReadReport,
+        id_field: str | None = None,
     ) -> None:
-        self.builder, self.tokenizer, self.vocab_size = builder, tokenizer, vocab_size
-        self.end_token_id, self.options = end_token_id, options
+        self.sink, self.tokenizer, self.vocab_size = sink, tokenizer, vocab_size
+        self.end_token_id, self.options, self.id_field = end_token_id, options, id_field
         self.records = Records(options, report, tokenizer.template if tokenizer else None)
         self.report, self.bad = report, report.bad_record(options)
         self.tokens = 0
-        self._waiting: list[tuple[str, Content]] = []
+        self._waiting: list[tuple[str, Content, tuple[str | int, ...]]] = []
         self._characters = 0
 
-    def read(self, inputs: list[Input], progress: Progress) -> None:
-        """Adds the documents of all inputs. Where bad records are skipped, so is the rest of a bad file."""
+    def read(
+        self,
+        inputs: list[Input],
+        progress: Progress,
+        started: Callable[[Input], object] = lambda _: None,
+    ) -> None:
+        """Adds the documents of all inputs, and calls ``started`` before each. Where bad records are skipped,
+        so is the rest of a bad file.
+        """
         sizes = [input.size for input in inputs]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         before = 0
+        wanted = self.records.wanted | ({self.id_field} if self.id_field else set())
         for input in inputs:
+            started(input)
             pieces = read(
-                input,
-                self.options,
-                self.report,
-                self.records.documents,
-                wanted=self.records.wanted,
-                vocab_size=self.vocab_size,
+                input, self.options, self.report, self._documents, wanted=wanted, vocab_size=self.vocab_size
             )
+            share = _Share(input.shard)
             for source, place, piece in pieces:
                 if isinstance(piece, Stretch):
-                    self._add_stretch(place, piece)
+                    self._add_stretch(place, piece, share)
                 else:
-                    self._wait(place, piece)
+                    self._wait(place, *piece)
                 progress("reading", before + source.position(), total)
             self._add_waiting()
-            self.builder.end_stream()
+            self.sink.end_stream()
             before += input.size or 0
             progress("reading", before, total)
 
-    def _add_stretch(self, place: str, piece: Stretch) -> None:
+    def _documents(self, record: Any, place: str) -> list[tuple[Content, tuple[str | int, ...]]]:
+        """The documents of a record, each with its id if records have one."""
+        found = self.records.documents(record, place)
+        if self.id_field is None:
+            return [(document, ()) for document in found]
+        document_id = record.get(self.id_field) if isinstance(record, Mapping) else None
+        if not isinstance(document_id, str | int) or isinstance(document_id, bool):
+            raise CorpusError(f"{place}: field {self.id_field!r} must be an id: a text or an integer")
+        return [(document, (document_id,)) for document in found]
+
+    def _add_stretch(self, place: str, piece: Stretch, share: "_Share") -> None:
         if self.end_token_id is None:
             raise InvalidArgumentError(f"{place}: --end-token must tell where documents end in token arrays")
-        self.builder.add_stream(piece.ids, self.end_token_id)
-        self.tokens += len(piece.ids)
+        if self.id_field is not None:
+            raise InvalidArgumentError(f"{place}: token arrays have no field {self.id_field!r}")
+        ids = share.of(piece.ids, self.end_token_id)
+        self.sink.add_stream(ids, self.end_token_id)
+        self.tokens += len(ids)
 
-    def _wait(self, place: str, document: Content) -> None:
+    def _wait(self, place: str, document: Content, document_id: tuple[str | int, ...]) -> None:
         """Texts go to the tokenizer in batches."""
         if isinstance(document, str):
             if self.tokenizer is None:
                 raise InvalidArgumentError(f"{place}: the corpus is text; give --tokenizer")
             self._characters += len(document)
-        self._waiting.append((place, document))
+        self._waiting.append((place, document, document_id))
         if self._characters >= _BATCH_CHARACTERS or len(self._waiting) >= _BATCH_DOCUMENTS:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
         waiting, self._waiting, self._characters = self._waiting, [], 0
-        texts = [document for _, document in waiting if isinstance(document, str)]
+        texts = [document for _, document, _ in waiting if isinstance(document, str)]
         encoded = iter(self.tokenizer.encode_batch(texts) if self.tokenizer and texts else ())
         end = [] if self.end_token_id is None else [self.end_token_id]
-        for place, document in waiting:
+        for place, document, document_id in waiting:
             ids = np.asarray([*next(encoded), *end] if isinstance(document, str) else document, np.int64)
             try:
-                self.builder.add(ids)
+                self.sink.add(ids, *document_id)
             except InvalidTokenError as error:
                 self.bad(CorpusError(f"{place}: {error}"))
             else:
                 self.tokens += len(ids)
+
+
+class _Share:
+    """Every n-th document of a stream."""
+
+    def __init__(self, shard: tuple[int, int] | None) -> None:
+        self._shard, self._before = shard, 0
+
+    def of(self, ids: NDArray[Any], end_token_id: int) -> NDArray[Any]:
+        """The tokens of a stretch that are of such documents."""
+        if self._shard is None:
+            return ids
+        ends = np.cumsum(ids == end_token_id)
+        documents = self._before + ends - (ids == end_token_id)
+        self._before += int(ends[-1]) if len(ends) else 0
+        mine: NDArray[Any] = ids[documents % self._shard[1] == self._shard[0]]
+        return mine

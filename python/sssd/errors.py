@@ -54,6 +54,10 @@ class CorruptDatastoreError(DatastoreError):
     """A datastore file is damaged, truncated, or not a datastore."""
 
 
+class CorruptCorpusError(CorruptDatastoreError):
+    """The manifest of a corpus, or a file that it names, is damaged or missing."""
+
+
 class DatastoreChangedError(DatastoreError):
     """A datastore file has been changed in place since it was opened, or replaced since it was pickled."""
 
@@ -64,6 +68,10 @@ class DatastoreVersionError(DatastoreError):
 
 class VocabularyMismatchError(DatastoreError, ValueError):
     """A datastore was built for another vocabulary size or another tokenizer."""
+
+
+class LockedError(SssdError, RuntimeError):
+    """Another process is writing to the corpus."""
 
 
 class MemoryLimitError(SssdError, MemoryError):

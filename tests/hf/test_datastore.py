@@ -93,6 +93,28 @@ def test_stores_of_another_tokenizer_are_refused(world):
         assert result.sequences.equal(world["output"])
 
 
+def test_stores_of_a_drafter_are_compared_too(world):
+    def generate_with(drafter, **options):
+        return hf.generate(
+            world["model"],
+            world["prompt"],
+            drafter=drafter,
+            attention_mask=torch.ones_like(world["prompt"]),
+            max_nodes=8,
+            **OPTIONS,
+            **options,
+        )
+
+    mine = sssd.Drafter(datastore={"answers": world["stores"]["mine"]})
+    other = sssd.Drafter(datastore=world["stores"]["other"])
+    assert generate_with(mine).equal(world["output"])
+    with pytest.raises(VocabularyMismatchError, match="check_tokenizer=False"):
+        generate_with(other)
+    with pytest.raises(VocabularyMismatchError, match="check_tokenizer=False"):
+        generate_with(mine, tokenizer=world["other"])
+    assert generate_with(other, check_tokenizer=False).equal(world["output"])
+
+
 def test_a_model_from_nowhere_is_not_compared(world, monkeypatch):
     monkeypatch.setattr(world["model"].config, "_name_or_path", "")
     monkeypatch.setattr(world["model"], "name_or_path", "")

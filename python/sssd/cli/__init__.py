@@ -12,6 +12,7 @@ COMMANDS = {
     "profile": "measure what a verify pass costs on this machine",
     "simulate": "compare rules for the draft size on recorded requests under a cost curve",
     "build": "build a datastore from corpus files",
+    "corpus": "keep a corpus in a folder: add, delete, merge, distribute",
     "info": "show what a datastore holds",
     "verify": "compare every byte of a datastore with its checksums",
     "query": "show how often token ids occur and what follows them",
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
     _nested = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._nested:
+        if self._nested or self._subparsers is not None:
             return super().parse_known_args(args, namespace)
         self._nested = True
         try:

@@ -9,6 +9,8 @@ from sssd._core import MAX_NODES, Datastore
 from sssd.datastore import check_tokenizer
 from sssd.reading.options import DTYPES, FORMATS, ReadOptions
 
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what says how inputs are read; :func:`read_options` takes it."""
@@ -75,7 +77,59 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
         include=tuple(arguments.include),
         exclude=tuple(arguments.exclude),
         skip_bad=arguments.skip_bad,
+        shard=getattr(arguments, "shard", None),
     )
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how documents are made of inputs and sorted, with :func:`add_reading_arguments`."""
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="number of token ids (default: the tokenizer's)"
+    )
+    parser.add_argument(
+        "--end-token",
+        type=int,
+        metavar="ID",
+        help="where documents end in token arrays; appended to every document that is text",
+    )
+    parser.add_argument(
+        "--chats",
+        choices=("answers", "whole"),
+        default="answers",
+        help="of a chat take each answer, or the whole as one document (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="take share I, from 0 on, of N: of the files, or of the records where files are fewer",
+    )
+    add_memory_argument(parser)
+    add_dtype_argument(parser)
+    add_reading_arguments(parser)
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the bound of a builder's memory."""
+    parser.add_argument(
+        "--max-memory", type=_size, metavar="SIZE", help="bound of the builder's memory, e.g. 4G"
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    share, _, shares = text.partition("/")
+    if not (share.isdecimal() and shares.isdecimal() and int(share) < int(shares)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(share), int(shares)
+
+
+def _size(text: str) -> int:
+    """Bytes, from a number with an optional K, M or G (powers of 1024)."""
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    try:
+        return int(float(text[:-1] if unit > 1 else text) * unit)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 512M or 4G, got {text!r}") from None
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +152,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
     )
     parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file; repeatable"
+        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
     )
     add_any_tokenizer_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")

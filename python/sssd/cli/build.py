@@ -6,22 +6,12 @@ import shlex
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from sssd.cli.arguments import add_dtype_argument, add_reading_arguments, read_options
-from sssd.cli.output import notes
+from sssd.cli.arguments import add_build_arguments, read_options
+from sssd.cli.output import build_progress, notes
 from sssd.datastore import Built, build, check_output
 from sssd.errors import OutputError, UsageError
 from sssd.reading.options import shown
-
-_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,47 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs", nargs="+", metavar="INPUT", help="file, folder, pattern or URL, - for standard input"
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a datastore")
-    parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="number of token ids (default: the tokenizer's)"
-    )
-    parser.add_argument(
-        "--end-token",
-        type=int,
-        metavar="ID",
-        help="where documents end in token arrays; appended to every document that is text",
-    )
-    parser.add_argument(
-        "--chats",
-        choices=("answers", "whole"),
-        default="answers",
-        help="of a chat take each answer, or the whole as one document (default: %(default)s)",
-    )
     parser.add_argument("--deduplicate", action="store_true", help="leave out repeated documents")
-    parser.add_argument(
-        "--max-memory", type=_size, metavar="SIZE", help="bound of the builder's memory, e.g. 4G"
-    )
-    add_dtype_argument(parser)
-    add_reading_arguments(parser)
+    add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Builds the datastore, with a progress bar and notes on stderr, and prints what was built."""
     if arguments.output is None:
         raise UsageError(_old_order(arguments.inputs))
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=arguments.quiet or not console.is_terminal,
-    ) as progress:
-        tasks = {name: progress.add_task(name, visible=False) for name in ("reading", "indexing")}
-
-        def show(name: str, done: int, total: int | None) -> None:
-            progress.update(tasks[name], completed=done, total=total, visible=True)
-
+    with build_progress(quiet=arguments.quiet) as show:
         built = build(
             arguments.inputs,
             arguments.output,
@@ -123,12 +81,3 @@ def _is_datastore(path: str) -> bool:
     except (OutputError, OSError):
         return False
     return os.path.isfile(path)
-
-
-def _size(text: str) -> int:
-    """Bytes, from a number with an optional K, M or G (powers of 1024)."""
-    unit = _UNITS.get(text[-1:].lower(), 1)
-    try:
-        return int(float(text[:-1] if unit > 1 else text) * unit)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"expected a size such as 512M or 4G, got {text!r}") from None

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
     parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file; repeatable"
+        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
     )
     add_any_tokenizer_argument(parser)
     add_generation_arguments(parser)

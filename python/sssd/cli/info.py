@@ -11,7 +11,7 @@ from sssd.cli.output import show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file or corpus")
 
 
 def run(arguments: argparse.Namespace) -> None:

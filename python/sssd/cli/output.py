@@ -1,11 +1,21 @@
 """What several commands show: tables on stdout, progress on stderr."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from sssd.reading.options import ReadReport
@@ -32,6 +42,26 @@ def status(console: Console, text: str) -> Any:
     if not console.is_terminal:
         console.print(text)
     return console.status(text)
+
+
+@contextmanager
+def build_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr for each step of a build. To be called with the step, what is done, and the total."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    ) as progress:
+        tasks = {name: progress.add_task(name, visible=False) for name in ("reading", "indexing")}
+
+        def show(name: str, done: int, total: int | None) -> None:
+            progress.update(tasks[name], completed=done, total=total, visible=True)
+
+        yield show
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:

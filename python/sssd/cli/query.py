@@ -21,7 +21,7 @@ _SHOWN_LENGTHS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file or corpus")
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--ids", type=_ids, metavar="IDS", help="token ids separated by commas")
     query.add_argument("--text", help="text, with --tokenizer")

@@ -12,7 +12,7 @@ from sssd.errors import DatastoreError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="datastore file or corpus")
 
 
 def run(arguments: argparse.Namespace) -> int:

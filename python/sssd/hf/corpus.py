@@ -1,5 +1,6 @@
 """The datastore of a call, compared with the model's tokenizer."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,28 @@ def open_datastore(source: Any, model: Any, tokenizer: Any, *, check_tokenizer: 
         OSError, DatastoreError: it cannot be opened.
     """
     store = source if isinstance(source, Datastore) else Datastore.open(source)
-    if check_tokenizer and tokenizer is None and (file := _file_beside(model)) is not None:
-        tokenizer = _loaded(str(file), file.stat().st_mtime_ns)
-    if check_tokenizer and tokenizer is not None:
-        refuse_others(store, tokenizer)
+    if check_tokenizer:
+        compare_tokenizer([store], model, tokenizer)
     return store
+
+
+def compare_tokenizer(stores: Iterable[Datastore], model: Any, tokenizer: Any) -> None:
+    """Refuses stores that do not hold a model's tokens.
+
+    Args:
+        stores: open stores.
+        model: whose tokens they should hold.
+        tokenizer: the model's, if it was given; by default the tokenizer.json beside the model. Without
+            either, nothing is compared.
+
+    Raises:
+        VocabularyMismatchError: a store was built with another tokenizer.
+    """
+    if tokenizer is None and (file := _file_beside(model)) is not None:
+        tokenizer = _loaded(str(file), file.stat().st_mtime_ns)
+    if tokenizer is not None:
+        for store in stores:
+            refuse_others(store, tokenizer)
 
 
 def _file_beside(model: Any) -> Path | None:

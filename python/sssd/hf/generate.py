@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from sssd._core import SizingRule
+from sssd._core import Drafter, SizingRule
 from sssd.errors import InvalidArgumentError, UnsupportedModelError
 from sssd.hardware.curve import CostCurve
 from sssd.hf.contract import Call, LoopSignature, cache_argument, warn_once, why_not
-from sssd.hf.corpus import open_datastore
+from sssd.hf.corpus import compare_tokenizer, open_datastore
 from sssd.hf.decoder import Decoder
 from sssd.hf.profile import rule_of
 
@@ -126,8 +126,9 @@ def generate(
         on_unsupported: ``"fallback"`` decodes what cannot be verified plainly, ``"raise"`` refuses it.
         datastore: A corpus to match as well, for a new drafter: a path, several paths, or an open
             ``sssd.Datastore``. Not together with ``drafter``.
-        check_tokenizer: Whether ``datastore`` must have been built with the model's tokenizer: ``tokenizer``,
-            if given, or the tokenizer.json beside the model. Without either, nothing is compared.
+        check_tokenizer: Whether ``datastore``, or those of ``drafter``, must have been built with the model's
+            tokenizer: ``tokenizer``, if given, or the tokenizer.json beside the model. Without either,
+            nothing is compared.
         generation_config: As in ``model.generate``.
         logits_processor: As in ``model.generate``. Called on the walk only, with each token's own prefix.
         stopping_criteria: As in ``model.generate``. Evaluated after every token; nothing follows a stop.
@@ -141,7 +142,7 @@ def generate(
     Raises:
         InvalidArgumentError: ``max_nodes`` is not an integer >= 0, ``cost`` is no cost curve, both are given,
             ``on_unsupported`` is none of the two, or ``drafter`` comes with ``datastore``.
-        VocabularyMismatchError: ``datastore`` holds another tokenizer's tokens.
+        VocabularyMismatchError: ``datastore``, or one of ``drafter``, holds another tokenizer's tokens.
         OSError, DatastoreError: ``datastore`` cannot be opened.
         UnsupportedModelError: The call cannot be verified and ``on_unsupported`` is ``"raise"``.
     """
@@ -250,8 +251,10 @@ def _decode_with_drafts(call: Call, options: _Options) -> Any:
         elif options.max_nodes is None:
             rule = rule_of(call.model, decoder.passes)
         store = options.datastore
+        given = call.mode_inputs.get("tokenizer")
+        if isinstance(options.drafter, Drafter) and options.check_tokenizer:
+            compare_tokenizer(options.drafter.datastores.values(), call.model, given)
         if store is not None:
-            given = call.mode_inputs.get("tokenizer")
             store = open_datastore(store, call.model, given, check_tokenizer=options.check_tokenizer)
         decoder.begin(options.drafter, stack, store)
         decoder.run(options.max_nodes, rule)

@@ -9,7 +9,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, cast
@@ -76,6 +76,7 @@ class Input:
         open: opens it in binary mode; None for a dataset.
         records: the records of a dataset.
         path: the file, where it is one.
+        shard: (i, n): of its records only every n-th is wanted, from number i on.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Input:
     open: Callable[[], IO[bytes]] | None = None
     records: Callable[[], Iterable[Any]] | None = None
     path: Path | None = None
+    shard: tuple[int, int] | None = None
 
 
 def format_of(name: str) -> tuple[str | None, str | None]:
@@ -105,7 +107,7 @@ def find_inputs(
         items: paths, patterns, URLs, ``-`` for standard input, datasets, iterables of records.
         options: the format, and which files of folders are wanted.
         report: takes note of what is left out.
-        output: the file that is going to be written, which is left out of folders.
+        output: the file that is going to be written, or the folder of files, which is left out of folders.
 
     Raises:
         FileNotFoundError: there is nothing at a path.
@@ -124,7 +126,16 @@ def find_inputs(
                 continue
             seen.add(key)
             found.append(one)
-    return found
+    return _share(found, options.shard)
+
+
+def _share(inputs: list[Input], shard: tuple[int, int] | None) -> list[Input]:
+    """Every n-th file, or of each file every n-th record if the files are too few."""
+    if shard is None:
+        return inputs
+    if len(inputs) >= shard[1]:
+        return inputs[shard[0] :: shard[1]]
+    return [replace(input, shard=shard) for input in inputs]
 
 
 def _inputs_at(
@@ -358,6 +369,8 @@ def _identity(one: Input) -> Any:
 
 def _same(path: Path, output: Path) -> bool:
     try:
+        if output.is_dir():
+            return output.resolve() in path.resolve().parents
         return path.samefile(output)
     except OSError:
         return False

@@ -16,6 +16,9 @@ DTYPES = ("uint16", "uint32", "int32", "int64")
 MAX_RECORD_BYTES = 256 << 20
 """The longest JSON record or table row that is read; plain text of any length is."""
 
+MAX_SHARDS = 100_000
+"""The most shares that inputs are cut into."""
+
 Bad = Callable[[CorpusError], None]
 """What is told of a bad record: raises, or takes note so that reading goes on with the next."""
 
@@ -41,6 +44,8 @@ class ReadOptions:
         include: patterns of names (``*.jsonl``) or paths below a folder, of which a file must match one.
         exclude: patterns of what is left out of folders.
         skip_bad: leave out what cannot be read, and count it, instead of raising.
+        shard: (i, n): read only the share i, from 0 on, of n. Shares are of files; of records where there are
+            fewer files than shares.
     """
 
     format: str | None = None
@@ -57,6 +62,7 @@ class ReadOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     skip_bad: bool = False
+    shard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("answer_roles", "include", "exclude"):
@@ -76,6 +82,10 @@ class ReadOptions:
             raise InvalidArgumentError(f"give one of {' and '.join(chosen)}, not both")
         if self.prompt_field and not self.response_field:
             raise InvalidArgumentError("prompt_field needs response_field")
+        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1] <= MAX_SHARDS:
+            raise InvalidArgumentError(
+                f"a shard must be (i, n) with 0 <= i < n <= {MAX_SHARDS}, not {self.shard}"
+            )
         if self.encoding is not None:
             try:
                 "a".encode(self.encoding)

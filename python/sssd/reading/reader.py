@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import IO, Any, TypeVar
 
 from numpy.typing import NDArray
@@ -101,6 +102,7 @@ def read(
     vocab_size: int | None = None,
 ) -> Iterator[tuple[Opened, str, T | Stretch]]:
     """What ``take`` makes of each record of an input, with the record's place (file and line).
+    Token arrays come whole, whatever the input's shard.
 
     Args:
         input: what to read.
@@ -124,7 +126,10 @@ def read(
                 )
                 yield from ((source, place, Stretch(ids)) for place, ids in pieces)
                 return
-            for place, record in _records(source, options, bad, wanted):
+            records = _records(source, options, bad, wanted)
+            if input.shard is not None:
+                records = islice(records, input.shard[0], None, input.shard[1])
+            for place, record in records:
                 try:
                     taken = take(record, place)
                 except CorpusError as error:

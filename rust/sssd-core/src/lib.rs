@@ -26,7 +26,7 @@ pub use predictor::inputs::Limits;
 pub use predictor::weights::{Model, WeightsError};
 pub use sequence::Sequence;
 pub use sources::NAMES as SOURCES;
-pub use sources::corpus::{Corpus, Match};
+pub use sources::corpus::{Corpus, Match, StoreSlot};
 pub use sources::feedback::{TOP_K, TopK};
 pub use sources::seqlock::WORDS as FEEDBACK_WORDS;
 pub use stats::{Outcome, SourceStats, Stats};

@@ -9,6 +9,7 @@ use std::time::Instant;
 use crate::memory::{MemoryFull, MemoryPool, Reservation};
 use crate::predictor::arena::Scratch;
 use crate::predictor::weights::{Model, WeightsError};
+use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::FeedbackTable;
 use crate::sources::live::LiveStore;
 use crate::sources::seqlock::WORDS as FEEDBACK_WORDS;
@@ -19,7 +20,8 @@ use crate::{Corpus, Token};
 /// What all namespaces of a drafter have in common.
 pub struct Common {
     end_tokens: Vec<Token>,
-    store: Option<Arc<dyn Corpus>>,
+    /// What sequences match that do not choose.
+    store: Arc<StoreSlot>,
     /// Whether the store was readable when it was last looked at.
     readable: AtomicBool,
     pool: Arc<MemoryPool>,
@@ -31,19 +33,27 @@ impl Common {
     /// For drafters that draft nothing after an end token and match `store`. What they hold is charged to `pool`.
     pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, pool: &Arc<MemoryPool>) -> Self {
         let readable = AtomicBool::new(true);
+        let store = Arc::new(StoreSlot::new(store));
         Self { end_tokens, store, readable, pool: Arc::clone(pool), scratch: Mutex::default() }
     }
 
     /// Looks whether the store can be read, as is to be done before every draft or step: until the next time drafts go
     /// with it or without.
     pub fn look_at_store(&self) {
-        if let Some(store) = &self.store {
-            self.readable.store(store.is_readable(), Ordering::Relaxed);
-        }
+        let readable = self.store.corpus().is_none_or(|store| store.is_readable());
+        self.readable.store(readable, Ordering::Relaxed);
     }
 
-    pub(crate) fn store(&self) -> Option<&dyn Corpus> {
-        self.store.as_deref().filter(|_| self.readable.load(Ordering::Relaxed))
+    /// What sequences match that do not choose: all that others can choose from.
+    pub fn store(&self) -> &Arc<StoreSlot> {
+        &self.store
+    }
+
+    /// What is in a slot, if it can be read.
+    pub(crate) fn readable(&self, slot: &Arc<StoreSlot>) -> Option<Arc<dyn Corpus>> {
+        let store = slot.corpus()?;
+        let whole = self.readable.load(Ordering::Relaxed);
+        (whole || !Arc::ptr_eq(slot, &self.store) && store.is_readable()).then_some(store)
     }
 
     /// Runs `work` with memory that drafts use one after the other.

@@ -11,6 +11,7 @@ use crate::predictor::correct::Calibration;
 use crate::predictor::inputs::{Inputs, Limits};
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
+use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::{FEEDBACK_ORDERS, Recent, TopK};
 use crate::stats::{Outcome, Stats};
 use crate::sync::lock;
@@ -25,6 +26,8 @@ const CHUNK: usize = 256;
 /// The state of one request.
 pub struct Sequence {
     shared: Arc<Shared>,
+    /// The datastore that it matches.
+    store: Arc<StoreSlot>,
     /// The predicted output, then the sequence itself.
     index: Index,
     predicted: usize,
@@ -67,6 +70,7 @@ impl Sequence {
         let shared = Arc::clone(&namespace.shared);
         let base = shared.knowledge.model();
         let mut sequence = Self {
+            store: Arc::clone(shared.common.store()),
             shared,
             index: Index::default(),
             predicted: 0,
@@ -104,6 +108,11 @@ impl Sequence {
     /// Limits the number of tokens: nothing is drafted that would go beyond.
     pub fn set_max_length(&mut self, max_length: usize) {
         self.max_length = max_length;
+    }
+
+    /// Matches another datastore from now on.
+    pub fn set_store(&mut self, store: &Arc<StoreSlot>) {
+        self.store = Arc::clone(store);
     }
 
     /// All tokens so far.
@@ -216,6 +225,7 @@ impl Sequence {
         reservation.try_resize(self.index.fork_bytes() + past + self.other_bytes())?;
         let mut fork = Self {
             shared: Arc::clone(&self.shared),
+            store: Arc::clone(&self.store),
             index: self.index.fork(&mut self.reservation)?,
             predicted: self.predicted,
             aligned: self.aligned,
@@ -386,6 +396,7 @@ impl Sequence {
 
     fn with_inputs(&mut self, limits: Limits, work: impl FnOnce(&mut Predictor, &Inputs)) {
         let knowledge = &self.shared.knowledge;
+        let store = self.shared.common.readable(&self.store);
         let live = knowledge.live.read();
         // the last token to come needs no draft
         let left = self.max_length.saturating_sub(self.index.tokens().len() - self.predicted + 1);
@@ -393,7 +404,7 @@ impl Sequence {
             index: &self.index,
             predicted: self.predicted,
             aligned: &self.aligned,
-            store: self.shared.common.store(),
+            store: store.as_deref(),
             live: Some(&*live),
             feedback: &knowledge.feedback,
             recent: &self.recent,

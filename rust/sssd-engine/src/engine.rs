@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sssd_core::{
     Common, Corpus, DraftTree, Limits, MAX_TOKEN, MemoryFull, MemoryPool, Model, Namespace, Reservation,
-    Sequence, Token, TopK, WeightsError,
+    Sequence, StoreSlot, Token, TopK, WeightsError,
 };
 
 use crate::batch::Step;
@@ -29,7 +29,7 @@ pub struct Options {
     pub vocab_size: Option<u32>,
     /// Nothing is drafted after these.
     pub end_tokens: Vec<Token>,
-    /// A corpus that all namespaces see.
+    /// A corpus that all namespaces see, at first; see [`Engine::store`].
     pub store: Option<Arc<dyn Corpus>>,
     /// Memory for the live store of each namespace.
     pub live_bytes: usize,
@@ -106,9 +106,11 @@ pub struct Memory {
 
 impl Engine {
     /// An engine with the default namespace.
-    pub fn new(options: Options) -> Result<Self, MemoryFull> {
+    pub fn new(mut options: Options) -> Result<Self, MemoryFull> {
         let pool = Arc::new(MemoryPool::new(options.max_bytes));
-        let common = Arc::new(Common::new(options.end_tokens.clone(), options.store.clone(), &pool));
+        // taken out, for it is replaced there
+        let store = options.store.take();
+        let common = Arc::new(Common::new(options.end_tokens.clone(), store, &pool));
         let engine = Self {
             tenants: Tenants::new(
                 Arc::clone(&common),
@@ -130,6 +132,11 @@ impl Engine {
     /// What it was made with.
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// The corpus that requests match unless they are told another, with [`Request::set_store`].
+    pub fn store(&self) -> &Arc<StoreSlot> {
+        self.common.store()
     }
 
     /// What it has done.

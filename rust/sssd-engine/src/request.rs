@@ -2,9 +2,10 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::Duration;
 
-use sssd_core::{MemoryFull, Outcome, Reservation, Sequence, Token, TopK};
+use sssd_core::{MemoryFull, Outcome, Reservation, Sequence, StoreSlot, Token, TopK};
 
 use crate::sizing::Pace;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -158,6 +159,14 @@ impl Request {
             return Err(work);
         }
         Ok(Self::guard(&mut state, |live| Ok(work(&mut live.sequence))))
+    }
+
+    /// Matches another corpus from the next draft on, and so do its forks.
+    pub fn set_store(&self, store: &Arc<StoreSlot>) -> Result<(), RequestError> {
+        self.guarded(|live| {
+            live.sequence.set_store(store);
+            Ok(())
+        })
     }
 
     /// Does what is to be done before anything else: indexing the prompt, or taking tokens back.

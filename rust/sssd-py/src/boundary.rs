@@ -14,6 +14,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
 use sssd_core::{MAX_NODES, MemoryFull, room_for_a_thread};
 use sssd_engine::{Interrupted, Request, RequestError, gate, panic_reason};
+use sssd_store::Progress;
 
 use crate::errors::error;
 use crate::shutdown;
@@ -162,6 +163,22 @@ pub fn heed_signals<T: Send + 'static>(
             }
         }
     }
+}
+
+/// Runs `work` without the GIL. If it is long, on another thread, so that this one can heed Ctrl-C, upon which it cancels
+/// `watch`; a signal's handler may use the same objects.
+pub fn watched<T: Send + 'static>(
+    py: Python<'_>,
+    long: bool,
+    watch: &Progress,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> PyResult<T> {
+    if !long {
+        return enter(py, true, work);
+    }
+    watch.renew();
+    // it ends at the next occasion, and the next call would wait for it
+    heed_signals(py, Running::start(py, work), Duration::MAX, || watch.cancel())
 }
 
 /// Work on another thread, and where its result comes to.

@@ -1,12 +1,9 @@
 //! `sssd.Datastore` and `sssd.DatastoreBuilder`.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
 
 use numpy::{PyArray1, PyArrayMethods};
-use pyo3::exceptions::{PyMemoryError, PyOSError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 use sssd_core::{Corpus, Token};
@@ -14,8 +11,9 @@ use sssd_store::{
     BuildOptions, BuildSummary, Builder, Datastore, Error, FileInfo, Fingerprint, Load, Progress,
 };
 
-use crate::boundary::{Running, enter, heed_signals, let_others_run};
-use crate::errors::error;
+use crate::boundary::{Running, enter, let_others_run, watched};
+use crate::errors::{error, raised};
+use crate::source::Source;
 use crate::tokens::{int32, tokens};
 
 /// Token ids read from Python, and arrays given to it, between two moments in which other threads can run.
@@ -32,21 +30,27 @@ const LARGE: u64 = 64 << 20;
 /// A mapped file that is shortened or overwritten in place (by ``cp``, say) is noticed before it is read: calls raise
 /// ``DatastoreChangedError`` from then on, and drafters go on without the store.
 #[pyclass(frozen, name = "Datastore", module = "sssd")]
-pub struct PyDatastore(RwLock<Option<Arc<Datastore>>>);
+pub struct PyDatastore {
+    store: RwLock<Option<Arc<Datastore>>>,
+    /// If it was opened from the folder of a corpus.
+    source: Option<Source>,
+}
 
 impl PyDatastore {
-    /// The store for the drafter.
-    pub fn corpus(&self, py: Python<'_>) -> PyResult<Arc<dyn Corpus>> {
-        Ok(self.store(py)?)
+    /// What a drafter has.
+    pub fn new(store: Arc<Datastore>, source: Option<Source>) -> Self {
+        let source = source.filter(Source::is_folder);
+        Self { store: RwLock::new(Some(store)), source }
     }
 
-    /// Token ids are smaller than this.
-    pub fn vocabulary(&self, py: Python<'_>) -> PyResult<u32> {
-        Ok(self.store(py)?.vocab_size())
+    /// Where the same is opened again.
+    pub fn source(&self, py: Python<'_>) -> PyResult<Source> {
+        let store = self.store(py)?;
+        Ok(self.source.clone().unwrap_or_else(|| Source::of_files(&store)))
     }
 
-    fn store(&self, py: Python<'_>) -> PyResult<Arc<Datastore>> {
-        let store = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
+    pub fn store(&self, py: Python<'_>) -> PyResult<Arc<Datastore>> {
+        let store = self.store.read().unwrap_or_else(PoisonError::into_inner).clone();
         store.ok_or_else(|| error(py, "ClosedError", "the datastore is closed"))
     }
 }
@@ -54,7 +58,7 @@ impl PyDatastore {
 /// To unmap takes its time.
 impl Drop for PyDatastore {
     fn drop(&mut self) {
-        let store = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let store = self.store.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if store.is_some() {
             Python::try_attach(|py| py.detach(|| drop(store)));
         }
@@ -63,10 +67,12 @@ impl Drop for PyDatastore {
 
 #[pymethods]
 impl PyDatastore {
-    /// Opens one file, or several as one store.
+    /// Opens one file, or several as one store, or the corpus in a folder (``sssd.corpus``) as it is now.
     ///
     /// Args:
     ///     paths: a path or a sequence of paths.
+    ///     tombstones: for each file the path of what ``write_tombstones`` has written for it, or None: its dead documents
+    ///         are passed over. A corpus has its own.
     ///     load: ``"mmap"`` reads pages when they are first touched and shares them with other processes; the
     ///         files must not be changed in place meanwhile (replacing them is safe). ``"ram"`` reads everything now.
     ///     vocab_size: the model's number of token ids, refused if the store's differs.
@@ -75,45 +81,28 @@ impl PyDatastore {
     /// Raises:
     ///     OSError: a file cannot be read.
     ///     CorruptDatastoreError: a file is no datastore, truncated, damaged where opening looks, or has more than 64
-    ///         segments with tokens.
+    ///         segments with tokens; or tombstones are damaged.
     ///     DatastoreVersionError: a file has a format version that this release cannot read.
     ///     VocabularyMismatchError: vocabularies or tokenizers differ.
-    ///     InvalidArgumentError: no path, or an argument out of range.
+    ///     InvalidArgumentError: no path, an empty corpus, tombstones of another file, or an argument out of range.
     ///     MemoryError: there is no memory for it.
     #[staticmethod]
-    #[pyo3(signature = (paths, *, load="mmap", vocab_size=None, fingerprint=None))]
+    #[pyo3(signature = (paths, *, load="mmap", vocab_size=None, fingerprint=None, tombstones=None))]
     pub fn open(
         py: Python<'_>,
         paths: &Bound<'_, PyAny>,
         load: &str,
         vocab_size: Option<u32>,
         fingerprint: Option<&[u8]>,
+        tombstones: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let paths = match paths.extract::<PathBuf>() {
-            Ok(path) => vec![path],
-            Err(_) => paths.extract::<Vec<PathBuf>>().map_err(|_| {
-                PyTypeError::new_err(format!("paths must be a path or a sequence of paths, got {paths}"))
-            })?,
-        };
-        let load = match load {
-            "mmap" => Load::Mmap,
-            "ram" => Load::Ram,
-            other => {
-                let message = format!("load must be \"mmap\" or \"ram\", got {other:?}");
-                return Err(error(py, "InvalidArgumentError", message));
-            }
-        };
+        let source = Source::new(paths, tombstones, load)?;
         let fingerprint = fingerprint.map(|bytes| checked_fingerprint(py, bytes)).transpose()?;
-        let large = load == Load::Ram && enter(py, true, || paths.iter().any(|path| is_large(path)))?;
-        let watch = Arc::new(Progress::default());
-        let progress = Arc::clone(&watch);
-        let opened = watched(py, large, &watch, move || {
-            let store = Datastore::open_watched(&paths, load, &progress)?;
-            store.check_model(vocab_size, fingerprint.as_ref())?;
-            Ok(store)
-        })?;
-        let store = opened.map_err(|failure| raised(py, failure))?;
-        Ok(Self(RwLock::new(Some(Arc::new(store)))))
+        let opened = source.open(py, move |store| store.check_model(vocab_size, fingerprint.as_ref()))?;
+        let empty = || error(py, "InvalidArgumentError", format!("{paths}: the corpus holds no document"));
+        let store = opened.ok_or_else(empty)?;
+        let source = source.is_folder().then_some(source);
+        Ok(Self { store: RwLock::new(Some(store)), source })
     }
 
     /// What the headers say.
@@ -135,7 +124,7 @@ impl PyDatastore {
     /// Number of token ids.
     #[getter]
     fn vocab_size(&self, py: Python<'_>) -> PyResult<u32> {
-        self.vocabulary(py)
+        Ok(self.store(py)?.vocab_size())
     }
 
     /// Compares every byte with the checksums.
@@ -245,7 +234,7 @@ impl PyDatastore {
     /// Gives the files back. Drafters that use the store keep it until they are gone. Closing twice is fine.
     fn close(&self, py: Python<'_>) {
         py.detach(|| {
-            let store = self.0.write().unwrap_or_else(PoisonError::into_inner).take();
+            let store = self.store.write().unwrap_or_else(PoisonError::into_inner).take();
             drop(store); // not while others wait for the lock
         });
     }
@@ -255,13 +244,14 @@ impl PyDatastore {
         let load = if store.load() == Load::Mmap { "mmap" } else { "ram" };
         let paths = store.absolute_paths().map(Path::to_owned).collect();
         let uuids = store.files().map(uuid).collect();
-        Ok((py.import("sssd.datastore")?.getattr("_reopen")?, (paths, load, uuids)))
+        let tombstones = store.tombstones_paths().map(|path| path.map(Path::to_owned)).collect();
+        Ok((py.import("sssd.datastore")?.getattr("_reopen")?, (paths, load, uuids, tombstones)))
     }
 
     /// Whether ``close`` was called.
     #[getter]
     fn closed(&self) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).is_none()
+        self.store.read().unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     fn __enter__(slf: PyRef<'_, Self>) -> PyRef<'_, Self> {
@@ -283,8 +273,8 @@ impl PyDatastore {
     }
 }
 
-/// Absolute paths, how they were opened, and what identifies their contents.
-type Files = (Vec<PathBuf>, &'static str, Vec<String>);
+/// Absolute paths, how they were opened, what identifies their contents, and the paths of their tombstones.
+type Files = (Vec<PathBuf>, &'static str, Vec<String>, Vec<Option<PathBuf>>);
 
 /// What follows some occurrences.
 #[derive(Default)]
@@ -335,7 +325,7 @@ impl Found {
 }
 
 /// A new int32 array. Numpy makes a large one, for it raises where there is no memory.
-fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1<i32>>> {
+pub fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1<i32>>> {
     let ids = tokens.iter().map(|&token| token as i32);
     if tokens.len() <= 4096 {
         return Ok(int32(py, ids));
@@ -350,26 +340,6 @@ fn array<'py>(py: Python<'py>, tokens: &[Token]) -> PyResult<Bound<'py, PyArray1
     }
     drop(slots);
     Ok(array)
-}
-
-fn is_large(path: &Path) -> bool {
-    path.metadata().is_ok_and(|metadata| metadata.len() > LARGE)
-}
-
-/// Runs `work` without the GIL. If it is long, on another thread, so that this one can heed Ctrl-C, upon which it cancels
-/// `watch`; a signal's handler may use the same objects.
-fn watched<T: Send + 'static>(
-    py: Python<'_>,
-    long: bool,
-    watch: &Progress,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> PyResult<T> {
-    if !long {
-        return enter(py, true, work);
-    }
-    watch.renew();
-    // it ends at the next occasion, and the next call would wait for it
-    heed_signals(py, Running::start(py, work), Duration::MAX, || watch.cancel())
 }
 
 /// Totals over the files of a store.
@@ -556,7 +526,7 @@ impl PyFileInfo {
 ///     MemoryError: there is no memory for it.
 #[pyclass(frozen, name = "DatastoreBuilder", module = "sssd")]
 pub struct PyDatastoreBuilder {
-    builder: Arc<Mutex<Option<Builder>>>,
+    pub builder: Arc<Mutex<Option<Builder>>>,
     vocab_size: u32,
 }
 
@@ -595,7 +565,7 @@ impl PyDatastoreBuilder {
 }
 
 /// Lets `work` add to the file, unless it is finished. A builder that cannot go on is closed.
-fn add<T>(
+pub fn add<T>(
     builder: &Mutex<Option<Builder>>,
     work: impl FnOnce(&mut Builder) -> sssd_store::Result<T>,
 ) -> Option<sssd_store::Result<T>> {
@@ -774,7 +744,7 @@ impl PyBuildSummary {
     }
 }
 
-fn finished(py: Python<'_>) -> PyErr {
+pub fn finished(py: Python<'_>) -> PyErr {
     error(py, "ClosedError", "the builder is finished or closed")
 }
 
@@ -783,44 +753,4 @@ fn checked_fingerprint(py: Python<'_>, bytes: &[u8]) -> PyResult<Fingerprint> {
         let message = format!("fingerprint must be 32 bytes, got {}", bytes.len());
         error(py, "InvalidArgumentError", message)
     })
-}
-
-pub fn raised(py: Python<'_>, failure: Error) -> PyErr {
-    let class = match &failure {
-        Error::Io { path, source } => return os_error(path, source),
-        Error::Corrupt { .. } => "CorruptDatastoreError",
-        Error::Version { .. } => "DatastoreVersionError",
-        Error::Changed { .. } => "DatastoreChangedError",
-        Error::OutOfMemory(_) => return PyMemoryError::new_err(failure.to_string()),
-        Error::Mismatch { .. } => "VocabularyMismatchError",
-        Error::InvalidToken { .. } => "InvalidTokenError",
-        Error::InvalidArgument(_) => "InvalidArgumentError",
-        _ => "InternalError",
-    };
-    error(py, class, failure.to_string())
-}
-
-/// The `OSError` with number, reason and path.
-pub fn os_error(path: &Path, source: &io::Error) -> PyErr {
-    match source.raw_os_error() {
-        Some(code) => {
-            let reason = source.to_string();
-            let reason = reason.split(" (os error").next().unwrap_or_default().to_owned();
-            PyOSError::new_err((code, reason, path.as_os_str().to_owned()))
-        }
-        None => {
-            let code = match source.kind() {
-                io::ErrorKind::IsADirectory => "EISDIR",
-                io::ErrorKind::InvalidInput => "EINVAL",
-                io::ErrorKind::OutOfMemory => "ENOMEM",
-                io::ErrorKind::AlreadyExists => "EEXIST",
-                _ => "EIO",
-            };
-            let code = Python::attach(|py| py.import("errno")?.getattr(code)?.extract::<i32>());
-            match code {
-                Ok(code) => PyOSError::new_err((code, source.to_string(), path.as_os_str().to_owned())),
-                Err(raised) => raised,
-            }
-        }
-    }
 }

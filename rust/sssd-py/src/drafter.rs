@@ -7,15 +7,16 @@ use std::time::Duration;
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Corpus, Limits, MAX_TOKEN, Model, Namespace, SOURCES, WeightsError};
+use sssd_core::{Limits, MAX_TOKEN, Model, Namespace, SOURCES, WeightsError};
 use sssd_engine::{Engine, Interrupted, Options, Request};
 
 use crate::boundary::{
     LONG, bytes, call, call_long, memory_full, name, not_negative, optional_bytes, optional_int,
     request_error, watch_forks,
 };
+use crate::corpora::{self, Corpora, union_of};
 use crate::datastore::PyDatastore;
-use crate::errors::error;
+use crate::errors::{error, raised};
 use crate::sequence::{PySequence, WEIGHTS, check_room, state_dict};
 use crate::tokens::{history, int32, tokens};
 
@@ -30,8 +31,9 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 /// Args:
 ///     vocab_size: number of token ids; ids outside are refused everywhere. Any id below 2^31 if left out.
 ///     end_token_ids: tokens that end a sequence; nothing is drafted after one.
-///     datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
-///         (which may be closed afterwards).
+///     datastore: a corpus to match as well: a path, several paths that are one store, the folder of a corpus, or an open
+///         ``Datastore`` (which may be closed afterwards). Or several by name, a mapping from names to such: sequences
+///         match all of them, or those that ``begin(datastores=...)`` names.
 ///     load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
 ///     live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
 ///         42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
@@ -46,12 +48,14 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 /// Raises:
 ///     InvalidArgumentError: ``vocab_size`` is not in 1..2^31, or a size is negative.
 ///     InvalidTokenError: an end token is outside the vocabulary.
-///     VocabularyMismatchError: the datastore has more token ids than ``vocab_size``.
+///     VocabularyMismatchError: a datastore has more token ids than ``vocab_size``, or datastores differ in vocabulary or
+///         tokenizer.
 ///     OSError, DatastoreError: the datastore cannot be opened.
 ///     MemoryLimitError: ``max_bytes`` is less than a drafter takes.
 #[pyclass(frozen, name = "Drafter", module = "sssd")]
 pub struct PyDrafter {
     pub engine: Arc<Engine>,
+    pub corpora: Arc<Corpora>,
 }
 
 #[pymethods]
@@ -82,7 +86,10 @@ impl PyDrafter {
             size => size.map(|size| size as u32),
         };
         let end_tokens = end_token_ids.map_or(Ok(Vec::new()), |ids| tokens(ids, vocab_size))?;
-        let store = datastore.map(|datastore| corpus(datastore, load, vocab_size)).transpose()?;
+        let named =
+            datastore.map(|datastore| corpora::open(datastore, load)).transpose()?.unwrap_or_default();
+        corpora::check(py, &named, vocab_size)?;
+        let store = corpora::union(&named, None).map_err(|failure| raised(py, failure))?;
         let limit =
             |name: &str, limit: Option<i128>| limit.map_or(Ok(usize::MAX), |limit| size(py, name, limit));
         let threads = match threads {
@@ -113,7 +120,8 @@ impl PyDrafter {
         };
         let engine = Engine::new(options).map_err(|full| memory_full(py, &full))?;
         watch_forks(py)?;
-        Ok(Self { engine: Arc::new(engine) })
+        let corpora = Corpora::new(named, engine.store(), vocab_size);
+        Ok(Self { engine: Arc::new(engine), corpora: Arc::new(corpora) })
     }
 
     /// Starts a sequence (a request).
@@ -127,16 +135,20 @@ impl PyDrafter {
     ///     namespace: whose live store, target's probabilities and weights to use and to add to: a tenant, a model, an
     ///         adapter. Made when first named. Nothing is shared with other namespaces but the datastore.
     ///     max_length: the most tokens that the sequence may have; nothing is drafted beyond.
+    ///     datastores: names of those of the drafter's datastores that this sequence and its forks match; none if empty, all
+    ///         by default. A datastore that was given alone is named ``""``.
     ///     background: return at once and let another thread index the prompt. Until it is done ``ready`` is False and
     ///         drafts are empty; other calls wait. With ``threads=1`` the first of these does the work.
     ///
     /// Raises:
     ///     InvalidTokenError: an id is not an integer.
-    ///     InvalidArgumentError: ``max_length`` is negative.
+    ///     InvalidArgumentError: ``max_length`` is negative, or there is no datastore of a name.
     ///     MemoryLimitError: the sequence or its namespace does not fit into the limits.
     #[pyo3(
-        signature = (prompt_ids, prediction=None, *, namespace=String::new(), max_length=None, background=false),
-        text_signature = "($self, prompt_ids, prediction=None, *, namespace='', max_length=None, background=False)"
+        signature = (prompt_ids, prediction=None, *, namespace=String::new(), max_length=None, datastores=None,
+                     background=false),
+        text_signature = "($self, prompt_ids, prediction=None, *, namespace='', max_length=None, datastores=None, \
+                          background=False)"
     )]
     fn begin(
         &self,
@@ -144,9 +156,12 @@ impl PyDrafter {
         prediction: Option<&Bound<'_, PyAny>>,
         #[pyo3(from_py_with = name)] namespace: String,
         #[pyo3(from_py_with = optional_int)] max_length: Option<i128>,
+        datastores: Option<&Bound<'_, PyAny>>,
         background: bool,
     ) -> PyResult<PySequence> {
         let py = prompt_ids.py();
+        let names = datastores.map_or(Ok(None), corpora::names)?;
+        let chosen = names.map_or(Ok(None), |names| self.corpora.choose(py, names))?;
         check_room(&self.engine, prompt_ids)?;
         let prompt = history(prompt_ids, self.engine.options().vocab_size)?;
         let prediction = match prediction {
@@ -168,6 +183,9 @@ impl PyDrafter {
         };
         let begun = if long { call_long(py, begin)? } else { call(py, true, || begin(&|| false))? };
         let request = begun.map_err(|failure| request_error(py, &failure))?;
+        if let Some(store) = &chosen {
+            call(py, true, || request.set_store(store))?.map_err(|failure| request_error(py, &failure))?;
+        }
         Ok(self.sequence(request))
     }
 
@@ -255,6 +273,48 @@ impl PyDrafter {
         Arc::as_ptr(&self.engine).addr()
     }
 
+    /// Opens the datastores anew, as they are now in the same places (of a corpus: its newest version), or others, and has
+    /// drafts match them from the next one on, those of running sequences too. Each draft goes by one version; nobody
+    /// waits meanwhile. What a sequence has chosen stays chosen; names that are gone match nothing. The files of the old
+    /// version are closed when nobody uses them any more.
+    ///
+    /// Args:
+    ///     datastore: others, as in ``Drafter(datastore=...)``.
+    ///     load: how to open them, if they are given; else it stays as it was.
+    ///
+    /// Returns:
+    ///     Whether anything has changed. If not, only headers have been read.
+    ///
+    /// Raises:
+    ///     VocabularyMismatchError: vocabulary or tokenizer is not that of the datastores before, or of the drafter.
+    ///     OSError, DatastoreError: a datastore cannot be opened.
+    ///
+    /// After an error everything is as it was.
+    #[pyo3(signature = (datastore=None, *, load="mmap"))]
+    fn reopen(&self, py: Python<'_>, datastore: Option<&Bound<'_, PyAny>>, load: &str) -> PyResult<bool> {
+        self.corpora.reopen(py, datastore.map(|datastore| (datastore, load)))
+    }
+
+    /// What sequences match by default: all datastores as one, open for look-up, or None. Closing it does not take it from
+    /// the drafter.
+    #[getter]
+    fn datastore(&self, py: Python<'_>) -> PyResult<Option<PyDatastore>> {
+        let store = union_of(&self.corpora.named(), None).map_err(|failure| raised(py, failure))?;
+        Ok(store.map(|store| PyDatastore::new(store, None)))
+    }
+
+    /// The datastores by name, without corpora that are empty; ``""`` is one that was given alone.
+    #[getter]
+    fn datastores<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let out = PyDict::new(py);
+        for (name, named) in self.corpora.named() {
+            if let Some(store) = named.store {
+                out.set_item(name, PyDatastore::new(store, Some(named.source)).into_pyobject(py)?)?;
+            }
+        }
+        Ok(out)
+    }
+
     /// Number of token ids, or None if not given.
     #[getter]
     fn vocab_size(&self) -> Option<u32> {
@@ -281,7 +341,7 @@ impl PyDrafter {
     }
 
     fn sequence(&self, request: Arc<Request>) -> PySequence {
-        PySequence { request, engine: Arc::clone(&self.engine) }
+        PySequence { request, engine: Arc::clone(&self.engine), corpora: Arc::clone(&self.corpora) }
     }
 }
 
@@ -292,34 +352,12 @@ const MOST_DEFAULT_THREADS: usize = 8;
 /// No machine has more, and sums of it do not overflow.
 const MOST_BYTES: usize = 1 << 40;
 
-/// The corpus of an open datastore, or of one opened from paths.
-fn corpus(datastore: &Bound<'_, PyAny>, load: &str, vocab_size: Option<u32>) -> PyResult<Arc<dyn Corpus>> {
-    let py = datastore.py();
-    let opened;
-    let store = match datastore.cast::<PyDatastore>() {
-        Ok(store) => store.get(),
-        Err(_) => {
-            opened = PyDatastore::open(py, datastore, load, None, None)?;
-            &opened
-        }
-    };
-    let known = store.vocabulary(py)?;
-    match vocab_size {
-        Some(size) if known > size => {
-            let advice = "open the store that was built with the model's own tokenizer";
-            let message = format!("the datastore has {known} token ids and the model only {size}; {advice}");
-            Err(error(py, "VocabularyMismatchError", message))
-        }
-        _ => store.corpus(py),
-    }
-}
-
 #[pymethods]
 impl PySequence {
     /// The drafter that it belongs to.
     #[getter]
     fn drafter(&self) -> PyDrafter {
-        PyDrafter { engine: Arc::clone(&self.engine) }
+        PyDrafter { engine: Arc::clone(&self.engine), corpora: Arc::clone(&self.corpora) }
     }
 }
 

@@ -3,7 +3,9 @@
 mod batch;
 mod boundary;
 mod copies;
+mod corpora;
 mod datastore;
+mod documents;
 mod drafter;
 mod errors;
 mod logits;
@@ -11,6 +13,7 @@ mod pass;
 mod sequence;
 mod shutdown;
 mod sizing;
+mod source;
 mod state;
 mod tokens;
 mod tree;
@@ -27,6 +30,10 @@ mod _core {
     use batch::PyDraftBatch;
     #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
+    #[pymodule_export]
+    use documents::PyDocuments;
+    #[pymodule_export]
+    use documents::write_tombstones;
     #[pymodule_export]
     use drafter::PyDrafter;
     #[pymodule_export]
@@ -57,6 +64,7 @@ mod _core {
         fits::<PyDatastoreBuilder>();
         fits::<PyDatastoreInfo>();
         fits::<PyFileInfo>();
+        fits::<PyDocuments>();
         fits::<PyDrafter>();
         fits::<PySequence>();
         fits::<PyDraftTree>();

@@ -13,6 +13,7 @@ use crate::boundary::{
     LONG, call, call_long, int, memory_full, node_budget, not_negative, optional_int, probability,
     request_error, wait_for,
 };
+use crate::corpora::Corpora;
 use crate::errors::error;
 use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{Top, history, shown, top};
@@ -39,6 +40,7 @@ pub fn state_dict<'py>(py: Python<'py>, model: &Model) -> PyResult<Bound<'py, Py
 pub struct PySequence {
     pub request: Arc<Request>,
     pub engine: Arc<Engine>,
+    pub corpora: Arc<Corpora>,
 }
 
 #[pymethods]
@@ -142,7 +144,7 @@ impl PySequence {
             call(py, true, || engine.fork(&request))?
         };
         let request = fork.map_err(|failure| request_error(py, &failure))?;
-        Ok(Self { request, engine: Arc::clone(&self.engine) })
+        Ok(Self { request, engine: Arc::clone(&self.engine), corpora: Arc::clone(&self.corpora) })
     }
 
     /// Whether the prompt is indexed; see ``Drafter.begin(background=True)``.

@@ -11,9 +11,9 @@ use sssd_core::MemoryFull;
 use sssd_engine::{Histogram, StateError, StateReader};
 
 use crate::boundary::{self as argument, call, call_long, memory_full};
-use crate::datastore::{PyDatastoreBuilder, os_error};
+use crate::datastore::PyDatastoreBuilder;
 use crate::drafter::PyDrafter;
-use crate::errors::error;
+use crate::errors::{error, os_error};
 use crate::tokens::int32;
 
 #[pymethods]
@@ -56,7 +56,7 @@ impl PyDrafter {
         out.set_item("finished", count(&metrics.finished))?;
         out.set_item("failed", count(&metrics.failed))?;
         out.set_item("tokens", count(&metrics.tokens))?;
-        let store = self.engine.options().store.clone();
+        let store = self.engine.store().corpus();
         out.set_item(
             "datastore_lost",
             py.detach(|| u64::from(store.is_some_and(|store| !store.is_readable()))),

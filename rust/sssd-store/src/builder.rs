@@ -19,6 +19,8 @@ use crate::packed::PackedWriter;
 use crate::progress::Progress;
 use crate::{Error, Fingerprint, Result};
 
+mod merge;
+
 /// The sorter takes 32-bit signed positions, and wants a little room.
 const MAX_SEGMENT_SYMBOLS: u64 = i32::MAX as u64 - (1 << 20);
 /// Smaller segments than this are not worth a memory limit.
@@ -176,16 +178,29 @@ impl Builder {
         if let Some(&token) = tokens.iter().find(|&&token| token >= vocab_size) {
             return Err(Error::InvalidToken { token, vocab_size });
         }
-        if self.options.deduplicate {
-            self.room(|builder| builder.seen.try_reserve(1), "the hashes of the documents")?;
-            if !self.seen.insert(hash(tokens)) {
-                self.duplicates += 1;
-                return Ok(());
-            }
+        let is_new = self.is_new(|hash| {
+            hash.update(tokens);
+            Ok(())
+        });
+        if !is_new? {
+            return Ok(());
         }
         let written = self.write_document(tokens);
         self.failed = written.is_err();
         written
+    }
+
+    /// Whether a document, whose tokens are given to the hash, is to be added.
+    fn is_new(&mut self, read: impl FnOnce(&mut DocumentHash) -> Result<()>) -> Result<bool> {
+        if !self.options.deduplicate {
+            return Ok(true);
+        }
+        self.room(|builder| builder.seen.try_reserve(1), "the hashes of the documents")?;
+        let mut hash = DocumentHash::default();
+        read(&mut hash)?;
+        let is_new = self.seen.insert(hash.value());
+        self.duplicates += u64::from(!is_new);
+        Ok(is_new)
     }
 
     /// Adds a stretch of a stream in which `end_token` is the last token of each document. The last document
@@ -240,22 +255,22 @@ impl Builder {
 
     fn write_document(&mut self, mut tokens: &[Token]) -> Result<()> {
         loop {
-            let room = self.segment_symbols - self.symbols;
-            if tokens.len() as u64 >= room {
-                if self.symbols > 0 {
-                    self.close_segment()?;
-                    continue;
-                }
-                let (head, rest) = tokens.split_at(room as usize - 1);
-                self.write_symbols(head)?;
-                tokens = rest;
-            } else {
-                return self.write_symbols(tokens);
+            let fitting = self.begin_part(tokens.len() as u64)? as usize;
+            let (part, rest) = tokens.split_at(fitting);
+            self.write_tokens(part)?;
+            self.end_part()?;
+            if rest.is_empty() {
+                return Ok(());
             }
+            tokens = rest;
         }
     }
 
-    fn write_symbols(&mut self, tokens: &[Token]) -> Result<()> {
+    /// Starts a document of `tokens`, and returns how many of them it can have: the others are another document.
+    fn begin_part(&mut self, tokens: u64) -> Result<u64> {
+        if self.symbols > 0 && tokens >= self.segment_symbols - self.symbols {
+            self.close_segment()?;
+        }
         if self.symbols == 0 {
             if self.segments.len() == MAX_SEGMENTS {
                 return Err(Error::InvalidArgument(format!(
@@ -265,6 +280,10 @@ impl Builder {
             }
             self.text_start = self.output.align().map_err(Error::io(&self.target))?;
         }
+        Ok(tokens.min(self.segment_symbols - self.symbols - 1))
+    }
+
+    fn write_tokens(&mut self, tokens: &[Token]) -> Result<()> {
         for piece in tokens.chunks(CHUNK) {
             self.watch.check()?;
             let mut symbols = piece.iter().map(|&token| u64::from(token) + 1);
@@ -272,8 +291,13 @@ impl Builder {
                 .try_for_each(|symbol| self.text.push(symbol, &mut self.output))
                 .map_err(Error::io(&self.target))?;
         }
+        self.symbols += tokens.len() as u64;
+        Ok(())
+    }
+
+    fn end_part(&mut self) -> Result<()> {
         self.text.push(0, &mut self.output).map_err(Error::io(&self.target))?;
-        self.symbols += tokens.len() as u64 + 1;
+        self.symbols += 1;
         self.documents += 1;
         Ok(())
     }
@@ -326,19 +350,28 @@ impl Builder {
         };
         let (tokens, documents) = (header.tokens, header.documents);
         progress.advance(0)?;
-        let file_bytes = self.output.seal(header, &self.segments)?;
+        let file_bytes =
+            self.output.seal(|body_end, checksums| header.seal(body_end, checksums, &self.segments))?;
         let segments = self.segments.len() as u64;
         Ok(BuildSummary { tokens, documents, duplicates: self.duplicates, segments, file_bytes })
     }
 }
 
 /// Of a document, to find those that were added before.
-fn hash(tokens: &[Token]) -> u128 {
-    let (mut hash, mut bytes) = (Xxh3::new(), [0; 4 * 256]);
-    for piece in tokens.chunks(256) {
-        let slots = bytes.chunks_exact_mut(4);
-        slots.zip(piece).for_each(|(slot, token)| slot.copy_from_slice(&token.to_le_bytes()));
-        hash.update(&bytes[..4 * piece.len()]);
+#[derive(Default)]
+struct DocumentHash(Xxh3);
+
+impl DocumentHash {
+    fn update(&mut self, tokens: &[Token]) {
+        let mut bytes = [0; 4 * 256];
+        for piece in tokens.chunks(256) {
+            let slots = bytes.chunks_exact_mut(4);
+            slots.zip(piece).for_each(|(slot, token)| slot.copy_from_slice(&token.to_le_bytes()));
+            self.0.update(&bytes[..4 * piece.len()]);
+        }
     }
-    hash.digest128()
+
+    fn value(&self) -> u128 {
+        self.0.digest128()
+    }
 }

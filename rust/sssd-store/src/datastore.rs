@@ -10,6 +10,7 @@ use crate::bytes::{Bytes, Load, Source};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
 use crate::progress::Progress;
 use crate::segment::{Interval, Query, Segment};
+use crate::tombstones::{Buried, Tombstones};
 use crate::{Error, Fingerprint, Result};
 
 /// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
@@ -26,16 +27,28 @@ const NOWHERE: u32 = u32::MAX;
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
+    parts: Vec<Part>,
     vocab_size: u32,
     /// Hashes successors; at random, so that no file can have them collide.
     multiplier: u32,
 }
 
+#[derive(Clone)]
 struct OpenFile {
     info: FileInfo,
     /// The path from the root, whatever the folder is changed to.
     absolute: PathBuf,
     bytes: Arc<Bytes>,
+    /// With their path from the root.
+    tombstones: Option<(Arc<Tombstones>, PathBuf)>,
+}
+
+/// The documents of one segment, in the order of the file's table.
+pub(crate) struct Part {
+    pub file: usize,
+    pub documents: u64,
+    /// The segment, unless all documents are empty: nothing is looked up there.
+    pub segment: Option<usize>,
 }
 
 /// What the header of a datastore file says.
@@ -123,7 +136,7 @@ impl Datastore {
 
     fn empty() -> Self {
         let multiplier = RandomState::new().hash_one(0) as u32 | 1;
-        Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, multiplier }
+        Self { files: Vec::new(), segments: Vec::new(), parts: Vec::new(), vocab_size: 0, multiplier }
     }
 
     fn add(
@@ -138,12 +151,140 @@ impl Datastore {
         }
         let bytes = Arc::new(load()?);
         self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
+        self.parts.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
-        self.segments.extend(table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry)));
+        for entry in &table {
+            let segment = (entry.suffixes > 0).then_some(self.segments.len());
+            self.parts.push(Part { file: self.files.len(), documents: entry.documents, segment });
+            if segment.is_some() {
+                self.segments.push(Segment::new(bytes.clone(), header.vocab_size, entry));
+            }
+        }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.files.push(OpenFile { info, absolute, bytes });
+        self.files.push(OpenFile { info, absolute, bytes, tombstones: None });
         Ok(())
+    }
+
+    /// Passes over the dead documents of a file, which [`crate::write_tombstones`] has written for it, from now on. The
+    /// tombstones are read into memory and checked whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`], [`Error::Version`], [`Error::OutOfMemory`], [`Error::Cancelled`];
+    /// [`Error::InvalidArgument`] for those of another store, or if there is no such file.
+    pub fn add_tombstones(&mut self, file: usize, path: &Path, progress: &Progress) -> Result<()> {
+        let tombstones = Tombstones::open(path, &self.buried(file)?, progress)?;
+        self.bury(file, path, tombstones);
+        Ok(())
+    }
+
+    /// The same for their contents.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn add_tombstones_from_bytes(&mut self, file: usize, name: &str, bytes: Vec<u8>) -> Result<()> {
+        let path = Path::new(name);
+        let tombstones = Tombstones::from_bytes(path, Bytes::Owned(bytes), &self.buried(file)?)?;
+        self.bury(file, path, tombstones);
+        Ok(())
+    }
+
+    /// What the tombstones of a file must agree with.
+    fn buried(&self, file: usize) -> Result<Buried<'_>> {
+        let problem =
+            || Error::InvalidArgument(format!("there is no file {file}, so it cannot have tombstones"));
+        let info = &self.files.get(file).ok_or_else(problem)?.info;
+        let mut suffixes = Vec::new();
+        suffixes.try_reserve_exact(self.parts.len()).map_err(Error::memory("tombstones"))?;
+        suffixes.extend(self.segments_of(file).map(|segment| self.segments[segment].suffixes()));
+        Ok(Buried {
+            path: &info.path,
+            uuid: info.uuid,
+            vocab_size: info.vocab_size,
+            documents: info.documents,
+            suffixes,
+        })
+    }
+
+    fn bury(&mut self, file: usize, path: &Path, mut tombstones: Tombstones) {
+        let segments: SmallVec<[usize; 64]> = self.segments_of(file).collect();
+        for (segment, living) in segments.into_iter().zip(tombstones.segments.drain(..)) {
+            self.segments[segment].set_living(living);
+        }
+        let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        self.files[file].tombstones = Some((Arc::new(tombstones), absolute));
+    }
+
+    fn segments_of(&self, file: usize) -> impl Iterator<Item = usize> {
+        self.parts.iter().filter(move |part| part.file == file).filter_map(|part| part.segment)
+    }
+
+    /// Of each file the path of its tombstones from the root, if it has some.
+    pub fn tombstones_paths(&self) -> impl ExactSizeIterator<Item = Option<&Path>> {
+        self.files.iter().map(|file| file.tombstones.as_ref().map(|(_, path)| path.as_path()))
+    }
+
+    /// Dead documents and tokens of a file.
+    pub fn dead(&self, file: usize) -> (u64, u64) {
+        let tombstones = self.files.get(file).and_then(|file| file.tombstones.as_ref());
+        tombstones.map_or((0, 0), |(tombstones, _)| (tombstones.dead_documents, tombstones.dead_tokens))
+    }
+
+    /// Whether a document of a file is dead.
+    pub(crate) fn is_dead(&self, file: usize, document: u64) -> bool {
+        self.files[file].tombstones.as_ref().is_some_and(|(tombstones, _)| tombstones.is_dead(document))
+    }
+
+    /// The files of several stores as one, which shares what they have open.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if they differ in vocabulary size or (known) tokenizer, [`Error::OutOfMemory`],
+    /// [`Error::InvalidArgument`] without a store.
+    pub fn union<'a>(stores: impl IntoIterator<Item = &'a Self>) -> Result<Self> {
+        let memory = || Error::memory("the segments of a datastore");
+        let mut all = Self::empty();
+        for store in stores {
+            for file in &store.files {
+                all.files.first().map_or(Ok(()), |first| agree(&first.info, &file.info))?;
+                all.files.try_reserve(1).map_err(memory())?;
+                all.files.push(file.clone());
+            }
+            let (files, segments) = (all.files.len() - store.files.len(), all.segments.len());
+            all.parts.try_reserve(store.parts.len()).map_err(memory())?;
+            all.segments.try_reserve(store.segments.len()).map_err(memory())?;
+            all.parts.extend(store.parts.iter().map(|part| Part {
+                file: part.file + files,
+                documents: part.documents,
+                segment: part.segment.map(|segment| segment + segments),
+            }));
+            all.segments.extend(store.segments.iter().cloned());
+            all.vocab_size = store.vocab_size;
+        }
+        all.complete()
+    }
+
+    /// Whether these files, with the tombstones of each, hold what is open. Reads only their headers.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Corrupt`].
+    pub fn is_of<P: AsRef<Path>>(&self, files: &[(P, Option<P>)]) -> Result<bool> {
+        if files.len() != self.files.len() || !self.is_readable() {
+            return Ok(false);
+        }
+        for (file, (path, tombstones)) in self.files.iter().zip(files) {
+            let mut header = [0; format::PAGE as usize];
+            file.bytes.read(0, &mut header).map_err(Error::read(&file.info.path))?;
+            let same = is_file(path.as_ref(), file.info.file_bytes, &header)?
+                && match (&file.tombstones, tombstones) {
+                    (None, None) => true,
+                    (Some((held, _)), Some(path)) => is_file(path.as_ref(), held.len(), held.header())?,
+                    _ => false,
+                };
+            if !same {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn complete(self) -> Result<Self> {
@@ -220,11 +361,27 @@ impl Datastore {
     /// # Errors
     /// The same, and [`Error::Cancelled`].
     pub fn verify_watched(&self, progress: &Progress) -> Result<()> {
-        for OpenFile { info, bytes, .. } in &self.files {
+        self.verify_blocks(progress, &|_, _| true)
+    }
+
+    /// The same for the documents alone.
+    pub(crate) fn verify_text(&self, progress: &Progress) -> Result<()> {
+        self.verify_blocks(progress, &|file, block| {
+            let parts = self.parts.iter().filter(|part| part.file == file);
+            parts.filter_map(|part| part.segment).any(|segment| {
+                let text = self.segments[segment].text_place();
+                text.start < block.end && block.start < text.end
+            })
+        })
+    }
+
+    fn verify_blocks(&self, progress: &Progress, wanted: &dyn Fn(usize, &Range<u64>) -> bool) -> Result<()> {
+        for (index, OpenFile { info, bytes, .. }) in self.files.iter().enumerate() {
+            let wanted = |block: &Range<u64>| wanted(index, block);
             let proceed = || progress.check().and_then(|()| bytes.check(&info.path));
             proceed()?;
             let read = |start, out: &mut [u8]| bytes.read(start, out);
-            let damaged = format::damage(&info.path, info.file_bytes, &read, &proceed);
+            let damaged = format::damage(&info.path, info.file_bytes, &read, &wanted, &proceed);
             bytes.check(&info.path)?; // whatever was found
             let damaged = damaged?;
             if !damaged.is_empty() {
@@ -234,13 +391,15 @@ impl Datastore {
         Ok(())
     }
 
-    /// Occurrences of `tokens` within documents; without tokens, the number of tokens in the store.
+    /// Occurrences of `tokens` within living documents; without tokens, the number of their tokens.
     ///
     /// # Errors
     /// [`Error::InvalidToken`], [`Error::Changed`], [`Error::OutOfMemory`].
     pub fn count(&self, tokens: &[Token]) -> Result<u64> {
         if tokens.is_empty() {
-            return Ok(self.files.iter().map(|file| file.info.tokens).sum());
+            let living =
+                self.files.iter().enumerate().map(|(index, file)| file.info.tokens - self.dead(index).1);
+            return Ok(living.sum());
         }
         self.check_tokens(tokens)?;
         self.check()?;
@@ -269,6 +428,26 @@ impl Datastore {
             .map_err(memory())?;
         self.sample(&intervals, tokens.len(), limit, |position| positions.push(position));
         Ok(positions)
+    }
+
+    /// The documents by segment, in the order of the files.
+    pub(crate) fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    pub(crate) fn segment(&self, index: usize) -> &Segment {
+        &self.segments[index]
+    }
+
+    /// Documents of all files, the empty ones included.
+    pub fn documents(&self) -> u64 {
+        self.files.iter().map(|file| file.info.documents).sum()
+    }
+
+    pub(crate) fn check_file(&self, index: usize) -> Result<&Path> {
+        let OpenFile { info, bytes, .. } = &self.files[index];
+        bytes.check(&info.path)?;
+        Ok(&info.path)
     }
 
     fn check_tokens(&self, tokens: &[Token]) -> Result<()> {
@@ -418,6 +597,17 @@ impl Corpus for Datastore {
     fn is_readable(&self) -> bool {
         self.files.iter().all(|file| file.bytes.is_intact())
     }
+}
+
+/// Whether a file has this length and header.
+fn is_file(path: &Path, length: u64, header: &[u8]) -> Result<bool> {
+    let source = Source::open(path)?;
+    let mut page = [0; format::PAGE as usize];
+    if source.len() != length {
+        return Ok(false);
+    }
+    source.read(0, &mut page).map_err(Error::read(path))?;
+    Ok(page == header)
 }
 
 #[inline]

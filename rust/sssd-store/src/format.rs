@@ -199,7 +199,7 @@ pub fn zeros<T: Clone + Default>(count: usize) -> io::Result<Vec<T>> {
 }
 
 /// Reads header, segment table and trailer of a file of `length` bytes, and checks everything that can be checked
-/// without reading the body. The segments are those with tokens. `read` copies the bytes from a place on.
+/// without reading the body. `read` copies the bytes from a place on.
 pub fn parse(path: &Path, length: u64, read: Read) -> Result<(Header, Vec<SegmentEntry>)> {
     let corrupt = |problem: &str| Error::corrupt(path, problem);
     let header = read_header(path, length, read)?;
@@ -227,10 +227,9 @@ pub fn parse(path: &Path, length: u64, read: Read) -> Result<(Header, Vec<Segmen
     entries.extend(table.chunks_exact(SEGMENT_ENTRY).map(SegmentEntry::decode));
     check_table(&header, &entries).map_err(corrupt)?;
     check_places(path, &header, &entries)?;
-    // nothing is found in those
-    entries.retain(|entry| entry.suffixes > 0);
-    if entries.len() > MAX_SEGMENTS {
-        let problem = format!("{} segments with tokens, more than the {MAX_SEGMENTS} allowed", entries.len());
+    let searched = entries.iter().filter(|entry| entry.suffixes > 0).count();
+    if searched > MAX_SEGMENTS {
+        let problem = format!("{searched} segments with tokens, more than the {MAX_SEGMENTS} allowed");
         return Err(Error::corrupt(path, problem));
     }
     Ok((header, entries))
@@ -318,12 +317,13 @@ fn check_places(path: &Path, header: &Header, table: &[SegmentEntry]) -> Result<
     Ok(())
 }
 
-/// The byte ranges of a file that [`parse`] has accepted that changed since they were written. `proceed` is asked
-/// before each block.
+/// The byte ranges of a file that [`parse`] has accepted that changed since they were written, of the blocks that are
+/// `wanted`. `proceed` is asked before each of them.
 pub fn damage(
     path: &Path,
     length: u64,
     read: Read,
+    wanted: &dyn Fn(&Range<u64>) -> bool,
     proceed: &dyn Fn() -> Result<()>,
 ) -> Result<Vec<Range<u64>>> {
     let (header, _) = parse(path, length, read)?;
@@ -336,8 +336,12 @@ pub fn damage(
     let mut block = zeros(BLOCK.min(body) as usize).map_err(Error::io(path))?;
     let mut start = PAGE;
     for sum in checksums.chunks_exact(8) {
-        proceed()?;
         let end = (start + BLOCK).min(header.checksums_at);
+        if !wanted(&(start..end)) {
+            start = end;
+            continue;
+        }
+        proceed()?;
         let block = &mut block[..(end - start) as usize];
         read(start, block).map_err(Error::read(path))?;
         if xxh3_64(block).to_le_bytes() != sum {
@@ -355,10 +359,10 @@ pub fn damage(
 }
 
 /// Takes fields off the front of a slice known to be long enough.
-struct Fields<'a>(&'a [u8]);
+pub struct Fields<'a>(pub &'a [u8]);
 
 impl Fields<'_> {
-    fn array<const N: usize>(&mut self) -> [u8; N] {
+    pub fn array<const N: usize>(&mut self) -> [u8; N] {
         let mut out = [0; N];
         let (head, rest) = self.0.split_at(N.min(self.0.len()));
         out[..head.len()].copy_from_slice(head);
@@ -366,11 +370,11 @@ impl Fields<'_> {
         out
     }
 
-    fn u32(&mut self) -> u32 {
+    pub fn u32(&mut self) -> u32 {
         u32::from_le_bytes(self.array())
     }
 
-    fn u64(&mut self) -> u64 {
+    pub fn u64(&mut self) -> u64 {
         u64::from_le_bytes(self.array())
     }
 }

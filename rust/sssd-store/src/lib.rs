@@ -7,6 +7,7 @@
 mod builder;
 mod bytes;
 mod datastore;
+mod documents;
 mod error;
 mod format;
 mod index;
@@ -16,13 +17,16 @@ mod progress;
 mod segment;
 #[cfg(test)]
 mod tests;
+mod tombstones;
 
 pub use builder::{BuildOptions, BuildSummary, Builder};
 pub use bytes::Load;
 pub use datastore::{Datastore, FileInfo};
+pub use documents::{Document, DocumentReader};
 pub use error::{Error, Result};
 pub use format::VERSION;
 pub use progress::Progress;
+pub use tombstones::{TOMBSTONES_VERSION, write_tombstones};
 
 /// Identifies a tokenizer, so that a store is not queried with the ids of another one. All zero: unknown.
 pub type Fingerprint = [u8; 32];

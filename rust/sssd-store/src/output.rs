@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempPath;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::format::{BLOCK, Header, PAGE, SegmentEntry};
+use crate::format::{BLOCK, PAGE};
 
 /// The temporary file beside the target; removed when dropped before [`Output::seal`].
 pub struct Output {
@@ -69,12 +69,15 @@ impl Output {
         File::open(&self.path)
     }
 
-    /// Writes the checksums, the segment table, the trailer and the header, syncs, and renames. Returns the
-    /// bytes of the file.
-    pub fn seal(self, header: Header, table: &[SegmentEntry]) -> io::Result<u64> {
+    /// Writes the header and what follows the body, which `end` makes of the body's end and checksums, syncs, and renames.
+    /// Returns the bytes of the file.
+    pub fn seal(
+        self,
+        end: impl FnOnce(u64, &[u64]) -> io::Result<([u8; PAGE as usize], Vec<u8>)>,
+    ) -> io::Result<u64> {
         let body_end = self.position;
         let Checksummed { mut file, checksums, .. } = self.file.finish()?;
-        let (header, tail) = header.seal(body_end, &checksums, table)?;
+        let (header, tail) = end(body_end, &checksums)?;
         file.write_all(&tail)?;
         file.seek(SeekFrom::Start(0))?;
         file.write_all(&header)?;

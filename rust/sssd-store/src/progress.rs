@@ -33,6 +33,11 @@ impl Progress {
         if self.cancelled() { Err(io::Error::other("cancelled")) } else { Ok(()) }
     }
 
+    pub(crate) fn count(&self, symbols: u64) -> Result<()> {
+        self.done.fetch_add(symbols, Ordering::Relaxed);
+        self.check()
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         if self.cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }

@@ -3,6 +3,7 @@
 //! A look-up goes from the first token's bucket of ranks, through the fences (the leading symbols of every 64th
 //! suffix, in one `u64`), to at most 64 ranks of one stretch of the suffix array: only these touch the text.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use sssd_core::Token;
 use crate::bytes::Bytes;
 use crate::format::{FENCE, SegmentEntry, symbol_bits};
 use crate::packed::{LOAD_BITS, Packed, mask};
+use crate::tombstones::Living;
 use crate::{Error, Result};
 
 /// Ranks of the suffixes that start with a query.
@@ -60,7 +62,8 @@ pub fn key(bits: u32, symbols: impl IntoIterator<Item = u64>) -> u64 {
     key
 }
 
-/// A text of documents with its suffix array.
+/// A text of documents with its suffix array. Copies share the bytes.
+#[derive(Clone)]
 pub struct Segment {
     bytes: Arc<Bytes>,
     vocab_size: u32,
@@ -71,6 +74,7 @@ pub struct Segment {
     symbols: u64,
     suffixes: u64,
     sections: [Range<usize>; 6],
+    living: Option<Arc<Living>>,
 }
 
 impl Segment {
@@ -90,7 +94,75 @@ impl Segment {
             symbols: entry.symbols,
             suffixes: entry.suffixes,
             sections,
+            living: None,
         }
+    }
+
+    /// Passes over the suffixes that do not live from now on.
+    pub fn set_living(&mut self, living: Living) {
+        self.living = Some(Arc::new(living));
+    }
+
+    /// Suffixes, the dead ones included.
+    pub fn suffixes(&self) -> u64 {
+        self.suffixes
+    }
+
+    /// Tokens and document ends.
+    pub fn symbols(&self) -> u64 {
+        self.symbols
+    }
+
+    /// Bytes of the text in the file.
+    pub fn text_place(&self) -> Range<u64> {
+        self.sections[0].start as u64..self.sections[0].end as u64
+    }
+
+    /// Reads at most `count` symbols from `position` on, a multiple of 8, without touching mapped pages. `bytes` is room
+    /// for them as they stand in the file.
+    pub fn read_symbols(
+        &self,
+        position: u64,
+        count: usize,
+        bytes: &mut Vec<u8>,
+        out: &mut Vec<u32>,
+    ) -> io::Result<()> {
+        let place = (self.text_place().start, self.symbol_bits, self.symbols);
+        self.read_packed(place, position, count, bytes, out)
+    }
+
+    /// Reads where at most `count` suffixes from `rank` on start, a multiple of 8, likewise.
+    pub fn read_positions(
+        &self,
+        rank: u64,
+        count: usize,
+        bytes: &mut Vec<u8>,
+        out: &mut Vec<u32>,
+    ) -> io::Result<()> {
+        let place = (self.sections[1].start as u64, self.position_bits, self.suffixes);
+        self.read_packed(place, rank, count, bytes, out)
+    }
+
+    fn read_packed(
+        &self,
+        (start, width, total): (u64, u32, u64),
+        position: u64,
+        count: usize,
+        bytes: &mut Vec<u8>,
+        out: &mut Vec<u32>,
+    ) -> io::Result<()> {
+        let bits = u64::from(width);
+        let count = total.saturating_sub(position).min(count as u64);
+        let length = (count * bits).div_ceil(8) as usize;
+        bytes.clear();
+        bytes.try_reserve(length + size_of::<u64>())?;
+        bytes.resize(length + size_of::<u64>(), 0); // room for the last load
+        self.bytes.read(start + position / 8 * bits, &mut bytes[..length])?;
+        out.clear();
+        out.try_reserve(count as usize)?;
+        let packed = Packed::new(bytes, width);
+        out.extend((0..count).map(|index| packed.get(index) as u32));
+        Ok(())
     }
 
     fn section(&self, index: usize) -> &[u8] {
@@ -105,8 +177,26 @@ impl Segment {
         Packed::new(self.section(1), self.position_bits)
     }
 
-    /// Ranks of the suffixes that start with `token`.
+    /// The living among the suffixes that start with `token`, numbered as [`Self::position`] takes them.
     pub fn bucket(&self, token: Token) -> Interval {
+        self.number(self.ranks(token))
+    }
+
+    #[inline]
+    fn number(&self, ranks: Interval) -> Interval {
+        match &self.living {
+            None => ranks,
+            Some(living) => living.rank(ranks.start)..living.rank(ranks.end),
+        }
+    }
+
+    /// The symbol after the first of the suffix of this rank.
+    pub fn symbol_after(&self, rank: u64) -> u64 {
+        self.text().get(self.suffix_array().get(rank) + 1)
+    }
+
+    /// Ranks of the suffixes that start with `token`.
+    pub fn ranks(&self, token: Token) -> Interval {
         let buckets = Packed::new(self.section(2), self.rank_bits);
         let start = buckets.get(u64::from(token)).min(self.suffixes);
         start..buckets.get(u64::from(token) + 1).clamp(start, self.suffixes)
@@ -129,9 +219,14 @@ impl Segment {
         }
     }
 
-    /// Ranks of the suffixes that start with the query.
+    /// The living among the suffixes that start with the query, numbered as [`Self::position`] takes them.
     pub fn interval(&self, query: &Query) -> Interval {
-        let bucket = self.bucket(query.first);
+        self.number(self.search(query))
+    }
+
+    /// Ranks of the suffixes that start with the query.
+    fn search(&self, query: &Query) -> Interval {
+        let bucket = self.ranks(query.first);
         if query.words.is_empty() || bucket.is_empty() {
             return bucket;
         }
@@ -161,9 +256,10 @@ impl Segment {
         start..end
     }
 
-    /// Where the suffix of this rank starts.
+    /// Where the living suffix of this number starts: its rank, if all live.
     #[inline]
-    pub fn position(&self, rank: u64) -> u64 {
+    pub fn position(&self, number: u64) -> u64 {
+        let rank = self.living.as_ref().map_or(number, |living| living.select(number));
         self.suffix_array().get(rank)
     }
 
@@ -197,8 +293,13 @@ impl Segment {
 
     /// The most frequent successors of `token`, most frequent first, each with its share of the occurrences.
     pub fn successors(&self, token: Token) -> impl Iterator<Item = (Token, f32)> + '_ {
-        let index = Packed::new(self.section(4), self.index_bits);
-        let entries = Packed::new(self.section(5), self.symbol_bits + 8);
+        let (index, entries) = match &self.living {
+            None => {
+                let index = Packed::new(self.section(4), self.index_bits);
+                (index, Packed::new(self.section(5), self.symbol_bits + 8))
+            }
+            Some(living) => living.successors(),
+        };
         let start = index.get(u64::from(token));
         let end = index.get(u64::from(token) + 1).min(start + crate::format::MAX_SUCCESSORS as u64);
         (start..end).filter_map(move |entry| {

@@ -6,10 +6,12 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use smallvec::SmallVec;
 use sssd_core::Corpus;
-use sssd_store::{BuildOptions, Builder, Datastore, Error, Load, Progress, Result};
+use sssd_store::{BuildOptions, Builder, Datastore, Error, Load, Progress, Result, write_tombstones};
 
 const LARGE: usize = 1024;
 
@@ -72,7 +74,7 @@ unsafe impl GlobalAlloc for Failing {
 static ALLOCATOR: Failing = Failing;
 
 /// Everything that a store is used for.
-fn life(path: &Path, stream: &[u32]) -> Result<()> {
+fn life(path: &Path, others: &Path, stream: &[u32]) -> Result<()> {
     let options = BuildOptions { deduplicate: true, max_memory: Some(10 << 20), ..BuildOptions::new(2000) };
     let mut builder = Builder::create(path, options)?;
     for document in stream[..20_000].chunks(50) {
@@ -95,7 +97,21 @@ fn life(path: &Path, stream: &[u32]) -> Result<()> {
         store.matches(&stream[..8], 8, 64, &mut matches);
         store.successors(stream[0], &mut successors);
     }
-    Ok(())
+    live(&Arc::new(Datastore::open(&[path], Load::Mmap)?), path, others)
+}
+
+/// Some documents die, and the rest goes into another store.
+fn live(store: &Arc<Datastore>, path: &Path, others: &Path) -> Result<()> {
+    let dead: SmallVec<[bool; 1024]> = (0..store.documents()).map(|document| document % 3 == 0).collect();
+    let (tombstones, progress) = (others.join("dead"), Progress::default());
+    write_tombstones(store, &dead, &tombstones, &progress)?;
+    let mut store = Datastore::open(&[path], Load::Mmap)?;
+    store.add_tombstones(0, &tombstones, &progress)?;
+    store.count(&[1])?;
+    let mut chosen: SmallVec<[bool; 1024]> = dead.iter().map(|_| true).collect();
+    let mut builder = Builder::create(&others.join("merged"), BuildOptions::new(2000))?;
+    builder.add_datastore(&Arc::new(Datastore::union([&store])?), &mut chosen)?;
+    builder.finish(&progress).map(drop)
 }
 
 fn stream(length: u32) -> Vec<u32> {
@@ -106,13 +122,14 @@ fn stream(length: u32) -> Vec<u32> {
 fn an_allocation_that_fails_is_an_error_and_leaves_the_old_file() {
     let folder = tempfile::tempdir().unwrap();
     let (path, stream) = (folder.path().join("store"), stream(200_000));
-    life(&path, &stream).unwrap();
+    let others = tempfile::tempdir().unwrap();
+    life(&path, others.path(), &stream).unwrap();
     let whole = std::fs::read(&path).unwrap();
     let (mut errors, mut survived) = (0, 0);
     for allowed in 0.. {
         FAILED.store(0, Ordering::Relaxed);
         LEFT.set(allowed);
-        let result = life(&path, &stream);
+        let result = life(&path, others.path(), &stream);
         LEFT.set(usize::MAX);
         match result {
             Err(Error::OutOfMemory(_)) => errors += 1,

@@ -1,6 +1,9 @@
 //! What the predictor asks of a large, read-only corpus (the datastore implements it).
 
+use std::sync::{Arc, Mutex};
+
 use crate::Token;
+use crate::sync::lock;
 
 /// An occurrence of the end of the context in a corpus, standing for `weight` occurrences.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,5 +36,28 @@ pub trait Corpus: Send + Sync {
     /// Whether it can be read now. Asked before each draft: one that cannot is left out of it.
     fn is_readable(&self) -> bool {
         true
+    }
+}
+
+/// What sequences match, or nothing: a corpus that can be replaced while they run. Each draft takes one and goes by that
+/// alone.
+#[derive(Default)]
+pub struct StoreSlot(Mutex<Option<Arc<dyn Corpus>>>);
+
+impl StoreSlot {
+    /// With this in it.
+    pub fn new(corpus: Option<Arc<dyn Corpus>>) -> Self {
+        Self(Mutex::new(corpus))
+    }
+
+    /// What is in it.
+    pub fn corpus(&self) -> Option<Arc<dyn Corpus>> {
+        lock(&self.0).clone()
+    }
+
+    /// Puts another in its place, for the next drafts. Those under way go on with what was there, which is returned: the
+    /// last who has it frees it, which may take long.
+    pub fn replace(&self, corpus: Option<Arc<dyn Corpus>>) -> Option<Arc<dyn Corpus>> {
+        std::mem::replace(&mut lock(&self.0), corpus)
     }
 }

@@ -1,6 +1,8 @@
+mod documents;
 mod hostile;
 mod oracle;
 mod scale;
+mod tombstones;
 
 use std::path::Path;
 

@@ -86,6 +86,7 @@ fn life(path: &Path, others: &Path, stream: &[u32]) -> Result<()> {
     }
     let summary = builder.finish(&Progress::default())?;
     assert!(summary.segments > 1);
+    live(&Arc::new(Datastore::open(&[path], Load::Mmap)?), path, others)?;
     for load in [Load::Mmap, Load::Ram] {
         let store = Datastore::open(&[path, path], load)?;
         store.verify()?;
@@ -97,7 +98,7 @@ fn life(path: &Path, others: &Path, stream: &[u32]) -> Result<()> {
         store.matches(&stream[..8], 8, 64, &mut matches);
         store.successors(stream[0], &mut successors);
     }
-    live(&Arc::new(Datastore::open(&[path], Load::Mmap)?), path, others)
+    Ok(())
 }
 
 /// Some documents die, and the rest goes into another store.

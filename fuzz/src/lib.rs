@@ -83,7 +83,7 @@ pub fn step(
 
 /// Begins, drafts, learns and finishes in a namespace, and checks what is drafted.
 pub fn use_namespace(engine: &Engine, name: &str, prompt: &[Token]) {
-    let limits = Limits { max_nodes: 64, max_depth: 12, min_prob: 0.0 };
+    let limits = Limits { max_nodes: 64, max_depth: 12, min_prob: 0.0, chain: false };
     let Ok(request) = engine.begin(name, prompt, &[], None, &GO_ON) else { return };
     for round in 0..3 {
         let Ok(tree) = engine.draft(&request, limits, None) else { break };

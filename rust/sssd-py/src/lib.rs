@@ -4,10 +4,12 @@ mod batch;
 mod boundary;
 mod copies;
 mod datastore;
+mod draft_batch;
 mod drafter;
 mod errors;
 mod logits;
 mod pass;
+mod rows;
 mod sequence;
 mod shutdown;
 mod sizing;
@@ -24,9 +26,9 @@ mod _core {
     use super::*;
 
     #[pymodule_export]
-    use batch::PyDraftBatch;
-    #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
+    #[pymodule_export]
+    use draft_batch::PyDraftBatch;
     #[pymodule_export]
     use drafter::PyDrafter;
     #[pymodule_export]

@@ -108,7 +108,7 @@ pub fn learned(engine: &Engine, folder: &Path) -> Vec<String> {
     let mut name = String::new();
     while let Some(record) = reader.next_record().unwrap() {
         records.push(match record {
-            Record::Namespace { name: held, weights } => {
+            Record::Namespace { name: held, weights, .. } => {
                 name = held;
                 format!("{name:?} {:x}", xxh3_64(&weights))
             }

@@ -34,7 +34,7 @@ pub enum RequestError {
 
 /// How many of its first tokens a sequence that holds `held` shares with a row, of which `row` are the tokens from `from`
 /// on, where those before are the same. None if they cannot be, as the others differ.
-pub fn shared(held: &[Token], from: usize, row: &[Token]) -> Option<usize> {
+pub fn shared_prefix(held: &[Token], from: usize, row: &[Token]) -> Option<usize> {
     let overlap = held.get(from..)?;
     let same = overlap.iter().zip(row).take_while(|(held, new)| held == new).count();
     (from == 0 || same == overlap.len().min(row.len())).then_some(from + same)

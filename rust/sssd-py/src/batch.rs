@@ -231,9 +231,7 @@ impl PyDrafter {
         let step = self.engine.idle_step();
         let mut work = step.lock();
         let absent = self.read_sequences(sequences, &mut work)?;
-        if let Some(produced) = produced {
-            self.read_produced(produced, &mut work, py)?;
-        }
+        let cut = produced.map_or(Ok(0), |produced| self.read_produced(produced, &mut work, py))?;
         let out = match asked {
             None => None,
             Some(asked) => {
@@ -247,7 +245,7 @@ impl PyDrafter {
         }
         // whatever is wrong with `out` is found before anything changes, and nothing can go wrong with it later
         let lent = out.as_ref().map(|out| out.get().lend(py)).transpose()?;
-        let (long, cancelled) = (work.tokens.len() > LONG, Arc::clone(&work.cancelled));
+        let (long, cancelled) = (work.tokens.len() + cut > LONG, Arc::clone(&work.cancelled));
         drop(work);
         if long {
             let (engine, step) = (Arc::clone(&self.engine), Arc::clone(&step));
@@ -311,20 +309,23 @@ impl PyDrafter {
         Ok(absent)
     }
 
-    fn read_produced(&self, produced: &Produced<'_, '_>, work: &mut Work, py: Python<'_>) -> PyResult<()> {
+    /// Reads what is to be appended, and returns how many tokens are taken back before.
+    fn read_produced(&self, produced: &Produced<'_, '_>, work: &mut Work, py: Python<'_>) -> PyResult<usize> {
         let refuse = |message: &str| Err(error(py, "InvalidArgumentError", message));
         work.extend = true;
-        match (produced.token_ids, produced.offsets, produced.rows) {
-            (Some(token_ids), Some(offsets), None) => self.read_tokens(token_ids, offsets, work)?,
+        let cut = match (produced.token_ids, produced.offsets, produced.rows) {
+            (Some(token_ids), Some(offsets), None) => {
+                self.read_tokens(token_ids, offsets, work).map(|()| 0)?
+            }
             (None, None, Some(_)) if produced.topk_ids.is_some() || produced.topk_probs.is_some() => {
                 return refuse("topk_ids go with token_ids and offsets; give feedback_ids with rows");
             }
             (None, None, Some(rows)) => {
                 work.learn = produced.learn;
-                self.read_rows(rows, compared(py, produced.compare)?, work)?;
+                self.read_rows(rows, compared(py, produced.compare)?, work)?
             }
             _ => return refuse("give token_ids and offsets, or rows"),
-        }
+        };
         let (vocab_size, n, m) = (self.engine.options().vocab_size, work.requests.len(), work.tokens.len());
         if let Some(top) = top(produced.topk_ids, produced.topk_probs, m, vocab_size)? {
             (work.k, work.top_ids, work.top_probs) = top.into_parts();
@@ -334,7 +335,7 @@ impl PyDrafter {
             work.feedback_rows = rows;
             (work.feedback_k, work.feedback_ids, work.feedback_probs) = feedback.into_parts();
         }
-        Ok(())
+        Ok(cut)
     }
 
     fn read_tokens(
@@ -360,16 +361,18 @@ impl PyDrafter {
         Ok(())
     }
 
-    fn read_rows(&self, rows: &Bound<'_, PyAny>, compare: Option<usize>, work: &mut Work) -> PyResult<()> {
+    fn read_rows(&self, rows: &Bound<'_, PyAny>, compare: Option<usize>, work: &mut Work) -> PyResult<usize> {
         let n = work.requests.len();
-        let mut given = 0;
+        let (mut given, mut cut) = (0, 0);
         work.offsets.push(0);
         for row in rows.try_iter()? {
             let row = row?;
             if let Some(request) = work.requests.get(given) {
                 // what is wrong with a sequence is found again when it is served
                 let overlap = read_row(&self.engine, request, &row, compare, &mut work.tokens)?;
-                work.keeps.push(overlap.map_or(0, |overlap| overlap.keep));
+                let overlap = overlap.unwrap_or_default();
+                cut += overlap.held - overlap.keep;
+                work.keeps.push(overlap.keep);
                 work.offsets.push(work.tokens.len());
             }
             given += 1;
@@ -378,7 +381,7 @@ impl PyDrafter {
             let message = format!("rows must hold the tokens of each of {n} sequences, got {given} rows");
             return Err(error(rows.py(), "InvalidArgumentError", message));
         }
-        Ok(())
+        Ok(cut)
     }
 }
 

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PySlice;
 use sssd_core::{MAX_NODES, Token};
-use sssd_engine::{Engine, Request, RequestError, shared};
+use sssd_engine::{Engine, Request, RequestError, shared_prefix};
 
 use crate::boundary::{LONG, memory_full, not_negative, with_request};
 use crate::tokens::history_into;
 
 /// What a row has in common with a sequence.
+#[derive(Default)]
 pub struct Overlap {
     /// Tokens that the sequence holds.
     pub held: usize,
@@ -48,7 +49,7 @@ pub fn read_row(
         read_from(row, from, length, engine.options().vocab_size, out)?;
         let new = &out[start..];
         let found = with_request(py, request, new.len() > MAX_NODES, |sequence| {
-            shared(sequence.tokens(), from, new)
+            shared_prefix(sequence.tokens(), from, new)
         })?;
         match found {
             Ok(Some(keep)) => {

@@ -155,7 +155,7 @@ class Requests:
 
     def finish(self, request_id: str) -> None:
         """Ends a request; later ones learn from it."""
-        self._take(request_id).finish()
+        self._finish(self._take(request_id))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; nothing is learned from it."""
@@ -209,10 +209,13 @@ class Requests:
         if sequence is None:
             return
         try:
-            (sequence.finish if learn else sequence.close)()
+            self._finish(sequence) if learn else sequence.close()
         except SssdError:
             # over all the same, and no concern of the others
             sequence.close()
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finish()
 
     def _named(self, request_ids: Iterable[str | None]) -> list[Sequence | None]:
         return [None if request_id is None else self[request_id] for request_id in request_ids]

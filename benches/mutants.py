@@ -374,7 +374,7 @@ SIZING = [
     ),
     Mutant(
         "trees of a batch have no sources",
-        "rust/sssd-py/src/batch.rs",
+        "rust/sssd-py/src/draft_batch.rs",
         "*to = from as i8;",
         "*to = from as i8 | -1;",
     ),

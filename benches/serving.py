@@ -1,4 +1,4 @@
-"""One engine step (extend and draft) for a batch: one call on one thread, on two, and single calls.
+"""One engine step (extend and draft) for a batch: one call on one thread, on two, single calls, and chains.
 
 Usage: serving.py [TOKENS.npy] [--json FILE] [--batch 64] [--context 4096] [--nodes 16]
 
@@ -44,10 +44,13 @@ def made_up(rng: np.random.Generator, count: int) -> np.ndarray:
 class Way:
     """A way to take a step for all sequences."""
 
-    def __init__(self, rows: np.ndarray, context: int, nodes: int, threads: int, single: bool) -> None:
+    def __init__(
+        self, rows: np.ndarray, context: int, nodes: int, threads: int, single: bool, chains: bool = False
+    ) -> None:
         self.drafter = Drafter(threads=threads)
         self.sequences = [self.drafter.begin(row[:context]) for row in rows]
-        self.nodes, self.single = nodes, single
+        self.nodes, self.single, self.chains = nodes, single, chains
+        self.arrays = np.zeros((len(rows), nodes), np.int32), np.zeros(len(rows), np.int32)
         self.out = DraftBatch(len(rows), len(rows) * nodes)
         self.offsets = np.arange(len(rows) + 1) * TOKENS
         self.times: list[int] = []
@@ -63,7 +66,12 @@ class Way:
                 trees.append(sequence.draft(self.nodes))
             self.times.append(perf_counter_ns() - start)
             return [len(tree) for tree in trees]
-        self.drafter.step(self.sequences, flat, self.offsets, self.nodes, out=self.out)
+        if self.chains:
+            options = {"shape": "chain", "out": self.out}
+            batch = self.drafter.step(self.sequences, flat, self.offsets, self.nodes, **options)
+            batch.chains(self.nodes, out=self.arrays[0], lengths=self.arrays[1])
+        else:
+            self.drafter.step(self.sequences, flat, self.offsets, self.nodes, out=self.out)
         self.times.append(perf_counter_ns() - start)
         return np.diff(self.out.offsets).tolist()
 
@@ -95,6 +103,7 @@ def main() -> None:
         name: Way(rows, arguments.context, arguments.nodes, threads, single)
         for name, (threads, single) in parts.items()
     }
+    chains = Way(rows, arguments.context, arguments.nodes, 1, False, chains=True)
     nodes: list[float] = []
     for turn in range(arguments.context, length, TOKENS * TURN):
         starts = range(turn, min(turn + TOKENS * TURN, length), TOKENS)
@@ -102,6 +111,8 @@ def main() -> None:
         if any(size != sizes[0] for size in sizes):
             raise SystemExit("the ways disagree")
         nodes += np.mean(sizes[0], axis=1).tolist()
+        for at in starts:
+            chains.step(rows[:, at : at + TOKENS])
     figures = {
         "command": f"python {' '.join(sys.argv)}",
         "commit": subprocess.run(
@@ -112,12 +123,13 @@ def main() -> None:
         "context": arguments.context,
         "nodes": arguments.nodes,
         "nodes_drafted": float(np.mean(nodes)),
-        **{f"step_ms_{name}": way.ms() for name, way in ways.items()},
+        **{f"step_ms_{name}": way.ms() for name, way in (ways | {"chains": chains}).items()},
         **{f"step_ms_{name}_p10": way.ms(10) for name, way in ways.items()},
         **{f"step_ms_{name}_p99": way.ms(99) for name, way in ways.items()},
     }
     figures["speedup_two_threads"] = figures["step_ms_one_thread"] / figures["step_ms_two_threads"]
     figures["speedup_batch"] = figures["step_ms_single_calls"] / figures["step_ms_one_thread"]
+    figures["chains_us_beyond_step"] = 1e3 * (figures["step_ms_chains"] - figures["step_ms_one_thread"])
     for name, value in figures.items():
         print(f"{name:24} {value:.3f}" if isinstance(value, float) else f"{name:24} {value}")
     if arguments.json:

@@ -423,8 +423,12 @@ class Machine:
         self.steps = 0
         self.drafted = self.seconds = self.plain_seconds = 0.0
 
-    def run(self, steps, probs, hiccup=lambda step, nodes: 1.0):
-        """Drafts nodes of these probabilities, which come true; returns seconds over plain ones."""
+    def run(self, steps, probs, hiccup=lambda step, nodes: 1.0, prefill=lambda step: 0, told=True):
+        """Drafts nodes of these probabilities, which come true; returns seconds over plain ones.
+
+        Passes also read the prompt tokens of ``prefill``, 100 in the time of a plain pass, and the rule is
+        told of them; of times where it is ``told``.
+        """
         before = self.seconds, self.plain_seconds
         for _ in range(steps):
             limit = self.rule.limits([self.state])[0]
@@ -433,7 +437,16 @@ class Machine:
             seconds = self.pace * (1 + self.slope * count) * hiccup(self.steps, count)
             # expectations in place of chance: fractions of tokens, as their mean over many steps
             tokens = 1 + (tree.first(count).expected_accepted if count else 0.0)
-            self.rule.observe(batch=1, size=count, context=100, seconds=seconds, tokens=tokens)
+            read = prefill(self.steps)
+            whole = seconds + self.pace * read / 100
+            self.rule.observe(
+                batch=1,
+                size=count,
+                context=100,
+                seconds=whole if told else None,
+                tokens=tokens,
+                prefill_tokens=read,
+            )
             self.seconds += seconds
             self.plain_seconds += self.pace * tokens
             self.drafted += count > 0
@@ -498,6 +511,66 @@ class TestBusyMachine:
             ratios[probs].append(machine.run(50, probs, lambda *_: float(np.exp(rng.normal(0, 0.2)))))
         assert np.mean(ratios[self.GOOD]) < 0.3
         assert np.mean(ratios[self.POOR]) < 1.04
+
+
+class TestPrefills:
+    """Engines read prompts in the same passes that verify drafts."""
+
+    GOOD, POOR = TestBusyMachine.GOOD, TestBusyMachine.POOR
+
+    @staticmethod
+    def mixed(share, seed=0):
+        rng = np.random.default_rng(seed)
+        return lambda step: int(rng.integers(50, 4000)) if rng.random() < share else 0
+
+    @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+    @pytest.mark.parametrize("pace", [1.0, 3.0])
+    def test_what_the_rule_makes_of_the_other_passes_is_what_it_makes_of_them_alone(self, share, pace):
+        machine, alone = Machine(slope=0.05, pace=pace), Machine(slope=0.05, pace=pace)
+        good = machine.run(400, self.GOOD, prefill=self.mixed(share))
+        assert good == pytest.approx(alone.run(400, self.GOOD), rel=0.1)
+        assert machine.run(400, self.POOR, prefill=self.mixed(share, 1)) < 1.02
+        costs, _ = machine.rule.costs(1, 100)
+        assert costs.seconds[0] == pytest.approx(pace, rel=0.02)
+
+    def test_times_of_mixed_passes_would_mislead_it(self):
+        """The same passes without a word of what they read: good drafts look dear."""
+        machine = Machine(slope=0.05)
+        reads = self.mixed(0.6)
+        machine.run(400, self.GOOD, hiccup=lambda *_: 1 + reads(0) / 100)
+        costs, _ = machine.rule.costs(1, 100)
+        assert costs.seconds[0] > 1.5
+
+    @pytest.mark.parametrize("told", [True, False])
+    def test_where_no_pass_can_be_timed_the_curve_is_gone_by(self, told):
+        machine = Machine(slope=0.05)
+        before, _ = machine.rule.costs(1, 100)
+        ratio = machine.run(200, self.GOOD, prefill=lambda _: 500 if told else 0, told=told)
+        assert machine.drafted > 180
+        assert ratio < 0.35
+        after, _ = machine.rule.costs(1, 100)
+        assert after.seconds.tolist() == before.seconds.tolist()
+        # what drafts bring in is still counted: those that never come true are given up
+        lost = Machine(slope=1.0)
+        for _ in range(3000):
+            limit = lost.rule.limits([lost.state])[0]
+            tree = chain(*[0.9] * min(limit, 8)) if limit else None
+            (count,) = lost.rule.allocate([tree], 100, [lost.state])
+            lost.rule.observe(batch=1, size=count, context=100, seconds=None, tokens=1)
+            lost.drafted += count > 0
+        assert lost.drafted < 100
+
+    def test_a_machine_that_changes_is_noticed_between_prefills(self):
+        machine = Machine(slope=0.05)
+        machine.run(200, self.GOOD, prefill=self.mixed(0.5))
+        machine.pace, before = 2.0, machine.drafted
+        machine.run(300, self.GOOD, prefill=self.mixed(0.5, 1))
+        assert machine.drafted - before > 240
+        assert machine.rule.costs(1, 100)[0].seconds[0] == pytest.approx(2.0, rel=0.1)
+
+    def test_bad_numbers_are_refused(self):
+        with pytest.raises(InvalidArgumentError, match="prefill_tokens must not be negative"):
+            Machine(0.1).rule.observe(batch=1, size=0, context=1, seconds=1, tokens=1, prefill_tokens=-1)
 
 
 def requests(count=6, length=40, seed=0):

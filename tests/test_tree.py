@@ -39,8 +39,9 @@ def test_mask_and_positions(tree, extra):
     width = len(tree) + extra
     mask, positions = tree.attention_mask(width), tree.position_ids(100, width)
     expected = np.eye(width + 1, dtype=bool)
+    # padding too: it is a child of the root
+    expected[:, 0] = True
     for node in range(len(tree)):
-        expected[node + 1, 0] = True
         expected[node + 1, [above + 1 for above in ancestors(tree, node)]] = True
     assert (mask == expected).all()
     assert mask.dtype == bool

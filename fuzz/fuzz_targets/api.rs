@@ -149,12 +149,13 @@ fn act(engine: &Engine, requests: &mut Vec<Arc<Request>>, operation: &Operation)
                 max_nodes: usize::from(*nodes) % 1025,
                 max_depth: usize::from(*depth),
                 min_prob: f32::from(*min_prob) / 255.0,
+                chain: nodes % 2 == 1,
             };
             let Ok(tree) = engine.draft(&request, limits, None) else { return };
             check_tree(engine, &tree, limits);
         }
         Operation::Step { tokens, nodes, total } => {
-            let limits = Limits { max_nodes: usize::from(*nodes), max_depth: 20, min_prob: 0.001 };
+            let limits = Limits { max_nodes: usize::from(*nodes), max_depth: 20, ..Limits::DEFAULT };
             let total = total.map(usize::from);
             let mut sum = 0;
             for (tree, failed) in step(engine, requests, &tokens.tokens(), limits, total) {

@@ -101,7 +101,8 @@ fuzz_target!(|numbers: Numbers| {
         }
         let (batch, size, context) = (usize::from(batch), usize::from(size), f64::from(size));
         let tokens = f64::from(tokens);
-        rule.observe(&StepTimes { batch, size, context, seconds, tokens, draft_seconds });
+        let (seconds, prefill_tokens) = (Some(seconds).filter(|_| size % 7 > 0), size % 5 / 4);
+        rule.observe(&StepTimes { batch, size, context, seconds, prefill_tokens, tokens, draft_seconds });
         assert!(rule.speedup().is_finite() && rule.speedup() >= 0.0, "{}", rule.speedup());
         assert!((0.0..=1.0).contains(&rule.min_prob()), "{}", rule.min_prob());
     }

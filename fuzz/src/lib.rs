@@ -83,7 +83,7 @@ pub fn step(
 
 /// Begins, drafts, learns and finishes in a namespace, and checks what is drafted.
 pub fn use_namespace(engine: &Engine, name: &str, prompt: &[Token]) {
-    let limits = Limits { max_nodes: 64, max_depth: 12, min_prob: 0.0 };
+    let limits = Limits { max_nodes: 64, max_depth: 12, min_prob: 0.0, chain: false };
     let Ok(request) = engine.begin(name, prompt, &[], None, &GO_ON) else { return };
     for round in 0..3 {
         let Ok(tree) = engine.draft(&request, limits, None) else { break };
@@ -108,7 +108,7 @@ pub fn learned(engine: &Engine, folder: &Path) -> Vec<String> {
     let mut name = String::new();
     while let Some(record) = reader.next_record().unwrap() {
         records.push(match record {
-            Record::Namespace { name: held, weights } => {
+            Record::Namespace { name: held, weights, .. } => {
                 name = held;
                 format!("{name:?} {:x}", xxh3_64(&weights))
             }

@@ -13,6 +13,7 @@ from sssd._core import (
     __version__,
 )
 from sssd.errors import SssdError
+from sssd.requests import Requests
 
 __all__ = [
     "SOURCES",
@@ -22,6 +23,7 @@ __all__ = [
     "DraftTree",
     "Drafter",
     "PassBlock",
+    "Requests",
     "Sequence",
     "SssdError",
     "__version__",

@@ -139,6 +139,7 @@ class Drafter:
         namespace: str = "",
         max_length: int | None = None,
         datastores: Iterable[str] | None = None,
+        end_token_ids: ArrayLike | None = None,
         background: bool = False,
     ) -> Sequence:
         """Starts a sequence (a request).
@@ -154,17 +155,18 @@ class Drafter:
             max_length: the most tokens that the sequence may have; nothing is drafted beyond.
             datastores: names of those of the drafter's datastores that this sequence and its forks match; none if empty, all
                 by default. A datastore that was given alone is named ``""``.
+            end_token_ids: tokens that end this sequence, at most 256, in place of the drafter's; none if empty.
             background: return at once and let another thread index the prompt. Until it is done ``ready`` is False and
                 drafts are empty; other calls wait. With ``threads=1`` the first of these does the work.
 
         Raises:
-            InvalidTokenError: an id is not an integer.
-            InvalidArgumentError: ``max_length`` is negative, or there is no datastore of a name.
+            InvalidTokenError: an id is not an integer, or an end token is outside the vocabulary.
+            InvalidArgumentError: ``max_length`` is negative, or there are more end tokens.
             MemoryLimitError: the sequence or its namespace does not fit into the limits.
         """
     def extend_batch(
         self,
-        sequences: Iterable[Sequence],
+        sequences: Iterable[Sequence | None],
         token_ids: ArrayLike,
         offsets: ArrayLike,
         topk_ids: ArrayLike | None = None,
@@ -182,9 +184,31 @@ class Drafter:
             InvalidTokenError, InvalidArgumentError: bad input; nothing is appended to any sequence.
             BatchError: sequences are closed, met an internal error or do not fit into memory; the others are extended.
         """
+    def follow_batch(
+        self,
+        sequences: Iterable[Sequence | None],
+        rows: Iterable[ArrayLike],
+        *,
+        compare: int | None = 64,
+        learn: bool = False,
+    ) -> NDArray[np.int32]:
+        """``Sequence.follow`` for many sequences in one call.
+
+        Args:
+            sequences: n sequences of this drafter, none twice.
+            rows: all tokens of each, n sequences or arrays of integers.
+            compare, learn: as in ``Sequence.follow``.
+
+        Returns:
+            nodes of the last draft that the new tokens have accepted, int32 [n].
+
+        Raises:
+            InvalidTokenError, InvalidArgumentError: bad input; no sequence is changed.
+            BatchError: sequences are closed, met an internal error or do not fit into memory; the others have followed.
+        """
     def draft_batch(
         self,
-        sequences: Iterable[Sequence],
+        sequences: Iterable[Sequence | None],
         max_nodes: ArrayLike | None = None,
         *,
         total_nodes: int | None = None,
@@ -194,12 +218,13 @@ class Drafter:
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
         rule: SizingRule | None = None,
+        shape: Literal["tree", "chain"] = "tree",
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """Drafts for many sequences in one call. The GIL is released, and the drafter's threads share the work.
 
         Args:
-            sequences: n sequences of this drafter, none twice.
+            sequences: n sequences of this drafter, none twice; None where nothing is to be drafted.
             max_nodes: the most nodes of each tree, 0 to 1024: one number or integers [n]. 0 turns a sequence off. By
                 default 32, or what the ``rule`` says.
             total_nodes: the most nodes of all trees together. They go to the most probable nodes, whichever sequences
@@ -213,6 +238,8 @@ class Drafter:
             rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
             rule: a ``SizingRule`` in place of the two: it says how much to draft for each sequence, shares the pass out,
                 and learns from both.
+            shape: ``"tree"``, or ``"chain"`` as in ``Sequence.draft``. Chains share totals and passes as trees do: a node
+                where it is worth more than those of the others. See ``DraftBatch.chains``.
             out: where to put the trees; by default a new ``DraftBatch``.
 
         Returns:
@@ -225,11 +252,14 @@ class Drafter:
         """
     def step(
         self,
-        sequences: Iterable[Sequence],
-        token_ids: ArrayLike,
-        offsets: ArrayLike,
+        sequences: Iterable[Sequence | None],
+        token_ids: ArrayLike | None = None,
+        offsets: ArrayLike | None = None,
         max_nodes: ArrayLike | None = None,
         *,
+        rows: Iterable[ArrayLike] | None = None,
+        compare: int | None = 64,
+        learn: bool = False,
         total_nodes: int | None = None,
         min_nodes: ArrayLike | None = None,
         max_depth: ArrayLike | None = None,
@@ -237,25 +267,28 @@ class Drafter:
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
         rule: SizingRule | None = None,
+        shape: Literal["tree", "chain"] = "tree",
         topk_ids: ArrayLike | None = None,
         topk_probs: ArrayLike | None = None,
         feedback_ids: ArrayLike | None = None,
         feedback_probs: ArrayLike | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
-        """One engine step in one call: the target's probabilities after the last drafts, ``extend_batch``, then
-        ``draft_batch``, for each sequence in one go.
+        """One engine step in one call: the target's probabilities after the last drafts, ``extend_batch`` or
+        ``follow_batch``, then ``draft_batch``, for each sequence in one go.
 
         Args:
+            token_ids, offsets: what the target has produced since the last step, as in ``extend_batch``; or
+            rows, compare, learn: all tokens of each sequence, as in ``follow_batch``.
             feedback_ids: the target's k most probable tokens after every node of the last drafts, verified and accepted or
                 not, integers [n, rows, k]: row 0 of a sequence after its last token (the root), row i + 1 after node i of
                 its last draft; further rows are not looked at. As ``Sequence.feedback``; ``topk_ids`` are not needed then.
             feedback_probs: their probabilities, floats [n, rows, k].
 
-            The others are those of the two.
+            The others are those of ``draft_batch``.
 
         Returns, Raises:
-            As the two.
+            As these.
         """
     @property
     def memory(self) -> dict[str, int | None]:
@@ -357,9 +390,13 @@ class Drafter:
         Raises:
             InvalidArgumentError: the dict is not such a state, or that of another release; nothing changes.
         """
+    def clear(self) -> None:
+        """Forgets all that was learned: live stores, the target's probabilities and weights of every namespace, as if the
+        drafter were new. Sequences that run go on with what they know, and hand it on to nobody. The datastore stays.
+        """
     def reset(self) -> None:
-        """Forgets what the predictor has learned: sequences begun from now on start with the weights that ship with
-        sssd.
+        """Forgets the default namespace's weights: sequences begun from now on start with those that ship with sssd. The
+        live store stays; see ``clear``.
         """
     @property
     def memory_bytes(self) -> int:
@@ -459,6 +496,38 @@ class Sequence:
         Raises:
             As ``extend``.
         """
+    def follow(self, token_ids: ArrayLike, *, compare: int | None = 64, learn: bool = False) -> int:
+        """Makes the sequence that of a whole row, as an engine has it now: keeps the first tokens that the two share, takes
+        back what it has beyond them, and appends the rest of the row as ``extend`` does. Where they share none it begins
+        anew with the row as its prompt: with the same namespace, ``max_length`` and end tokens, and no prediction.
+
+        Only the end of what both have is read and compared, as engines change rows nowhere else: the time does not depend
+        on the length of the text. Where the ends differ, all is compared.
+
+        Args:
+            token_ids: all tokens of the request, any one-dimensional sequence or array of integers.
+            compare: how many tokens at the end of what both have are compared; None for all.
+            learn: whether other requests learn from a text that is begun anew, as by ``finish``.
+
+        Returns:
+            nodes of the last draft that the new tokens have accepted.
+
+        Raises:
+            InvalidTokenError, InvalidArgumentError: an id is not an integer, or ``compare`` is negative; nothing changes.
+            MemoryLimitError: the row does not fit into the limits. The sequence then holds what the two share.
+            ClosedError: the sequence is closed.
+        """
+    def clear(self, *, learn: bool = False) -> None:
+        """Forgets all tokens, as if the sequence had just begun without a prompt: with the same namespace, ``max_length`` and
+        end tokens, and no prediction.
+
+        Args:
+            learn: whether other requests learn from the text, as by ``finish``.
+
+        Raises:
+            MemoryLimitError: there is no memory for another sequence; nothing changes.
+            ClosedError: the sequence is closed.
+        """
     def truncate(self, length: int) -> None:
         """Takes the newest tokens back, as if they had never come: a rejected overlap step, a beam that is given up.
         What the weights, the live store and the target's probabilities have learned stays learned. Takes time
@@ -506,6 +575,7 @@ class Sequence:
         cost: PassCosts | CostCurve | None = None,
         rate: float | None = None,
         rule: SizingRule | None = None,
+        shape: Literal["tree", "chain"] = "tree",
     ) -> DraftTree:
         """Drafts continuations of the sequence.
 
@@ -517,10 +587,12 @@ class Sequence:
                 ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
             rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
             rule: a ``SizingRule`` in place of the two, which learns them.
+            shape: ``"tree"``, or ``"chain"`` for verifiers that take no trees: after each token the most probable one, a
+                path of at most ``max_nodes`` nodes.
 
         Raises:
-            InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
-                neither, there is a ``rate`` without it, or a ``rule`` as well.
+            InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` or
+                ``shape`` is neither, there is a ``rate`` without it, or a ``rule`` as well.
             ClosedError: the sequence is closed.
         """
     def cut_draft(self, nodes: int) -> None:
@@ -630,13 +702,15 @@ class DraftTree:
         to itself and its ancestors (SpecInfer, arXiv 2305.09781).
 
         Args:
-            width: w, at least n; by default n. Rows added as padding attend to themselves only.
+            width: w, at least n; by default n. The root is not counted. Rows added as padding attend to the root and to
+                themselves: as in ``pad``, they are children of the root.
 
         Raises:
             InvalidArgumentError: ``width`` is less than n.
         """
     def position_ids(self, start: int, width: int | None = None) -> NDArray[np.int64]:
-        """Position id of the root and each node, int64 [w+1]: ``start`` plus depth. Padding stays at ``start``.
+        """Position id of the root and each node, int64 [w+1]: ``start`` plus depth. Padding stays at ``start``, so that no
+        position lies beyond those of the text.
 
         Args:
             start: position of the root, which is the number of tokens before it.
@@ -649,8 +723,8 @@ class DraftTree:
         """Tokens and parents at a fixed width, for verifiers with static shapes.
 
         Args:
-            width: number of nodes, at least n.
-            token_id: token of the padding nodes, whose parent is -1. They must not be accepted.
+            width: number of nodes, at least n; the root is not counted, as in ``attention_mask``.
+            token_id: token of the padding nodes, whose parent is -1: children of the root. They must not be accepted.
 
         Returns:
             token_ids int32 [width] and parents int32 [width].
@@ -673,6 +747,18 @@ class DraftTree:
 
         Returns:
             its tokens, int32 [at most k].
+
+        Raises:
+            InvalidArgumentError: ``k`` is negative.
+        """
+    def path(self, k: int) -> NDArray[np.int32]:
+        """The nodes of that path: ``probs[path]`` are its probabilities.
+
+        Args:
+            k: the longest path wanted.
+
+        Returns:
+            nodes int32 [at most k], from the root down.
 
         Raises:
             InvalidArgumentError: ``k`` is negative.
@@ -777,6 +863,32 @@ class DraftBatch:
     @property
     def context(self) -> float:
         """Mean length of the sequences, in tokens."""
+    @property
+    def accepted(self) -> NDArray[np.int32]:
+        """Nodes of the drafts before these that the step's tokens have accepted, int32 [sequences]; empty if it appended none."""
+    def chains(
+        self,
+        k: int,
+        *,
+        pad: int = -1,
+        out: NDArray[np.int32] | None = None,
+        lengths: NDArray[np.int32] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The most probable chain of each tree in arrays of fixed length, for verifiers that take no trees. Drafts of
+        ``shape="chain"`` are such chains; of other trees it is ``DraftTree.chain``.
+
+        Args:
+            k: length of the rows, 0 to 1024; longer chains are cut.
+            pad: what fills the rest of a row.
+            out: where to put the tokens, a contiguous int32 array [at least n, k]; by default a new one.
+            lengths: where to put the lengths, a contiguous int32 array [at least n].
+
+        Returns:
+            token_ids int32 [n, k] and lengths int32 [n].
+
+        Raises:
+            InvalidArgumentError: ``k`` is out of range, or an array does not fit.
+        """
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> DraftTree:
         """Return self[key]."""
@@ -1090,9 +1202,10 @@ class SizingRule:
         batch: int,
         size: int,
         context: float,
-        seconds: float,
+        seconds: float | None,
         tokens: float,
         draft_seconds: float = 0.0,
+        prefill_tokens: int = 0,
     ) -> None:
         """Learns from a step.
 
@@ -1100,12 +1213,17 @@ class SizingRule:
             batch: requests of the step.
             size: nodes that the pass had room for: of each row, or of all where rows are packed.
             context: mean length of the requests, tokens.
-            seconds: time of the verify pass. Values that are no time are ignored.
+            seconds: time of the verify pass, or None where it is not known: the step's tokens count then, its time does
+                not. Values that are no time are ignored.
             tokens: tokens that the step produced, at least one per request.
             draft_seconds: time of drafting.
+            prefill_tokens: prompt tokens that the same pass has read, for requests that are not among the ``batch``: its
+                time then tells nothing of drafts, and is not looked at. Where every step reads prompts, the curve is
+                gone by as it is.
 
         Raises:
-            InvalidArgumentError: ``batch`` is less than 1, ``size`` negative, or ``context`` no number of tokens.
+            InvalidArgumentError: ``batch`` is less than 1, ``size`` or ``prefill_tokens`` negative, or ``context`` no number
+                of tokens.
         """
 
 _StrPath = str | PathLike[str]

@@ -514,6 +514,26 @@ class Serving(RuleBasedStateMachine):
         return None
 
     @precondition(lambda self: self.rows)
+    @rule(at=PICK, taken=st.integers(0, 40), tokens=TOKENS)
+    def follow(self, at, taken, tokens):
+        """A row as an engine has it, changed at its end, or another text."""
+        sequence, model = self.pick(at)
+        row = model.tokens[: max(len(model.tokens) - taken, 0)] + model.own(tokens)
+        equal = [one == two for one, two in zip(model.tokens, row, strict=False)]
+        shared = equal.index(False) if False in equal else len(equal)
+        anew = shared == 0 < len(model.tokens)
+        model.tree = None
+        try:
+            sequence.follow(np.array(row, np.int32))
+        except MemoryLimitError:
+            left = sequence.token_ids.tolist()
+            assert left in (model.tokens, model.tokens[:shared])
+            model.tokens, model.predicted = left, model.predicted if left else []
+            return self.full(sequence)
+        model.tokens, model.predicted = row, [] if anew else model.predicted
+        return None
+
+    @precondition(lambda self: self.rows)
     @rule(at=PICK, new_id=IDS)
     def fork(self, at, new_id):
         sequence, model = self.pick(at)

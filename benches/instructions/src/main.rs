@@ -64,7 +64,7 @@ fn main() {
             extend_once(&mut sequence, &response[..1]);
             let mut at = 1;
             while at < response.len() {
-                let limits = Limits { max_nodes: nodes, max_depth: usize::MAX, min_prob: 0.001 };
+                let limits = Limits { max_nodes: nodes, ..Limits::DEFAULT };
                 let tree = draft_once(&mut sequence, limits);
                 let depth = accepted(tree, &response[at..]);
                 (drafts, drafted, sum) = (drafts + 1, drafted + tree.len(), sum + depth);

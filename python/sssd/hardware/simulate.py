@@ -12,7 +12,7 @@ not for an unused budget.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from sssd._core import Sequence as DraftSequence
 from sssd.hardware.curve import CostCurve
 from sssd.replay import Request, count_accepted, extend
 
+Shape = Literal["tree", "chain"]
+"""What verifiers take; some only chains."""
 FIXED_BUDGETS = (4, 8, 16, 32, 64)
 FIXED_RULES = tuple(f"fixed-{budget}" for budget in FIXED_BUDGETS)
 RULES = (*FIXED_RULES, "paper", "sssd", "perfect")
@@ -144,10 +146,12 @@ class Fixed(Autoregressive):
     Attributes:
         budget: Nodes of each request.
         begin_sequence: Opens a drafting sequence for a request's prompt.
+        shape: Of the drafts, as for ``Sequence.draft``.
     """
 
     budget: int
     begin_sequence: Callable[[Request], DraftSequence]
+    shape: Shape = "tree"
     _steps: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,7 +168,7 @@ class Fixed(Autoregressive):
             response = request.response_ids
             position = 1
             while position < len(response):
-                tree = sequence.draft(self.budget)
+                tree = sequence.draft(self.budget, shape=self.shape)
                 accepted = count_accepted(tree, response[position:])
                 yield position, (len(tree), accepted)
                 extend(sequence, request, position, position + accepted + 1)
@@ -230,9 +234,14 @@ class Adaptive(_Live):
 
     name = "sssd"
 
-    def __init__(self, begin_sequence: Callable[[Request], DraftSequence], curve: CostCurve) -> None:
+    def __init__(
+        self,
+        begin_sequence: Callable[[Request], DraftSequence],
+        curve: CostCurve,
+        shape: Shape = "tree",
+    ) -> None:
         super().__init__(begin_sequence)
-        self.rule = SizingRule(curve)
+        self.rule, self.shape = SizingRule(curve), shape
 
     def begin(self, request: Request) -> tuple[DraftSequence, Pace]:
         """A sequence and the rule's state of it."""
@@ -247,7 +256,9 @@ class Adaptive(_Live):
         limits = self.rule.limits(paces)
         # the last token of a response needs no draft
         trees = [
-            row.state[0].draft(limit, min_prob=self.rule.min_prob) if limit and row.left > 1 else None
+            row.state[0].draft(limit, min_prob=self.rule.min_prob, shape=self.shape)
+            if limit and row.left > 1
+            else None
             for row, limit in zip(rows, limits, strict=True)
         ]
         counts = self.rule.allocate(trees, context, paces)

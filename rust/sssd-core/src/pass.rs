@@ -608,6 +608,16 @@ mod tests {
         prop::collection::vec(tree, 0..5)
     }
 
+    /// Whether an entry of a tree's row attends to another: to itself and its ancestors; fillers to themselves alone.
+    fn sees(tree: &DraftTree, entry: usize, other: usize) -> bool {
+        let mut at = Some(entry);
+        while let Some(above) = at.filter(|&at| at != other) {
+            let node = above.checked_sub(1).filter(|&node| node < tree.len());
+            at = node.map(|node| (tree.parents[node] + 1) as usize);
+        }
+        at.is_some()
+    }
+
     proptest! {
         /// Every array against the methods of a single tree.
         #[test]
@@ -635,7 +645,6 @@ mod tests {
             for (row, tree) in trees.iter().enumerate() {
                 let (start, end) = (offsets[row] as usize, offsets[row + 1] as usize);
                 let column = if packed { start } else { 0 };
-                let alone = tree.attention_mask(end - start - 1);
                 for entry in 0..end - start {
                     let at = start + entry;
                     let node = (1..=tree.len()).contains(&entry).then(|| entry - 1);
@@ -645,12 +654,12 @@ mod tests {
                     prop_assert_eq!((depths[at], positions[at], rows[at]), (depth, starts[row] + depth, row as i64));
                     prop_assert_eq!(parents[at], above.unwrap_or(-1));
                     for other in 0..line {
-                        let seen = (column..column + end - start).contains(&other) && alone[entry * (end - start) + other - column];
+                        let seen = other.checked_sub(column).is_some_and(|other| sees(tree, entry, other));
                         prop_assert_eq!(mask[at * line + other], seen);
                     }
                     for other in 0..64 * words {
                         let set = ancestors[at * words + other / 64] >> (other % 64) & 1 == 1;
-                        prop_assert_eq!(set, other < end - start && alone[entry * (end - start) + other]);
+                        prop_assert_eq!(set, sees(tree, entry, other));
                     }
                     let mut found = vec![];
                     let mut child = children[at];

@@ -45,6 +45,8 @@ pub struct Sequence {
     committed: usize,
     /// The sequence will not become longer than this.
     max_length: usize,
+    /// What ends it, where that is not what ends the others.
+    end_tokens: Option<Arc<[Token]>>,
     reservation: Reservation,
     drafts: u64,
     /// Tokens that there were at the last draft.
@@ -69,6 +71,14 @@ impl Sequence {
     pub fn new(namespace: &Namespace, reservation: Reservation) -> Result<Self, MemoryFull> {
         let shared = Arc::clone(&namespace.shared);
         let base = shared.knowledge.model();
+        Self::with_weights(shared, base, reservation)
+    }
+
+    fn with_weights(
+        shared: Arc<Shared>,
+        base: Arc<Weights>,
+        reservation: Reservation,
+    ) -> Result<Self, MemoryFull> {
         let mut sequence = Self {
             store: Arc::clone(shared.common.store()),
             shared,
@@ -84,6 +94,7 @@ impl Sequence {
             stats: Stats::default(),
             committed: 0,
             max_length: usize::MAX,
+            end_tokens: None,
             reservation,
             drafts: 0,
             drafted_at: 0,
@@ -113,6 +124,31 @@ impl Sequence {
     /// Matches another datastore from now on.
     pub fn set_store(&mut self, store: &Arc<StoreSlot>) {
         self.store = Arc::clone(store);
+    }
+
+    /// Sets the tokens after which nothing is drafted, in place of those that end all others.
+    pub fn set_end_tokens(&mut self, end_tokens: &[Token]) -> Result<(), MemoryFull> {
+        let before = self.end_tokens.replace(end_tokens.into());
+        self.reserve().inspect_err(|_| self.end_tokens = before)
+    }
+
+    /// Another sequence with the same limits and no tokens, as if it had just begun: nothing that this one has learned,
+    /// and no predicted output.
+    pub fn renewed(&self) -> Result<Self, MemoryFull> {
+        let (shared, base) = (Arc::clone(&self.shared), self.shared.knowledge.model());
+        let mut renewed = Self::with_weights(shared, base, self.reservation.new_empty())?;
+        renewed.max_length = self.max_length;
+        renewed.store = Arc::clone(&self.store);
+        renewed.end_tokens.clone_from(&self.end_tokens);
+        renewed.reserve()?;
+        renewed.admit();
+        Ok(renewed)
+    }
+
+    /// Takes over what its namespace has learned by now, in place of what it started with and has learned itself.
+    pub fn relearn(&mut self) {
+        self.base = self.shared.knowledge.model();
+        self.model = Arc::clone(&self.base);
     }
 
     /// All tokens so far.
@@ -239,6 +275,7 @@ impl Sequence {
             stats: Stats::default(),
             committed: self.committed,
             max_length: self.max_length,
+            end_tokens: self.end_tokens.clone(),
             reservation,
             drafts: 0,
             drafted_at: 0,
@@ -410,7 +447,7 @@ impl Sequence {
             recent: &self.recent,
             model: &self.model,
             calibration: &self.calibration,
-            end_tokens: self.shared.end_tokens(),
+            end_tokens: self.end_tokens.as_deref().unwrap_or(self.shared.end_tokens()),
             age: self.past.len(),
             limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
         };
@@ -460,7 +497,8 @@ impl Sequence {
 
     /// Bytes of the last draft, and of what does not grow. Weights are charged by themselves.
     fn other_bytes(&self) -> usize {
-        size_of::<Self>() + Recent::MOST_BYTES + self.predictor.memory_bytes()
+        let end_tokens = self.end_tokens.as_deref().map_or(0, size_of_val);
+        size_of::<Self>() + end_tokens + Recent::MOST_BYTES + self.predictor.memory_bytes()
     }
 
     /// Charges what is held alone.
@@ -569,7 +607,7 @@ mod tests {
                     prop_assert_eq!(sequence.check(), Ok(()));
                     let mut twin = begin(&namespace, &pool, &history[..*prompt]);
                     twin.extend(&history[*prompt..], None).unwrap();
-                    let limits = Limits { max_nodes: 20, max_depth: 3, min_prob: 0.001 };
+                    let limits = Limits { max_nodes: 20, max_depth: 3, ..Limits::DEFAULT };
                     prop_assert_eq!(sequence.draft(limits), twin.draft(limits));
                     sequence.predictor.forget();
                 }

@@ -210,7 +210,7 @@ impl DraftTree {
     }
 
     /// Row-major mask of `width + 1` rows, root first: true where the row is the column or descends from it.
-    /// Rows beyond the tree see themselves only.
+    /// Rows beyond the tree see the root and themselves, as children of the root do.
     pub fn attention_mask(&self, width: usize) -> Vec<bool> {
         let row = width + 1;
         let mut mask = vec![false; row * row];
@@ -221,6 +221,7 @@ impl DraftTree {
             own[node + 1] = true;
         }
         for padding in self.len() + 1..row {
+            mask[padding * row] = true;
             mask[padding * row + padding] = true;
         }
         mask
@@ -259,8 +260,13 @@ impl DraftTree {
         BreadthFirst { nodes, first_child, next_sibling }
     }
 
-    /// The tokens of the path of at most `k` nodes with the largest sum of path probabilities.
+    /// The tokens of [`DraftTree::path`].
     pub fn chain(&self, k: usize) -> Vec<Token> {
+        self.path(k).into_iter().map(|node| self.token_ids[node as usize]).collect()
+    }
+
+    /// The path of at most `k` nodes with the largest sum of path probabilities.
+    pub fn path(&self, k: usize) -> Vec<i32> {
         let mut sums = Vec::with_capacity(self.len());
         let mut best = (0.0, ROOT);
         for node in 0..self.len() {
@@ -273,7 +279,7 @@ impl DraftTree {
         let mut path = Vec::new();
         let mut node = best.1;
         while node != ROOT {
-            path.push(self.token_ids[node as usize]);
+            path.push(node);
             node = self.parents[node as usize];
         }
         path.reverse();
@@ -327,7 +333,7 @@ mod tests {
         assert_eq!(row(0), [1, 0, 0, 0, 0, 0, 0]);
         assert_eq!(row(5), [1, 1, 1, 0, 0, 1, 0]);
         assert_eq!(row(4), [1, 0, 0, 1, 1, 0, 0]);
-        assert_eq!(row(6), [0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(row(6), [1, 0, 0, 0, 0, 0, 1]);
     }
 
     #[test]
@@ -342,6 +348,7 @@ mod tests {
     fn chain_is_the_path_with_the_most_expected_tokens() {
         assert_eq!(tree().chain(9), [1, 2, 5]);
         assert_eq!(tree().chain(2), [1, 2]);
+        assert_eq!((tree().path(9), tree().path(1)), (vec![0, 1, 4], vec![0]));
         assert_eq!(tree().chain(0), []);
     }
 

@@ -31,6 +31,11 @@ pub struct Work {
     pub tokens: Vec<Token>,
     /// One more than there are requests.
     pub offsets: Vec<usize>,
+    /// Of rows that are followed: how many of its first tokens each request keeps before its own are appended, none of
+    /// them where it begins anew. Empty where tokens are appended to all.
+    pub keeps: Vec<usize>,
+    /// Whether requests that begin anew are learned from.
+    pub learn: bool,
     /// The target's most probable tokens at each of `tokens`: ids and probabilities, `k` each; or `k` is 0.
     pub k: usize,
     /// `k` ids for each token.
@@ -144,13 +149,14 @@ impl Work {
         self.requests.clear();
         self.tokens.clear();
         self.offsets.clear();
+        self.keeps.clear();
         self.top_ids.clear();
         self.top_probs.clear();
         self.plans.clear();
         self.feedback_ids.clear();
         self.feedback_probs.clear();
         (self.total_nodes, self.sizing) = (None, None);
-        (self.extend, self.draft, self.k) = (false, false, 0);
+        (self.extend, self.draft, self.learn, self.k) = (false, false, false, 0);
         (self.feedback_rows, self.feedback_k) = (0, 0);
     }
 
@@ -171,6 +177,11 @@ impl Work {
     /// Calls `act` with each tree, empty where there is none.
     pub fn trees(&self, mut act: impl FnMut(usize, &DraftTree)) {
         self.slots().enumerate().for_each(|(index, slot)| act(index, &lock(slot).tree));
+    }
+
+    /// Calls `act` with how many nodes of each request's last draft its new tokens have accepted.
+    pub fn accepted(&self, mut act: impl FnMut(usize)) {
+        self.slots().for_each(|slot| act(lock(slot).outcome.map_or(0, |outcome| outcome.accepted)));
     }
 
     /// What was drafted, before any draft was cut.
@@ -197,6 +208,7 @@ impl Work {
             items.capacity() * size_of::<T>()
         }
         let asked = bytes(&self.requests) + bytes(&self.tokens) + bytes(&self.offsets) + bytes(&self.plans);
+        let asked = asked + bytes(&self.keeps);
         let top = bytes(&self.top_ids) + bytes(&self.top_probs);
         let feedback = bytes(&self.feedback_ids) + bytes(&self.feedback_probs);
         let own = bytes(&self.slots) + bytes(&self.todo) + bytes(&self.keys) + bytes(&self.paces);
@@ -307,7 +319,11 @@ impl Work {
                 ids: &self.top_ids[rows.clone()],
                 probs: &self.top_probs[rows],
             });
-            slot.outcome = request.extend(tokens, top, &|| self.cancelled.load(Ordering::Relaxed))?;
+            let cancelled = || self.cancelled.load(Ordering::Relaxed);
+            slot.outcome = match self.keeps.get(item) {
+                None => request.extend(tokens, top, &cancelled)?,
+                Some(&keep) => request.follow(keep, tokens, self.learn, &cancelled)?,
+            };
         }
         if self.draft {
             let limits = self.plans[item].limits;

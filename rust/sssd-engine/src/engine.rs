@@ -367,6 +367,27 @@ impl Engine {
         Ok(())
     }
 
+    /// Makes a request's text that of a row, as [`Request::follow`] does, and returns how many nodes of its last draft the
+    /// new tokens have accepted. What is begun anew is learned from if `learn`.
+    pub fn follow(
+        &self,
+        request: &Request,
+        keep: usize,
+        tokens: &[Token],
+        learn: bool,
+        interrupted: Interrupted,
+    ) -> Result<usize, RequestError> {
+        let told = self.noted(request.follow(keep, tokens, learn, interrupted))?;
+        Metrics::count(&self.metrics.tokens, tokens.len() as u64);
+        self.metrics.outcomes(told);
+        Ok(told.map_or(0, |outcome| outcome.accepted))
+    }
+
+    /// Forgets what all namespaces have learned, as [`Engine::remove_namespace`] does with one.
+    pub fn forget(&self) {
+        self.tenants.clear();
+    }
+
     /// Drafts for one request, as a batch of one does.
     pub fn draft(
         &self,

@@ -19,7 +19,7 @@ mod thread_pool;
 pub use batch::{Drafted, Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
 pub use metrics::{Histogram, Metrics};
-pub use request::{Interrupted, PIECE, Request, RequestError, panic_reason};
+pub use request::{Interrupted, PIECE, Request, RequestError, panic_reason, shared_prefix};
 pub use sizing::{
     Allocation, CostCurve, CostError, CurveError, DraftCost, Layout, Pace, PassCosts, RuleOptions, Sizing,
     SizingRule, StepTimes,

@@ -33,6 +33,14 @@ pub enum RequestError {
     Interrupted,
 }
 
+/// How many of its first tokens a sequence that holds `held` shares with a row, of which `row` are the tokens from `from`
+/// on, where those before are the same. None if they cannot be, as the others differ.
+pub fn shared_prefix(held: &[Token], from: usize, row: &[Token]) -> Option<usize> {
+    let overlap = held.get(from..)?;
+    let same = overlap.iter().zip(row).take_while(|(held, new)| held == new).count();
+    (from == 0 || same == overlap.len().min(row.len())).then_some(from + same)
+}
+
 /// Asked between pieces of long work whether to give it up.
 pub type Interrupted<'a> = &'a (dyn Fn() -> bool + Sync);
 
@@ -87,6 +95,28 @@ impl Live {
         self.backlog.is_empty() && self.cut.is_none()
     }
 
+    /// Becomes a request that has just begun, without tokens.
+    fn begin_anew(&mut self, learn: bool, interrupted: Interrupted) -> Result<(), RequestError> {
+        let renewed = self.sequence.renewed()?;
+        let before = std::mem::replace(&mut self.sequence, renewed);
+        (self.cut, self.backlog, self.reservation) = (None, Vec::new(), None);
+        if learn {
+            let finished = before.finish(&mut || interrupted());
+            self.sequence.relearn();
+            return if finished { Ok(()) } else { Err(RequestError::Interrupted) };
+        }
+        Ok(())
+    }
+
+    /// Takes tokens back, piece by piece.
+    fn truncate(&mut self, length: usize, interrupted: Interrupted) -> Result<(), RequestError> {
+        self.complete(interrupted)?;
+        if !self.sequence.truncate_part(length, PIECE)? {
+            self.cut = Some(length);
+        }
+        self.complete(interrupted)
+    }
+
     /// Does all that is to be done, piece by piece. What is left when it is interrupted is left to the next call.
     fn complete(&mut self, interrupted: Interrupted) -> Result<(), RequestError> {
         while !self.is_ready() {
@@ -127,6 +157,12 @@ impl Request {
     /// A request that is there.
     pub fn new(sequence: Sequence) -> Self {
         Self::with_backlog(sequence, Vec::new(), None)
+    }
+
+    /// A request that is over: it has nothing, and nothing can be done with it.
+    pub fn over() -> Self {
+        let (batch, pace) = (AtomicU64::new(0), Mutex::new(None));
+        Self { state: Mutex::new(State::Over(RequestError::Closed)), batch, pace }
     }
 
     /// A request whose prompt is still to be indexed, by [`Request::fill`] or by who needs it first.
@@ -201,13 +237,54 @@ impl Request {
 
     /// Takes tokens back, down to `length`. Interrupted, the next call does the rest.
     pub fn truncate(&self, length: usize, interrupted: Interrupted) -> Result<(), RequestError> {
+        self.guarded(|live| live.truncate(length, interrupted))
+    }
+
+    /// Makes the text that of a row: its first `keep` tokens, which it shares with the row, and then `tokens`, which the
+    /// target has produced. Where nothing is shared it begins anew with `tokens` as its prompt, and others learn from what
+    /// it was if `learn`. If it fails or is interrupted, it holds what it shares, or all that it has held.
+    pub fn follow(
+        &self,
+        keep: usize,
+        tokens: &[Token],
+        learn: bool,
+        interrupted: Interrupted,
+    ) -> Result<Option<Outcome>, RequestError> {
         self.guarded(|live| {
             live.complete(interrupted)?;
-            if !live.sequence.truncate_part(length, PIECE)? {
-                live.cut = Some(length);
+            let held = live.sequence.tokens().len();
+            if keep == 0 {
+                if held > 0 {
+                    live.begin_anew(learn, interrupted)?;
+                }
+                live.append(tokens.len(), interrupted, |sequence, from, to| {
+                    sequence.prefill(&tokens[from..to])
+                })?;
+                return Ok(None);
             }
-            live.complete(interrupted)
+            if keep < held {
+                live.truncate(keep, interrupted)?;
+            }
+            live.append(tokens.len(), interrupted, |sequence, from, to| {
+                sequence.extend_part(&tokens[from..to], None)
+            })?;
+            Ok(live.sequence.learn(tokens))
         })
+    }
+
+    /// Begins anew without tokens; others learn from what it was if `learn`.
+    pub fn clear(&self, learn: bool, interrupted: Interrupted) -> Result<(), RequestError> {
+        self.guarded(|live| {
+            if learn {
+                live.complete(interrupted)?;
+            }
+            live.begin_anew(learn, interrupted)
+        })
+    }
+
+    /// Sets the tokens after which nothing is drafted.
+    pub fn set_end_tokens(&self, end_tokens: &[Token]) -> Result<(), RequestError> {
+        self.guarded(|live| Ok(live.sequence.set_end_tokens(end_tokens)?))
     }
 
     /// The same as `with`, unless the prompt is still being indexed; if no thread does it, by a piece in each call.

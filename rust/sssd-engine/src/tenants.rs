@@ -108,6 +108,16 @@ impl Tenants {
         removed.is_some()
     }
 
+    /// Forgets all namespaces.
+    pub fn clear(&self) {
+        let mut held = self.lock();
+        held.due.clear();
+        let removed = std::mem::take(&mut held.by_name);
+        // freed when nobody waits
+        drop(held);
+        drop(removed);
+    }
+
     /// Calls `act` with each namespace and when it was last used, in the order of their names.
     pub fn for_each(&self, mut act: impl FnMut(&str, &Namespace, Instant)) {
         self.expire(usize::MAX);

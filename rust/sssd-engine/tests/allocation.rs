@@ -38,8 +38,15 @@ fn rule() -> SizingRule {
     let draft = DraftCost { step: 0.0, request: 0.0, node: 0.0, threads: 1 };
     let curve = CostCurve::new(axes, vec![1.0, 1.1, 1.0, 1.1], Pass::Packed, Vec::new(), draft).unwrap();
     let rule = SizingRule::new(Arc::new(curve), None, RuleOptions::default());
-    let plain =
-        StepTimes { batch: 16, size: 0, context: 0.0, seconds: 1.0, tokens: 16.0, draft_seconds: 0.0 };
+    let plain = StepTimes {
+        batch: 16,
+        size: 0,
+        context: 0.0,
+        seconds: Some(1.0),
+        prefill_tokens: 0,
+        tokens: 16.0,
+        draft_seconds: 0.0,
+    };
     (0..2).for_each(|_| rule.observe(&plain));
     assert!(rule.begin_step().is_some());
     rule
@@ -56,7 +63,9 @@ fn steps_allocate_nothing_after_a_while() {
     let sized = [(1, Pass::Padded), (1, Pass::Packed), (2, Pass::Packed)];
     let sized = sized.map(|(threads, pass)| (threads, None, Some(sizing(pass))));
     let ruled = (2, None, Some(Sizing::Rule(Arc::new(rule()))));
-    for (threads, total, sizing) in plain.into_iter().chain(sized).chain([ruled]) {
+    let steps: Vec<_> = plain.into_iter().chain(sized).chain([ruled]).collect();
+    for ((threads, total, sizing), chain) in steps.iter().flat_map(|step| [(step, false), (step, true)]) {
+        let (threads, total) = (*threads, *total);
         let engine = Engine::new(Options { threads, ..Options::default() }).unwrap();
         let prompt: Vec<Token> = (0..1000).map(|i| i % 40).collect();
         let requests: Vec<_> =
@@ -65,11 +74,11 @@ fn steps_allocate_nothing_after_a_while() {
             let step = engine.idle_step();
             let mut work = step.lock();
             (work.extend, work.draft, work.total_nodes) = (extend, true, total);
-            work.sizing.clone_from(&sizing);
+            work.sizing.clone_from(sizing);
             work.requests.extend(requests.iter().map(Arc::clone));
             work.offsets.extend(0..=requests.len());
             work.tokens.extend(requests.iter().map(|_| 7));
-            let limits = Limits { max_nodes: 16, max_depth: 8, min_prob: 0.0 };
+            let limits = Limits { max_nodes: 16, max_depth: 8, min_prob: 0.0, chain };
             work.plans.extend(requests.iter().map(|_| Plan { min_nodes: 1, limits }));
             drop(work);
             engine.run(&step);

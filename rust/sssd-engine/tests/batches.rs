@@ -54,7 +54,7 @@ fn begin(engine: &Engine, prompt: &[Token]) -> Arc<Request> {
 }
 
 fn limits(max_nodes: usize) -> Limits {
-    Limits { max_nodes, max_depth: 6, min_prob: 0.001 }
+    Limits { max_nodes, max_depth: 6, ..Limits::DEFAULT }
 }
 
 /// What one step is asked.
@@ -133,7 +133,9 @@ proptest! {
         prompts in prop::collection::vec(prop::collection::vec(0u32..9, 1..120), 1..24),
         outputs in prop::collection::vec(prop::collection::vec(prop::collection::vec(0u32..9, 0..6), 24), 1..6),
         budget in 0usize..24,
+        chain: bool,
     ) {
+        let limits = |nodes| Limits { chain, ..limits(nodes) };
         let (together, alone) = (engine_with(store, threads), engine_with(store, 1));
         let requests: Vec<_> = prompts.iter().map(|prompt| begin(&together, prompt)).collect();
         let twins: Vec<_> = prompts.iter().map(|prompt| begin(&alone, prompt)).collect();
@@ -202,7 +204,9 @@ proptest! {
         min_nodes in 0usize..3,
         max_nodes in 0usize..40,
         per_node in prop::sample::select(vec![0.0, 0.05, 0.2, 0.6, 3.0]),
+        chain: bool,
     ) {
+        let limits = |nodes| Limits { chain, ..limits(nodes) };
         let layout = if padded { Layout::Padded } else { Layout::Packed };
         let costs = PassCosts::new((0..60).collect(), (0..60).map(|n| 1.0 + per_node * f64::from(n)).collect(), layout);
         let count = prompts.len();
@@ -230,10 +234,9 @@ proptest! {
                 // whoever verifies less than was drafted says so
                 cuts[at].with(|sequence| sequence.cut_draft(size)).unwrap();
                 alone.extend(&twins[at], &tokens[at], None, &|| false).unwrap();
-                let limits = limits(if size < whole[at].len() { size } else { max_nodes });
                 let sizing = (count == 1 && min_nodes == 0).then_some(&sizing);
-                let limits = sizing.map_or(limits, |_| self::limits(max_nodes));
-                prop_assert_eq!(tree, &alone.draft(&twins[at], limits, sizing).unwrap());
+                let most = if size < whole[at].len() && sizing.is_none() { size } else { max_nodes };
+                prop_assert_eq!(tree, &alone.draft(&twins[at], limits(most), sizing).unwrap());
                 verified += tree.len() as u64;
             }
         }

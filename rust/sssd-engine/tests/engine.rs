@@ -366,3 +366,64 @@ fn what_went_wrong_in_a_step_is_not_said_of_the_next() {
     closed.close();
     assert_eq!([drafted(&closed), drafted(&open), drafted(&closed)], [1, 0, 1]);
 }
+
+/// What a request drafts, as tokens and probabilities.
+fn drafted(engine: &Engine, request: &Request) -> (Vec<Token>, Vec<f32>) {
+    let tree = engine.draft(request, Limits::nodes(16), None).unwrap();
+    (tree.token_ids, tree.probs)
+}
+
+#[test]
+fn a_request_follows_a_row() {
+    let engine = learning();
+    let held: Vec<Token> = TEXT.iter().copied().cycle().take(50).collect();
+    let request = begin(&engine, "", &held);
+    for (keep, new) in [(50, &[14, 15][..]), (51, &[]), (30, &[77]), (31, &[18, 19]), (33, &[])] {
+        let before = request.with(|sequence| sequence.tokens()[..keep].to_vec()).unwrap();
+        engine.follow(&request, keep, new, false, &|| false).unwrap();
+        let row = [&before[..], new].concat();
+        assert_eq!(request.with(|sequence| sequence.tokens().to_vec()).unwrap(), row);
+        assert_eq!(request.with(|sequence| sequence.check()).unwrap(), Ok(()));
+    }
+    assert_eq!(engine.namespace("").unwrap().live_len().0, 0);
+    // nothing in common: as if begun with it, and learned from if so asked
+    for learn in [false, true] {
+        engine.follow(&request, 0, &TEXT, learn, &|| false).unwrap();
+        assert_eq!(engine.namespace("").unwrap().live_len().0 > 0, learn);
+        assert_eq!(drafted(&engine, &request), drafted(&engine, &begin(&engine, "", &TEXT)));
+    }
+    let tree = engine.draft(&request, Limits::nodes(16), None).unwrap();
+    let accepted = tree.accept(&[&[11][..], &vec![0; tree.len()]].concat()).unwrap().len();
+    assert_eq!(engine.follow(&request, 9, &[11], false, &|| false), Ok(accepted));
+    request.close();
+    assert_eq!(engine.follow(&request, 0, &TEXT, false, &|| false), Err(RequestError::Closed));
+}
+
+#[test]
+fn a_row_that_is_interrupted_or_does_not_fit_leaves_what_is_shared() {
+    let engine = Engine::new(Options { max_request_bytes: 4_000_000, ..Options::default() }).unwrap();
+    let text: Vec<Token> = (0..3 * PIECE as Token).collect();
+    let request = begin(&engine, "", &text[..PIECE]);
+    let held = |request: &Request| request.with(|sequence| sequence.tokens().to_vec()).unwrap();
+    let interrupted = engine.follow(&request, PIECE, &text[PIECE..], false, &|| true);
+    assert_eq!(interrupted, Err(RequestError::Interrupted));
+    assert_eq!(held(&request), text[..PIECE]);
+    let much: Vec<Token> = (0..100_000).collect();
+    assert!(matches!(engine.follow(&request, 100, &much, false, &|| false), Err(RequestError::Memory(_))));
+    assert_eq!(held(&request), text[..100]);
+    assert_eq!(request.with(|sequence| sequence.check()).unwrap(), Ok(()));
+}
+
+#[test]
+fn all_namespaces_are_forgotten_at_once() {
+    let engine = learning();
+    for name in ["", "a", "b"] {
+        teach(&engine, name);
+    }
+    let running = begin(&engine, "a", &TEXT);
+    engine.forget();
+    assert_eq!(engine.namespaces().len(), 0);
+    assert_eq!(weights(&engine, "a"), Model::default().to_bytes().unwrap());
+    engine.finish(&running, &|| false).unwrap();
+    assert_eq!(engine.namespace("a").unwrap().live_len().0, 0);
+}

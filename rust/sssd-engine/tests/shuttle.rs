@@ -44,7 +44,7 @@ use shuttle::thread;
 use sssd_core::{DraftTree, Limits, Token};
 use sync::Arc;
 
-const LIMITS: Limits = Limits { max_nodes: 6, max_depth: 6, min_prob: 0.001 };
+const LIMITS: Limits = Limits { max_nodes: 6, max_depth: 6, ..Limits::DEFAULT };
 
 /// The gate is one for all tests.
 static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());

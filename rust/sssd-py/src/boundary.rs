@@ -12,7 +12,7 @@ use pyo3::exceptions::{PyKeyboardInterrupt, PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyString};
-use sssd_core::{MAX_NODES, MemoryFull, room_for_a_thread};
+use sssd_core::{MAX_NODES, MemoryFull, Sequence, room_for_a_thread};
 use sssd_engine::{Interrupted, Request, RequestError, gate, panic_reason};
 use sssd_store::Progress;
 
@@ -101,6 +101,18 @@ pub fn node_budget(py: Python<'_>, name: &str, nodes: i128) -> PyResult<usize> {
 pub fn not_negative(py: Python<'_>, name: &str, value: i128) -> PyResult<usize> {
     usize::try_from(value)
         .map_err(|_| error(py, "InvalidArgumentError", format!("{name} must not be negative, got {value}")))
+}
+
+/// Whether drafts of this shape are chains.
+pub fn is_chain(py: Python<'_>, shape: &str) -> PyResult<bool> {
+    match shape {
+        "tree" => Ok(false),
+        "chain" => Ok(true),
+        _ => {
+            let message = format!("shape must be \"tree\" or \"chain\", got {shape:?}");
+            Err(error(py, "InvalidArgumentError", message))
+        }
+    }
 }
 
 /// A probability.
@@ -234,6 +246,25 @@ pub fn wait_for(py: Python<'_>, request: &Arc<Request>) -> PyResult<()> {
         call_long(py, move |interrupted| request.wait(interrupted))?;
     }
     Ok(())
+}
+
+/// Runs `work` on the sequence of a request, without the GIL if `detach` or if there is anything to be done first.
+pub fn with_request<T: Send>(
+    py: Python<'_>,
+    request: &Arc<Request>,
+    detach: bool,
+    work: impl FnOnce(&mut Sequence) -> T + Send,
+) -> PyResult<Result<T, RequestError>> {
+    match call(py, detach, || request.try_with(work))? {
+        Ok(result) => Ok(result),
+        Err(work) => {
+            let theirs = Arc::clone(request);
+            match call_long(py, move |interrupted| theirs.complete(interrupted))? {
+                Ok(()) => call(py, true, || request.with(work)),
+                Err(failure) => Ok(Err(failure)),
+            }
+        }
+    }
 }
 
 /// Runs `work` on a drafter: as `enter`, and not while the process forks.

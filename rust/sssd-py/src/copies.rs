@@ -5,8 +5,8 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
 
-use crate::batch::PyDraftBatch;
 use crate::datastore::PyDatastoreBuilder;
+use crate::draft_batch::PyDraftBatch;
 use crate::drafter::PyDrafter;
 use crate::pass::PyPassBlock;
 use crate::sequence::PySequence;

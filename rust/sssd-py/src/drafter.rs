@@ -137,19 +137,21 @@ impl PyDrafter {
     ///     max_length: the most tokens that the sequence may have; nothing is drafted beyond.
     ///     datastores: names of those of the drafter's datastores that this sequence and its forks match; none if empty, all
     ///         by default. A datastore that was given alone is named ``""``.
+    ///     end_token_ids: tokens that end this sequence, at most 256, in place of the drafter's; none if empty.
     ///     background: return at once and let another thread index the prompt. Until it is done ``ready`` is False and
     ///         drafts are empty; other calls wait. With ``threads=1`` the first of these does the work.
     ///
     /// Raises:
-    ///     InvalidTokenError: an id is not an integer.
-    ///     InvalidArgumentError: ``max_length`` is negative, or there is no datastore of a name.
+    ///     InvalidTokenError: an id is not an integer, or an end token is outside the vocabulary.
+    ///     InvalidArgumentError: ``max_length`` is negative, there is no datastore of a name, or there are more end tokens.
     ///     MemoryLimitError: the sequence or its namespace does not fit into the limits.
     #[pyo3(
         signature = (prompt_ids, prediction=None, *, namespace=String::new(), max_length=None, datastores=None,
-                     background=false),
+                     end_token_ids=None, background=false),
         text_signature = "($self, prompt_ids, prediction=None, *, namespace='', max_length=None, datastores=None, \
-                          background=False)"
+                          end_token_ids=None, background=False)"
     )]
+    #[allow(clippy::too_many_arguments)]
     fn begin(
         &self,
         prompt_ids: &Bound<'_, PyAny>,
@@ -157,11 +159,18 @@ impl PyDrafter {
         #[pyo3(from_py_with = name)] namespace: String,
         #[pyo3(from_py_with = optional_int)] max_length: Option<i128>,
         datastores: Option<&Bound<'_, PyAny>>,
+        end_token_ids: Option<&Bound<'_, PyAny>>,
         background: bool,
     ) -> PyResult<PySequence> {
         let py = prompt_ids.py();
         let names = datastores.map_or(Ok(None), corpora::names)?;
         let chosen = names.map_or(Ok(None), |names| self.corpora.choose(py, names))?;
+        let end_tokens =
+            end_token_ids.map(|ids| tokens(ids, self.engine.options().vocab_size)).transpose()?;
+        if let Some(count) = end_tokens.as_ref().map(Vec::len).filter(|&count| count > MOST_END_TOKENS) {
+            let message = format!("end_token_ids must be at most {MOST_END_TOKENS}, got {count}");
+            return Err(error(py, "InvalidArgumentError", message));
+        }
         check_room(&self.engine, prompt_ids)?;
         let prompt = history(prompt_ids, self.engine.options().vocab_size)?;
         let prediction = match prediction {
@@ -185,6 +194,10 @@ impl PyDrafter {
         let request = begun.map_err(|failure| request_error(py, &failure))?;
         if let Some(store) = &chosen {
             call(py, true, || request.set_store(store))?.map_err(|failure| request_error(py, &failure))?;
+        }
+        if let Some(end_tokens) = end_tokens {
+            let set = call(py, true, || request.set_end_tokens(&end_tokens))?;
+            set.map_err(|failure| request_error(py, &failure))?;
         }
         Ok(self.sequence(request))
     }
@@ -243,8 +256,15 @@ impl PyDrafter {
         }
     }
 
-    /// Forgets what the predictor has learned: sequences begun from now on start with the weights that ship with
-    /// sssd.
+    /// Forgets all that was learned: live stores, the target's probabilities and weights of every namespace, as if the
+    /// drafter were new. Sequences that run go on with what they know, and hand it on to nobody. The datastore stays.
+    fn clear(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = Arc::clone(&self.engine);
+        call_long(py, move |_| engine.forget())
+    }
+
+    /// Forgets the default namespace's weights: sequences begun from now on start with those that ship with sssd. The
+    /// live store stays; see ``clear``.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
         self.default(py)?.reset_model();
         Ok(())
@@ -346,6 +366,8 @@ impl PyDrafter {
 }
 
 const MOST_THREADS: i128 = 256;
+/// Every expansion looks a token up among them.
+const MOST_END_TOKENS: usize = 256;
 /// More threads than this have too little to do in a batch.
 const MOST_DEFAULT_THREADS: usize = 8;
 

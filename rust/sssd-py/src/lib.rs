@@ -6,10 +6,12 @@ mod copies;
 mod corpora;
 mod datastore;
 mod documents;
+mod draft_batch;
 mod drafter;
 mod errors;
 mod logits;
 mod pass;
+mod rows;
 mod sequence;
 mod shutdown;
 mod sizing;
@@ -27,13 +29,13 @@ mod _core {
     use super::*;
 
     #[pymodule_export]
-    use batch::PyDraftBatch;
-    #[pymodule_export]
     use datastore::{PyBuildSummary, PyDatastore, PyDatastoreBuilder, PyDatastoreInfo, PyFileInfo};
     #[pymodule_export]
     use documents::PyDocuments;
     #[pymodule_export]
     use documents::write_tombstones;
+    #[pymodule_export]
+    use draft_batch::PyDraftBatch;
     #[pymodule_export]
     use drafter::PyDrafter;
     #[pymodule_export]

@@ -8,8 +8,8 @@ use numpy::{
 use pyo3::prelude::*;
 use sssd_core::{FlatTrees, PassBlock, PassError, Shape, Token};
 
-use crate::batch::{Array, PyDraftBatch, buffer, view};
 use crate::boundary::{call, not_negative, optional_int};
+use crate::draft_batch::{Array, PyDraftBatch, buffer, view};
 use crate::errors::error;
 use crate::shutdown::defer_shutdown;
 use crate::tokens::{integers_into, tokens_into};

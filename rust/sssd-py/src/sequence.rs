@@ -10,11 +10,12 @@ use sssd_core::{Limits, Model, Sequence, Token, room_for_a_thread};
 use sssd_engine::{Engine, Request, gate};
 
 use crate::boundary::{
-    LONG, call, call_long, int, memory_full, node_budget, not_negative, optional_int, probability,
-    request_error, wait_for,
+    LONG, call, call_long, int, is_chain, memory_full, node_budget, not_negative, optional_int, probability,
+    request_error, wait_for, with_request,
 };
 use crate::corpora::Corpora;
 use crate::errors::error;
+use crate::rows::{compared, read_row};
 use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{Top, history, shown, top};
 use crate::tree::PyDraftTree;
@@ -98,6 +99,67 @@ impl PySequence {
             call_long(py, move |interrupted| request.prefill(&tokens, interrupted))?
         } else {
             call(py, tokens.len() > DETACH_TOKENS, || self.request.prefill(&tokens, &|| false))?
+        };
+        done.map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Makes the sequence that of a whole row, as an engine has it now: keeps the first tokens that the two share, takes
+    /// back what it has beyond them, and appends the rest of the row as ``extend`` does. Where they share none it begins
+    /// anew with the row as its prompt: with the same namespace, ``max_length`` and end tokens, and no prediction.
+    ///
+    /// Only the end of what both have is read and compared, as engines change rows nowhere else: the time does not depend
+    /// on the length of the text. Where the ends differ, all is compared.
+    ///
+    /// Args:
+    ///     token_ids: all tokens of the request, any one-dimensional sequence or array of integers.
+    ///     compare: how many tokens at the end of what both have are compared; None for all.
+    ///     learn: whether other requests learn from a text that is begun anew, as by ``finish``.
+    ///
+    /// Returns:
+    ///     nodes of the last draft that the new tokens have accepted.
+    ///
+    /// Raises:
+    ///     InvalidTokenError, InvalidArgumentError: an id is not an integer, or ``compare`` is negative; nothing changes.
+    ///     MemoryLimitError: the row does not fit into the limits. The sequence then holds what the two share.
+    ///     ClosedError: the sequence is closed.
+    #[pyo3(signature = (token_ids, *, compare=64, learn=false))]
+    fn follow(
+        &self,
+        token_ids: &Bound<'_, PyAny>,
+        #[pyo3(from_py_with = optional_int)] compare: Option<i128>,
+        learn: bool,
+    ) -> PyResult<usize> {
+        let (py, mut new) = (token_ids.py(), Vec::new());
+        let compare = compared(py, compare)?;
+        let common = read_row(&self.engine, &self.request, token_ids, compare, &mut new)?
+            .map_err(|failure| request_error(py, &failure))?;
+        let (keep, cut) = (common.keep, common.held - common.keep);
+        let done = if new.len() > LONG || cut > LONG || self.request.is_busy() {
+            let (engine, request) = self.parts();
+            call_long(py, move |interrupted| engine.follow(&request, keep, &new, learn, interrupted))?
+        } else {
+            let detach = new.len() + cut > DETACH_TOKENS;
+            call(py, detach, || self.engine.follow(&self.request, keep, &new, learn, &|| false))?
+        };
+        done.map_err(|failure| request_error(py, &failure))
+    }
+
+    /// Forgets all tokens, as if the sequence had just begun without a prompt: with the same namespace, ``max_length`` and
+    /// end tokens, and no prediction.
+    ///
+    /// Args:
+    ///     learn: whether other requests learn from the text, as by ``finish``.
+    ///
+    /// Raises:
+    ///     MemoryLimitError: there is no memory for another sequence; nothing changes.
+    ///     ClosedError: the sequence is closed.
+    #[pyo3(signature = (*, learn=false))]
+    fn clear(&self, py: Python<'_>, learn: bool) -> PyResult<()> {
+        let request = Arc::clone(&self.request);
+        let done = if self.is_long(py)? {
+            call_long(py, move |interrupted| request.clear(learn, interrupted))?
+        } else {
+            call(py, true, || request.clear(learn, &|| false))?
         };
         done.map_err(|failure| request_error(py, &failure))
     }
@@ -209,12 +271,15 @@ impl PySequence {
     ///         ``PassCosts.allocate`` has it. A curve is read at one sequence of this length.
     ///     rate: what a second is worth then, in tokens; by default what decoding without drafts makes of it.
     ///     rule: a ``SizingRule`` in place of the two, which learns them.
+    ///     shape: ``"tree"``, or ``"chain"`` for verifiers that take no trees: after each token the most probable one, a
+    ///         path of at most ``max_nodes`` nodes.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` is
-    ///         neither, there is a ``rate`` without it, or a ``rule`` as well.
+    ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` or
+    ///         ``shape`` is neither, there is a ``rate`` without it, or a ``rule`` as well.
     ///     ClosedError: the sequence is closed.
-    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None, rule=None))]
+    #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None, rule=None,
+                        shape="tree"))]
     #[allow(clippy::too_many_arguments)]
     fn draft<'py>(
         &self,
@@ -225,11 +290,12 @@ impl PySequence {
         cost: Option<&Bound<'py, PyAny>>,
         rate: Option<f64>,
         rule: Option<&Bound<'py, PySizingRule>>,
+        shape: &str,
     ) -> PyResult<PyDraftTree> {
         let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
-        let limits = Limits { max_nodes, max_depth, min_prob };
+        let limits = Limits { max_nodes, max_depth, min_prob, chain: is_chain(py, shape)? };
         let sizing = read_sizing(py, cost, rate, rule, max_nodes)?;
         wait_for(py, &self.request)?;
         let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
@@ -366,16 +432,7 @@ impl PySequence {
         detach: bool,
         work: impl FnOnce(&mut Sequence) -> T + Send,
     ) -> PyResult<T> {
-        let result = match call(py, detach, || self.request.try_with(work))? {
-            Ok(result) => result,
-            Err(work) => {
-                let request = Arc::clone(&self.request);
-                let completed = call_long(py, move |interrupted| request.complete(interrupted))?;
-                completed.map_err(|failure| request_error(py, &failure))?;
-                call(py, true, || self.request.with(work))?
-            }
-        };
-        result.map_err(|failure| request_error(py, &failure))
+        with_request(py, &self.request, detach, work)?.map_err(|failure| request_error(py, &failure))
     }
 }
 

@@ -401,13 +401,18 @@ impl PySizingRule {
     ///     batch: requests of the step.
     ///     size: nodes that the pass had room for: of each row, or of all where rows are packed.
     ///     context: mean length of the requests, tokens.
-    ///     seconds: time of the verify pass. Values that are no time are ignored.
+    ///     seconds: time of the verify pass, or None where it is not known: the step's tokens count then, its time does
+    ///         not. Values that are no time are ignored.
     ///     tokens: tokens that the step produced, at least one per request.
     ///     draft_seconds: time of drafting.
+    ///     prefill_tokens: prompt tokens that the same pass has read, for requests that are not among the ``batch``: its
+    ///         time then tells nothing of drafts, and is not looked at. Where every step reads prompts, the curve is
+    ///         gone by as it is.
     ///
     /// Raises:
-    ///     InvalidArgumentError: ``batch`` is less than 1, ``size`` negative, or ``context`` no number of tokens.
-    #[pyo3(signature = (*, batch, size, context, seconds, tokens, draft_seconds=0.0))]
+    ///     InvalidArgumentError: ``batch`` is less than 1, ``size`` or ``prefill_tokens`` negative, or ``context`` no number
+    ///         of tokens.
+    #[pyo3(signature = (*, batch, size, context, seconds, tokens, draft_seconds=0.0, prefill_tokens=0))]
     #[allow(clippy::too_many_arguments)]
     fn observe(
         &self,
@@ -415,13 +420,23 @@ impl PySizingRule {
         #[pyo3(from_py_with = int)] batch: i128,
         #[pyo3(from_py_with = int)] size: i128,
         context: f64,
-        seconds: f64,
+        seconds: Option<f64>,
         tokens: f64,
         draft_seconds: f64,
+        #[pyo3(from_py_with = int)] prefill_tokens: i128,
     ) -> PyResult<()> {
         check_context(py, context)?;
         let (batch, size) = (at_least_one(py, "batch", batch)?, not_negative(py, "size", size)?);
-        self.rule.observe(&StepTimes { batch, size, context, seconds, tokens, draft_seconds });
+        let prefill_tokens = not_negative(py, "prefill_tokens", prefill_tokens)?;
+        self.rule.observe(&StepTimes {
+            batch,
+            size,
+            context,
+            seconds,
+            prefill_tokens,
+            tokens,
+            draft_seconds,
+        });
         Ok(())
     }
 

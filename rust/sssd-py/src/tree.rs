@@ -4,7 +4,7 @@ use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 use sssd_core::{DraftTree, MAX_NODES, SOURCES, TreeError};
 
-use crate::boundary::{int, optional_int};
+use crate::boundary::{int, not_negative, optional_int};
 use crate::errors::error;
 use crate::tokens::{int32, integers, tokens};
 
@@ -116,7 +116,8 @@ impl PyDraftTree {
     /// to itself and its ancestors (SpecInfer, arXiv 2305.09781).
     ///
     /// Args:
-    ///     width: w, at least n; by default n. Rows added as padding attend to themselves only.
+    ///     width: w, at least n; by default n. The root is not counted. Rows added as padding attend to the root and to
+    ///         themselves: as in ``pad``, they are children of the root.
     ///
     /// Raises:
     ///     InvalidArgumentError: ``width`` is less than n.
@@ -130,7 +131,8 @@ impl PyDraftTree {
         PyArray1::from_vec(py, self.0.attention_mask(width)).reshape([width + 1, width + 1])
     }
 
-    /// Position id of the root and each node, int64 [w+1]: ``start`` plus depth. Padding stays at ``start``.
+    /// Position id of the root and each node, int64 [w+1]: ``start`` plus depth. Padding stays at ``start``, so that no
+    /// position lies beyond those of the text.
     ///
     /// Args:
     ///     start: position of the root, which is the number of tokens before it.
@@ -156,8 +158,8 @@ impl PyDraftTree {
     /// Tokens and parents at a fixed width, for verifiers with static shapes.
     ///
     /// Args:
-    ///     width: number of nodes, at least n.
-    ///     token_id: token of the padding nodes, whose parent is -1. They must not be accepted.
+    ///     width: number of nodes, at least n; the root is not counted, as in ``attention_mask``.
+    ///     token_id: token of the padding nodes, whose parent is -1: children of the root. They must not be accepted.
     ///
     /// Returns:
     ///     token_ids int32 [width] and parents int32 [width].
@@ -204,9 +206,21 @@ impl PyDraftTree {
     /// Raises:
     ///     InvalidArgumentError: ``k`` is negative.
     fn chain<'py>(&self, py: Python<'py>, #[pyo3(from_py_with = int)] k: i128) -> PyResult<Int32<'py>> {
-        let longest = usize::try_from(k.min(MAX_NODES as i128))
-            .map_err(|_| error(py, "InvalidArgumentError", format!("k must not be negative, got {k}")))?;
-        Ok(int32(py, self.0.chain(longest).into_iter().map(|token| token as i32)))
+        Ok(int32(py, self.0.chain(longest(py, k)?).into_iter().map(|token| token as i32)))
+    }
+
+    /// The nodes of that path: ``probs[path]`` are its probabilities.
+    ///
+    /// Args:
+    ///     k: the longest path wanted.
+    ///
+    /// Returns:
+    ///     nodes int32 [at most k], from the root down.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: ``k`` is negative.
+    fn path<'py>(&self, py: Python<'py>, #[pyo3(from_py_with = int)] k: i128) -> PyResult<Int32<'py>> {
+        Ok(PyArray1::from_vec(py, self.0.path(longest(py, k)?)))
     }
 
     /// Walks from the root along the target's own tokens.
@@ -268,6 +282,11 @@ impl PyDraftTree {
             error(py, "InvalidArgumentError", message)
         })
     }
+}
+
+/// The longest path wanted, of those that a tree may have.
+fn longest(py: Python<'_>, k: i128) -> PyResult<usize> {
+    not_negative(py, "k", k.min(MAX_NODES as i128))
 }
 
 fn invalid(py: Python<'_>, reason: &TreeError) -> PyErr {

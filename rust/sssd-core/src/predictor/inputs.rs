@@ -49,6 +49,8 @@ pub struct Limits {
     pub max_depth: usize,
     /// Less probable nodes are not drafted.
     pub min_prob: f32,
+    /// Whether every node follows the one before: the most probable token after each, and no tree.
+    pub chain: bool,
 }
 
 impl Default for Limits {
@@ -59,11 +61,11 @@ impl Default for Limits {
 
 impl Limits {
     /// What a draft may come to unless somebody says so.
-    pub const DEFAULT: Self = Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001 };
+    pub const DEFAULT: Self = Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001, chain: false };
 
     /// A number of nodes alone.
     pub fn nodes(max_nodes: usize) -> Self {
-        Self { max_nodes, max_depth: usize::MAX, min_prob: 0.0 }
+        Self { max_nodes, min_prob: 0.0, ..Self::DEFAULT }
     }
 }
 

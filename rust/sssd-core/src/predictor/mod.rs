@@ -49,11 +49,15 @@ pub struct Predictor {
 }
 
 impl Predictor {
-    /// Drafts a tree of at most `nodes` nodes, the best of those that `inputs` allow.
+    /// Drafts a tree, or a chain, of at most `nodes` nodes, the best of those that `inputs` allow.
     pub fn draft(&mut self, nodes: usize, inputs: &Inputs, scratch: &mut Scratch) {
         self.start(inputs, scratch);
         while self.tree.len() < nodes.min(inputs.limits.max_nodes) {
             if let Some(node) = self.newest.take() {
+                if inputs.limits.chain {
+                    // what does not follow the newest node is no part of the chain
+                    scratch.frontier.reset(1, inputs.limits.min_prob);
+                }
                 self.expand(node, inputs, scratch);
             }
             let Some(best) = scratch.frontier.pop() else { return };
@@ -63,7 +67,7 @@ impl Predictor {
 
     /// Begins with the root: the last token, which is no node of the tree.
     fn start(&mut self, inputs: &Inputs, scratch: &mut Scratch) {
-        let Limits { max_nodes, max_depth, min_prob } = inputs.limits;
+        let Limits { max_nodes, max_depth, min_prob, .. } = inputs.limits;
         self.arena.clear();
         make_room(&mut self.arena.contexts, CONTEXTS * max_nodes);
         self.tree.clear();

@@ -78,6 +78,8 @@ options! {
     plain_every: usize = 2048;
     /// Steps. So many without drafts tell how fast the machine is now; the faster one does.
     plain_at_once: usize = 2;
+    /// Steps. So many without drafts whose time is not known, as they have also read prompts, stand for one whose is.
+    unmeasured_plain: usize = 4;
     /// Times. The newest of all widths, whose median tells that the machine's speed has changed.
     recent: usize = 5;
     /// Log of a factor. By how much it must have changed.

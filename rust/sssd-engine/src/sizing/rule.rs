@@ -52,8 +52,10 @@ pub struct StepTimes {
     pub size: usize,
     /// Mean length of the requests, tokens.
     pub context: f64,
-    /// Time of the verify pass.
-    pub seconds: f64,
+    /// Time of the verify pass, where it is known.
+    pub seconds: Option<f64>,
+    /// Prompt tokens that the same pass has read: then its time tells nothing of drafts.
+    pub prefill_tokens: usize,
     /// Tokens that the step produced, at least one per request.
     pub tokens: f64,
     /// Time of drafting.
@@ -68,6 +70,8 @@ struct State {
     min_prob: f64,
     plain_due: usize,
     since_plain: usize,
+    /// Steps without drafts whose time is not known, since the last one whose is.
+    unmeasured: usize,
     since_change: f64,
     /// What drafts have brought in, less what they have cost, in tokens per request.
     account: f64,
@@ -98,6 +102,7 @@ impl SizingRule {
             min_prob: options.first_min_prob,
             plain_due: options.plain_at_once,
             since_plain: 0,
+            unmeasured: 0,
             since_change: f64::INFINITY,
             account: 0.0,
             pause: options.shortest_pause,
@@ -186,21 +191,24 @@ impl SizingRule {
 
     /// Learns from a step. Values that no step has are ignored.
     pub fn observe(&self, step: &StepTimes) {
-        let StepTimes { batch, size, context, seconds, tokens, draft_seconds } = *step;
-        if !(seconds.is_finite() && seconds > 0.0) || batch < 1 || tokens.is_nan() || tokens < batch as f64 {
+        let StepTimes { batch, size, context, seconds, prefill_tokens, tokens, draft_seconds } = *step;
+        let absurd = seconds.is_some_and(|seconds| !(seconds.is_finite() && seconds > 0.0));
+        if absurd || batch < 1 || tokens.is_nan() || tokens < batch as f64 {
             return;
         }
         let options = &self.options;
         let mut state = self.lock();
-        let expected = self.curve.size_time(batch, size as f64, context);
-        let width = if self.curve.layout() == Layout::Packed { size.div_ceil(batch) } else { size };
-        let strangest = options.strangest.max(1.0).ln();
-        let log = (seconds.ln() - expected.ln()).clamp(-strangest, strangest);
-        let changed = state.clock.tick(width, log, options);
-        state.watch(size == 0, options);
-        if changed {
-            state.known.clear();
+        let measured = seconds.filter(|_| prefill_tokens == 0);
+        if let Some(seconds) = measured {
+            let expected = self.curve.size_time(batch, size as f64, context);
+            let width = if self.curve.layout() == Layout::Packed { size.div_ceil(batch) } else { size };
+            let strangest = options.strangest.max(1.0).ln();
+            let log = (seconds.ln() - expected.ln()).clamp(-strangest, strangest);
+            if state.clock.tick(width, log, options) {
+                state.known.clear();
+            }
         }
+        state.watch(size == 0, measured.is_some(), options);
         // the medians speak for the pass, not its own time: a busy machine is not the draft's fault
         let costs = self.known(&mut state, batch, context);
         let (plain, extra) = (costs.seconds()[0], costs.extra(size));
@@ -245,11 +253,16 @@ impl State {
     }
 
     /// Asks for steps without drafts where their time is not known, or no longer.
-    fn watch(&mut self, plain: bool, options: &RuleOptions) {
-        self.since_plain = if plain { 0 } else { self.since_plain + 1 };
+    fn watch(&mut self, plain: bool, measured: bool, options: &RuleOptions) {
+        self.since_plain += 1;
         self.since_change += 1.0;
         if plain {
-            self.plain_due = self.plain_due.saturating_sub(1);
+            self.unmeasured = if measured { 0 } else { self.unmeasured + 1 };
+            // where every step also reads prompts the curve has to do
+            if measured || self.unmeasured >= options.unmeasured_plain.max(1) {
+                self.plain_due = self.plain_due.saturating_sub(1);
+                (self.since_plain, self.unmeasured) = (0, 0);
+            }
         }
         if self.since_plain >= options.plain_every {
             self.plain_due = 1;
@@ -322,6 +335,32 @@ mod tests {
     fn a_draft_has_to_be_worth_its_own_time() {
         assert_eq!((judged(0.4, 0.3).wait, judged(0.4, 0.3).pause), (0, 1));
         assert_eq!((judged(0.4, 0.5).wait, judged(0.4, 0.5).pause), (1, 2));
+    }
+
+    #[test]
+    fn passes_that_read_prompts_tell_no_times_and_hold_nobody_up() {
+        let axes = [vec![1.0], vec![1.0, 9.0], vec![0.0]];
+        let draft = DraftCost { step: 0.0, request: 0.0, node: 0.0, threads: 1 };
+        let curve = CostCurve::new(axes, vec![1.0, 2.0], Layout::Packed, Vec::new(), draft).unwrap();
+        let rule = SizingRule::new(Arc::new(curve), None, RuleOptions::default());
+        let step = |seconds, prefill_tokens| StepTimes {
+            batch: 1,
+            size: 0,
+            context: 0.0,
+            seconds,
+            prefill_tokens,
+            tokens: 1.0,
+            draft_seconds: 0.0,
+        };
+        let (before, mut waited) = (rule.costs(1, 0.0), 0);
+        while rule.begin_step().is_none() {
+            rule.observe(&if waited % 2 == 0 { step(Some(50.0), 4096) } else { step(None, 0) });
+            waited += 1;
+        }
+        assert_eq!(waited, RuleOptions::default().plain_at_once * RuleOptions::default().unmeasured_plain);
+        assert_eq!(rule.costs(1, 0.0), before);
+        (0..9).for_each(|_| rule.observe(&step(Some(50.0), 0)));
+        assert!(rule.costs(1, 0.0).0.seconds()[0] > 40.0);
     }
 
     #[test]

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector as BaseCollector
 
 from sssd._core import Drafter
+from sssd.sharing import Replica
 
 _COUNTERS = {
     "begun": "Sequences begun.",
@@ -25,17 +26,21 @@ _HISTOGRAMS = {
 }
 
 
+SHARING_GAUGES = ("queued_bytes", "lag_seconds", "failing")
+"""Which of ``Replica.metrics`` are no counters."""
+
+
 class Collector(BaseCollector):
     """Reads a drafter's numbers whenever Prometheus asks; drafting pays nothing for it.
 
     Args:
         drafter: What to read.
         prefix: Start of all names.
+        replica: Its ``metrics`` as well, as ``sharing``.
     """
 
-    def __init__(self, drafter: Drafter, prefix: str = "sssd") -> None:
-        self.drafter = drafter
-        self.prefix = prefix
+    def __init__(self, drafter: Drafter, prefix: str = "sssd", *, replica: Replica | None = None) -> None:
+        self.drafter, self.prefix, self.replica = drafter, prefix, replica
 
     def collect(self) -> Iterator[Metric]:
         """Yields all metrics."""
@@ -67,3 +72,7 @@ class Collector(BaseCollector):
             for source, counts in self.drafter.stats["sources"].items():
                 counter.add_metric([source], counts[kind])
             yield counter
+        for name, value in (self.replica.metrics if self.replica else {}).items():
+            kind = GaugeMetricFamily if name in SHARING_GAUGES else CounterMetricFamily
+            text = f"Finished requests shared by replicas: {name.replace('_', ' ')}."
+            yield kind(f"{self.prefix}_sharing_{name}", text, value=value)

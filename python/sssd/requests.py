@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from sssd._core import DraftBatch, Drafter, Sequence
 from sssd.errors import InvalidArgumentError
+from sssd.sharing import Replica
 
 
 class Requests:
@@ -15,12 +16,13 @@ class Requests:
 
     Args:
         drafter: What starts the sequences.
+        replica: What shares those that finish with other replicas, if they are to be shared.
 
     Every method that takes a request id raises ``InvalidArgumentError`` if there is no such request.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: Drafter, replica: Replica | None = None) -> None:
+        self.drafter, self.replica = drafter, replica
         self._sequences: dict[str, Sequence] = {}
 
     def begin(self, request_id: str, prompt_ids: ArrayLike, **options: Any) -> Sequence:
@@ -60,8 +62,12 @@ class Requests:
         return self.drafter.step(self._named(request_ids), token_ids, offsets, *args, **options)
 
     def finish(self, request_id: str) -> None:
-        """Ends a request; later ones learn from it."""
-        self._take(request_id).finish()
+        """Ends a request; later ones learn from it, those of other replicas too if there is a ``replica``."""
+        sequence = self._take(request_id)
+        if self.replica is None:
+            sequence.finish()
+        else:
+            self.replica.finish(sequence)
 
     def abort(self, request_id: str) -> None:
         """Drops a request; nothing is learned from it."""

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
-use sssd_core::{Corpus, Limits, Match, Model, Token, TopK};
+use sssd_core::{Corpus, Limits, MAX_TOKEN, Match, MemoryFull, Model, Token, TopK};
 use sssd_engine::{
     Engine, Identity, Options, PIECE, Plan, Record, Request, RequestError, STATE_FILE, StateError,
     StateReader,
@@ -365,4 +365,29 @@ fn what_went_wrong_in_a_step_is_not_said_of_the_next() {
     let (closed, open) = (begin(&engine, "", &TEXT), begin(&engine, "", &TEXT));
     closed.close();
     assert_eq!([drafted(&closed), drafted(&open), drafted(&closed)], [1, 0, 1]);
+}
+
+#[test]
+fn a_text_that_is_learned_is_as_one_that_finished_here() {
+    let text: Vec<_> = TEXT.iter().copied().chain([MAX_TOKEN + 1, 3, 4]).chain(TEXT).collect();
+    let [there, here] = [(); 2].map(|()| learning());
+    there.finish(&begin(&there, "a", &text), &|| false).unwrap();
+    here.learn("a", &text, &|| false).unwrap();
+    assert!(matches!(here.learn("a", &text, &|| true), Err(RequestError::Interrupted)));
+    let learned = |engine: &Engine| {
+        let mut documents = Vec::new();
+        let namespace = engine.find_namespace("a").unwrap();
+        let all = namespace.for_each_document(|tokens, used| {
+            documents.push((tokens.to_vec(), used));
+            Ok::<_, MemoryFull>(())
+        });
+        all.unwrap();
+        documents
+    };
+    assert_eq!(learned(&here), learned(&there));
+    assert!(!learned(&here).is_empty());
+    assert_eq!(here.metrics().begun.load(Ordering::Relaxed), 0);
+    let request = begin(&here, "a", &TEXT);
+    request.with(|sequence| assert_eq!(&**sequence.namespace(), "a")).unwrap();
+    here.fork(&request).unwrap().with(|sequence| assert_eq!(&**sequence.namespace(), "a")).unwrap();
 }

@@ -161,7 +161,7 @@ class TestLiveStore:
             assert trees[0].token_ids.tolist() == trees[1].token_ids.tolist() != []
             assert trees[0].probs.tolist() == trees[1].probs.tolist()
         assert here.namespaces()["a"]["live_tokens"] == there.namespaces()["a"]["live_tokens"]
-        assert (here.live_tokens, here.metrics["begun"]) == (0, 0)
+        assert (here.live_tokens, here.metrics["finished"]) == (0, 0)
         assert here.begin([1], namespace="a").fork().namespace == "a"
         with pytest.raises(InvalidTokenError):
             here.learn([0.5])

@@ -51,13 +51,13 @@ class Collector(BaseCollector):
         yield GaugeMetricFamily(f"{self.prefix}_datastore_lost", text, value=metrics["datastore_lost"])
         for name, text in _HISTOGRAMS.items():
             held = metrics[name]
-            family = HistogramMetricFamily(f"{self.prefix}_{name}", text)
+            histogram = HistogramMetricFamily(f"{self.prefix}_{name}", text)
             total, buckets = 0, []
             for bound, count in zip(held["bounds"], held["counts"], strict=True):
                 total += count
                 buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
-            family.add_metric([], buckets, sum_value=held["sum"])
-            yield family
+            histogram.add_metric([], buckets, sum_value=held["sum"])
+            yield histogram
         memory = self.drafter.memory
         for name in ("used", "shared", "sequences"):
             text = f"Bytes of memory: {name}."
@@ -73,6 +73,6 @@ class Collector(BaseCollector):
                 counter.add_metric([source], counts[kind])
             yield counter
         for name, value in (self.replica.metrics if self.replica else {}).items():
-            kind = GaugeMetricFamily if name in SHARING_GAUGES else CounterMetricFamily
             text = f"Finished requests shared by replicas: {name.replace('_', ' ')}."
-            yield kind(f"{self.prefix}_sharing_{name}", text, value=value)
+            family = GaugeMetricFamily if name in SHARING_GAUGES else CounterMetricFamily
+            yield family(f"{self.prefix}_sharing_{name}", text, value=value)

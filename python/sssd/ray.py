@@ -27,13 +27,13 @@ def build(
     merge: bool = True,
     **options: Any,
 ) -> Any:
-    """Adds a dataset to a corpus: its shards are tokenized and sorted by themselves, wherever Ray has room, and taken
-    into the corpus at the end, all at once.
+    """Adds a dataset to a corpus: its shards are tokenized and sorted by themselves, wherever Ray has room,
+    and taken into the corpus at the end, all at once.
 
     Args:
         dataset: rows as ``python -m sssd build`` reads them (``docs/reading.md``): texts, chats, token ids.
-        folder: of the corpus, made if need be; every machine must reach it by this path. Nothing in it changes if the
-            build fails, but for a folder ``.ray-*`` if the driver is killed.
+        folder: of the corpus, made if need be; every machine must reach it by this path. Nothing in it
+            changes if the build fails, but for a folder ``.ray-*`` if the driver is killed.
         shards: segments to make. The same dataset and number make equal segments, whatever the machines.
         source: label of what is added.
         merge: merge segments if the corpus's policy says so.
@@ -69,15 +69,15 @@ def build_segments(
     num_cpus: float = 1,
     max_retries: int = 3,
 ) -> list[Path]:
-    """Makes a datastore file of each shard of a dataset, in tasks of Ray. A worker that dies costs its shard only,
-    which another one does again.
+    """Makes a datastore file of each shard of a dataset, in tasks of Ray. A worker that dies costs its shard
+    only, which another one does again.
 
     Shards are runs of rows in the dataset's order, equally long; no more rows are moved than that takes.
 
     Args:
         dataset: rows as ``python -m sssd build`` reads them.
-        folder: where the files go (``shard-00000.sssd`` and so on), made if need be; every machine must reach it by
-            this path.
+        folder: where the files go (``shard-00000.sssd`` and so on), made if need be; every machine must
+            reach it by this path.
         shards: files to make; fewer where there are fewer rows.
         tokenizer, chat_template: as in ``sssd.datastore.build``. Paths must be there on every machine.
         vocab_size, end_token_id, options, max_memory: as in ``sssd.datastore.build``, for each shard.
@@ -135,7 +135,7 @@ def _shards_of(dataset: "ray.data.Dataset", shards: int) -> list[Any]:
     execution = dataset.context.execution_options
     before, execution.preserve_order = execution.preserve_order, True
     try:
-        return dataset.repartition(shards).to_arrow_refs()
+        return list(dataset.repartition(shards).to_arrow_refs())
     finally:
         execution.preserve_order = before
 

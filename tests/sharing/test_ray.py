@@ -114,7 +114,9 @@ def test_a_killed_worker_costs_its_shard_only(tmp_path):
     paths = build_segments(dataset, tmp_path / "killed.d", shards=4, tokenizer=Splitter(tmp_path))
     assert (tmp_path / "killed").exists()
     # a batch of texts is begun again with its shard, and no other
-    times = collections.Counter(int(line.split()[1]) for line in (tmp_path / "encoded").read_text().splitlines())
+    times = collections.Counter(
+        int(line.split()[1]) for line in (tmp_path / "encoded").read_text().splitlines()
+    )
     assert {n for n, count in times.items() if count > 1} <= set(range(20, 30))
     assert times[20] == 2
     again = build_segments(dataset, tmp_path / "again.d", shards=4, tokenizer=Splitter(tmp_path))
@@ -125,12 +127,14 @@ def test_a_killed_worker_costs_its_shard_only(tmp_path):
 
 def test_bad_rows_are_named_and_nothing_is_returned(tmp_path):
     rows = [{"text": str(n)} for n in range(10)]
-    with pytest.raises(CorpusError, match=r"shard 1: .*row 3.*vocab|shard 1: .*row 3"):
-        bad = [{"ids": [n]} for n in range(10)]
-        bad[7] = {"ids": [200]}
+    bad = [{"ids": [n]} for n in range(10)]
+    bad[7] = {"ids": [200]}
+    with pytest.raises(CorpusError, match=r"shard 1: .*row 3"):
         build_segments(ray.data.from_items(bad), tmp_path / "bad", shards=2, vocab_size=100)
     with pytest.raises(EmptyCorpusError):
-        build_segments(ray.data.from_items([{"text": ""}]), tmp_path / "none", shards=3, tokenizer=Splitter(tmp_path))
+        build_segments(
+            ray.data.from_items([{"text": ""}]), tmp_path / "none", shards=3, tokenizer=Splitter(tmp_path)
+        )
     with pytest.raises(InvalidArgumentError):
         build_segments(ray.data.from_items(rows), tmp_path / "text", shards=2, vocab_size=100)
     with pytest.raises(InvalidArgumentError):
@@ -200,5 +204,6 @@ def test_the_actor_keeps_what_it_may(monkeypatch):
     keeper.publish(bytes(2 << 20))
     assert keeper.read(life, 0)[1] == 2
     assert keeper.read(life, 10)[2] == []
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic(): now + 7200)
+    later = time.monotonic() + 7200
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert keeper.read(life, 0)[1:] == (10, [])

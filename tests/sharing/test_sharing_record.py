@@ -91,8 +91,8 @@ def test_lengths_that_lie_are_refused():
     name = record(namespace="xx").encode()[:-16].replace(b"xx", b"\xff\xff")
     with pytest.raises(SharingError, match="UTF-8"):
         Record.decode(name + hashlib.blake2b(name, digest_size=16).digest())
+    newer = bytes(body[:4]) + b"\2\0" + bytes(body[6:])
     with pytest.raises(SharingError, match="version 2"):
-        newer = bytes(body[:4]) + b"\2\0" + bytes(body[6:])
         Record.decode(newer + hashlib.blake2b(newer, digest_size=16).digest())
 
 

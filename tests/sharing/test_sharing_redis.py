@@ -181,7 +181,10 @@ def test_wrong_arguments_are_refused(server):
     for options in ({"max_records": 0}, {"keep_seconds": 0}, {"timeout": 0}):
         with pytest.raises(InvalidArgumentError):
             RedisLog(server.url, **options)
-    with redis.Redis.from_url(server.url, decode_responses=True) as client, pytest.raises(InvalidArgumentError):
+    with (
+        redis.Redis.from_url(server.url, decode_responses=True) as client,
+        pytest.raises(InvalidArgumentError),
+    ):
         RedisLog(client)
     with redis.Redis.from_url(server.url) as client:
         log = RedisLog(client)

@@ -8,10 +8,10 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from sssd._core import Drafter
-from sssd.errors import InvalidArgumentError, InvalidTokenError, SharingError, SssdError
+from sssd.errors import InvalidArgumentError, SharingError, SssdError
 from sssd.sharing.log import Log
 from sssd.sharing.record import MAX_NAMESPACE_BYTES, Record
 
@@ -47,8 +47,8 @@ class _Finished:
 
 
 class Window:
-    """Which numbers of an origin have come: the highest and a bit for each of those below it, as IPsec keeps them
-    against replays (RFC 4303, 3.4.3). What is older than the window counts as having come.
+    """Which numbers of an origin have come: the highest and a bit for each of those below it, as IPsec keeps
+    them against replays (RFC 4303, 3.4.3). What is older than the window counts as having come.
     """
 
     _WIDTH = 1024
@@ -70,7 +70,7 @@ class Window:
 
 
 class Allowance:
-    """So much a second, and at most a second's worth at once. It may be overdrawn, and is paid back in time."""
+    """So much a second, and at most a second's worth at once. It may be overdrawn, which time pays back."""
 
     def __init__(self, rate: float) -> None:
         self._rate, self._left, self._at = rate, rate, time.monotonic()
@@ -88,7 +88,9 @@ class Allowance:
 
 
 class Exchange:
-    """What a replica and its thread have in common. ``run`` is the thread; all other methods take no time."""
+    """What a replica and its thread have in common. ``run`` is the thread, ``turn`` what it does again and
+    again; the other methods take no time.
+    """
 
     def __init__(
         self,
@@ -106,8 +108,7 @@ class Exchange:
         self._queue: deque[_Finished] = deque()
         self._queued_bytes = 0
         self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self.stopping = False
+        self._stop = threading.Event()
         # what follows is the thread's own
         self._sending: tuple[bytes, float] | None = None
         self._seen: OrderedDict[bytes, Window] = OrderedDict()
@@ -123,28 +124,25 @@ class Exchange:
         short = len(namespace.encode(errors="replace")) <= MAX_NAMESPACE_BYTES
         return short and namespace in self._namespaces
 
-    def put(self, namespace: str, token_ids: ArrayLike) -> None:
-        """Queues the end of a text; the oldest ones make room."""
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise InvalidTokenError(f"token ids must be a one-dimensional sequence of integers, got {ids.dtype}")
-        start = max(len(ids) - self._limits.max_tokens, 0)
-        ids = ids[start:].astype(np.int64)
-        ids[(ids < 0) | (ids >= (self._vocab_size or 1 << 31))] = -1
-        finished = _Finished(namespace, time.time(), start, ids.astype(np.int32))
+    def put(self, namespace: str, token_ids: NDArray[np.int32]) -> None:
+        """Queues the end of a text, int32 [n], without waking anybody; the oldest ones make room."""
+        start = max(len(token_ids) - self._limits.max_tokens, 0)
+        ids = token_ids[start:].copy() if start else token_ids
         with self._lock:
-            self._queue.append(finished)
-            self._queued_bytes += finished.token_ids.nbytes
+            self._queue.append(_Finished(namespace, time.time(), start, ids))
+            self._queued_bytes += ids.nbytes
             while self._queued_bytes > self._limits.queue_bytes:
                 self._queued_bytes -= self._queue.popleft().token_ids.nbytes
                 self._counts["dropped"] += 1
-        if not self._failures:
-            self._wake.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the thread is to end, or has."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """Ends the thread once it has tried to publish what waits."""
-        self.stopping = True
-        self._wake.set()
+        self._stop.set()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -156,9 +154,8 @@ class Exchange:
 
     def run(self) -> None:
         """Publishes and learns until ``stop``; whatever the log raises is counted, and tried again later."""
-        while not self.stopping:
-            self._wake.wait(self.turn())
-            self._wake.clear()
+        while not self._stop.wait(self.turn()):
+            pass
         try:
             self._publish()
             self._log.close()
@@ -166,20 +163,17 @@ class Exchange:
             self._counts["errors"] += 1
 
     def turn(self) -> float:
-        """Publishes what waits and learns what came, within the limits. Seconds until there may be more to do."""
-        failed, pause = False, self._limits.interval
-        try:
-            self._publish()
-        except Exception:
-            failed = True
-            self._counts["errors"] += 1
-        try:
-            pause = max(self._learn(), pause)
-        except Exception:
-            failed = True
-            self._counts["errors"] += 1
+        """Publishes what waits and learns what came, within the limits. Seconds until the next turn."""
+        failed = False
+        for work in (self._publish, self._learn):
+            try:
+                work()
+            except Exception:
+                failed = True
+                self._counts["errors"] += 1
         self._failures = self._failures + 1 if failed else 0
-        return max(pause, min(_LONGEST_PAUSE, self._limits.interval * 2.0 ** min(self._failures, 16)))
+        backoff = self._limits.interval * 2.0 ** min(self._failures, 16)
+        return max(self._limits.interval, min(backoff, _LONGEST_PAUSE))
 
     def _publish(self) -> None:
         while (sending := self._next_to_send()) is not None:
@@ -207,6 +201,8 @@ class Exchange:
                     return None
                 finished = self._queue.popleft()
                 self._queued_bytes -= finished.token_ids.nbytes
+            ids = finished.token_ids
+            is_token = (ids >= 0) & (ids <= (self._vocab_size or 1 << 31) - 1)
             record = Record(
                 self._origin,
                 self._number,
@@ -215,27 +211,26 @@ class Exchange:
                 self._vocab_size,
                 self._fingerprint,
                 finished.start,
-                finished.token_ids,
+                np.where(is_token, ids, np.int32(-1)),
             )
             self._number += 1
             self._sending = record.encode(self._key), time.monotonic()
         return self._sending
 
-    def _learn(self) -> float:
-        """Learns what came, as long as there is an allowance. Seconds until there is more to do."""
-        while not (wait := max(self._time.wait(), self._bytes.wait())):
+    def _learn(self) -> None:
+        """Learns what came, as long as there is an allowance."""
+        while not self._time.wait() and not self._bytes.wait():
             incoming = self._incoming or self._poll()
             # one that raises is over
             self._incoming = None
             data = next(incoming, None) if incoming else None
             if data is None or self.stopping:
-                break
+                return
             self._incoming = incoming
             start = time.perf_counter()
             self._take(data)
             self._time.spend(time.perf_counter() - start)
             self._bytes.spend(len(data))
-        return wait
 
     def _poll(self) -> Iterator[bytes] | None:
         """Looks at the log, unless it has just been looked at."""
@@ -277,5 +272,6 @@ class Exchange:
     def _is_for_us(self, record: Record) -> bool:
         sizes = {size for size in (record.vocab_size, self._vocab_size) if size}
         tokenizers = {one for one in (record.fingerprint, self._fingerprint) if one is not None}
-        within = not self._vocab_size or not len(record.token_ids) or record.token_ids.max() < self._vocab_size
+        largest = record.token_ids.max(initial=-1)
+        within = not self._vocab_size or largest < self._vocab_size
         return len(sizes) < 2 and len(tokenizers) < 2 and bool(within) and self.shares(record.namespace)

@@ -28,13 +28,14 @@ _TRIES = 64
 
 
 class FolderLog:
-    """A log in a folder. Each writer appends to files of its own, which all others read; nobody locks anything.
+    """A log in a folder. Each writer appends to files of its own, which all others read; nobody locks
+    anything.
 
-    What is half written is not read; a writer that fails in the middle goes on in another file. Records that are
-    damaged are passed over. Old files are deleted by whoever writes, so that a folder needs no care.
+    What is half written is not read; a writer that fails in the middle goes on in another file. Records that
+    are damaged are passed over. Old files are deleted by whoever writes, so that a folder needs no care.
 
-    On NFS, records are seen once the reader's client looks again, 3 to 60 s by default; mount with ``actimeo=1``.
-    Files are their owner's alone (0600): replicas are to run as the same user.
+    On NFS, records are seen once the reader's client looks again, 3 to 60 s by default; mount with
+    ``actimeo=1``. Files are their owner's alone (0600): replicas are to run as the same user.
 
     Args:
         folder: made if need be (0700).

@@ -10,8 +10,8 @@ MAX_RECORD_BYTES = 1 << 20
 class Log(Protocol):
     """A log of records that every replica appends to and reads. Used by one thread at a time.
 
-    Calls may take their time, or raise whatever they like: a ``Replica`` makes them from a thread of its own, and
-    tries again. A record may come twice, never in parts.
+    Calls may take their time, or raise whatever they like: a ``Replica`` makes them from a thread of its
+    own, and tries again. A record may come twice, never in parts.
     """
 
     def publish(self, record: bytes) -> None:
@@ -22,8 +22,8 @@ class Log(Protocol):
         """
 
     def poll(self) -> Iterable[bytes]:
-        """Records that this reader has not been given yet, its own included or not: at first the oldest that are
-        kept. Does not wait for new ones. Who stops in the middle gets the rest the next time.
+        """Records that this reader has not been given yet, its own included or not: at first the oldest that
+        are kept. Does not wait for new ones. Who stops in the middle gets the rest the next time.
         """
 
     def close(self) -> None:

@@ -17,9 +17,11 @@ _ANSWER_BYTES = 4 << 20
 
 
 class RayLog:
-    """A log in the memory of a named, detached actor, which the first replica starts and all find by its name.
+    """A log in the memory of a named, detached actor, which the first replica starts and all find by its
+    name.
 
-    If the actor dies, Ray starts it again, empty: replicas keep what they have learned, and share from there on.
+    If the actor dies, Ray starts it again, empty: replicas keep what they have learned, and share from there
+    on.
 
     Args:
         name: of the actor.

@@ -12,8 +12,8 @@ from sssd.sharing.log import MAX_RECORD_BYTES
 
 _MAGIC = bytes.fromhex("89 53 53 52")
 _VERSION = 1
-# magic, version, bytes of the namespace, vocabulary size, tokens, place of the first token in the request, number of
-# the record, time, origin, fingerprint
+# magic, version, bytes of the namespace, vocabulary size, tokens, place of the first token in the request,
+# number of the record, time, origin, fingerprint
 _HEADER = struct.Struct("<4sHHIIQQd16s32s")
 _DIGEST = 16
 
@@ -49,8 +49,8 @@ class Record:
     token_ids: NDArray[np.int32]
 
     def encode(self, key: bytes | None = None) -> bytes:
-        """The record as bytes: little-endian, with a BLAKE2b of everything before at its end, keyed if there is a
-        ``key``.
+        """The record as bytes: little-endian, with a BLAKE2b of everything before at its end, keyed if there
+        is a ``key``.
 
         Raises:
             InvalidArgumentError: the namespace's name or the text is too long.
@@ -58,8 +58,8 @@ class Record:
         name = self.namespace.encode()
         if len(name) > MAX_NAMESPACE_BYTES or len(self.token_ids) > MAX_TOKENS:
             raise InvalidArgumentError(
-                f"a record has at most {MAX_NAMESPACE_BYTES} bytes of a namespace's name and {MAX_TOKENS} tokens, "
-                f"not {len(name)} and {len(self.token_ids)}"
+                f"a record has at most {MAX_NAMESPACE_BYTES} bytes of a namespace's name and {MAX_TOKENS} "
+                f"tokens, not {len(name)} and {len(self.token_ids)}"
             )
         header = _HEADER.pack(
             *(_MAGIC, _VERSION, len(name), self.vocab_size, len(self.token_ids), self.start, self.number),

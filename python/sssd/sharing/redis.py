@@ -18,9 +18,10 @@ class RedisLog:
     """A log in a stream of a Redis server (5.0 or newer), or of what speaks its protocol and has streams.
 
     Args:
-        server: a URL such as ``redis://host:6379/0`` (``rediss://`` for TLS), or a client of the package ``redis``
-            that answers in bytes (one for a cluster, say).
-        stream: the key of the stream. It holds what users have said: whoever may read the server's keys may read it.
+        server: a URL such as ``redis://host:6379/0`` (``rediss://`` for TLS), or a client of the package
+            ``redis`` that answers in bytes (one for a cluster, say).
+        stream: the key of the stream. It holds what users have said: whoever may read the server's keys may
+        read it.
         max_records: records that are kept, about; a record has 4 bytes a token and some 120.
         keep_seconds: age at which records go.
         timeout: seconds that the server may take to answer, where ``server`` is a URL.
@@ -42,7 +43,9 @@ class RedisLog:
             raise InvalidArgumentError("max_records, keep_seconds and timeout must be positive")
         self._client: Any = server
         if isinstance(server, str):
-            self._client = redis.Redis.from_url(server, socket_timeout=timeout, socket_connect_timeout=timeout)
+            self._client = redis.Redis.from_url(
+                server, socket_timeout=timeout, socket_connect_timeout=timeout
+            )
         if self._client.get_encoder().decode_responses:
             raise InvalidArgumentError("the client decodes its answers; make it with decode_responses=False")
         self._stream, self._max_records, self._keep_seconds = stream, max_records, keep_seconds

@@ -75,7 +75,18 @@ def reading():
     return {"folder": folder, **names}
 
 
-NAMES = {"README.md": readme, "reading.md": reading, "hardware.md": hardware, "serving.md": serving}
+def replicas():
+    """A model's vocabulary, and a request."""
+    return {"V": 10, "prompt_ids": TEXT, "shared_folder": tempfile.mkdtemp()}
+
+
+NAMES = {
+    "README.md": readme,
+    "reading.md": reading,
+    "hardware.md": hardware,
+    "serving.md": serving,
+    "replicas.md": replicas,
+}
 """What a page takes for granted, where it has blocks of Python."""
 
 

@@ -304,16 +304,17 @@ def test_learning_keeps_to_its_bytes_a_second():
 
 
 class StuckLog:
-    """A log whose calls do not return until they may."""
+    """A log whose calls do not return until they may. It notes the threads that had to wait."""
 
     def __init__(self):
-        self.go_on = threading.Event()
+        self.go_on, self.waited = threading.Event(), set()
 
     def publish(self, record):
-        self.go_on.wait()
+        self.waited.add(threading.current_thread().name)
+        self.go_on.wait(20)
 
     def poll(self):
-        self.go_on.wait()
+        self.publish(b"")
         return []
 
     def close(self):
@@ -332,6 +333,7 @@ def test_a_log_that_hangs_keeps_neither_finish_nor_drafts_nor_close_waiting():
     replica.close(timeout=0.01)
     assert replica.closed
     replica.finish(drafter.begin(TEXT))
+    assert log.waited == {"sssd-sharing"}
     log.go_on.set()
 
 

@@ -17,7 +17,7 @@ from sssd.sharing import MAX_RECORD_BYTES, Replica
 ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'sssd[ray]'")
 pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'sssd[ray]'")
 
-from sssd.ray import build_segments  # noqa: E402
+from sssd.ray import build, build_segments  # noqa: E402
 from sssd.sharing.ray import Keeper, RayLog  # noqa: E402
 
 # Ray's own threads, pipes and deprecations are not ours to mend
@@ -139,6 +139,22 @@ def test_bad_rows_are_named_and_nothing_is_returned(tmp_path):
         build_segments(ray.data.from_items(rows), tmp_path / "text", shards=2, vocab_size=100)
     with pytest.raises(InvalidArgumentError):
         build_segments(ray.data.from_items(rows), tmp_path / "zero", shards=0, vocab_size=100)
+
+
+def test_a_corpus_takes_all_segments_or_none(tmp_path):
+    corpus = pytest.importorskip("sssd.corpus", reason="needs sssd.corpus").Corpus(tmp_path)
+    dataset = ray.data.from_items(words(103))
+    added = build(dataset, tmp_path, shards=6, vocab_size=100, source="today", merge=False)
+    assert (added.documents, len(corpus.manifest.segments)) == (103, 6)
+    before = sorted(tmp_path.iterdir())
+    bad = ray.data.from_items([*words(20), {"ids": [200]}])
+    with pytest.raises(CorpusError, match="shard 1"):
+        build(bad, tmp_path, shards=2, vocab_size=100)
+    assert sorted(tmp_path.iterdir()) == before
+    # what is there already is not there twice
+    assert build(dataset, tmp_path, shards=6, vocab_size=100, source="today", merge=False).documents == 0
+    with Datastore.open(tmp_path) as store:
+        assert store.info.documents == 103
 
 
 @ray.remote(num_cpus=0)

@@ -311,7 +311,9 @@ class StuckLog:
 
     def publish(self, record):
         self.waited.add(threading.current_thread().name)
-        self.go_on.wait(20)
+        # a minute in all, should `finish` wait as well
+        if not self.go_on.wait(60):
+            self.go_on.set()
 
     def poll(self):
         self.publish(b"")

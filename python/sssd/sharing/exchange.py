@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,24 +156,23 @@ class Exchange:
         """Publishes and learns until ``stop``; whatever the log raises is counted, and tried again later."""
         while not self._stop.wait(self.turn()):
             pass
-        try:
-            self._publish()
-            self._log.close()
-        except Exception:
-            self._counts["errors"] += 1
+        for work in (self._publish, self._log.close):
+            self._try(work)
 
     def turn(self) -> float:
         """Publishes what waits and learns what came, within the limits. Seconds until the next turn."""
-        failed = False
-        for work in (self._publish, self._learn):
-            try:
-                work()
-            except Exception:
-                failed = True
-                self._counts["errors"] += 1
-        self._failures = self._failures + 1 if failed else 0
+        done = [self._try(work) for work in (self._publish, self._learn)]
+        self._failures = 0 if all(done) else self._failures + 1
         backoff = self._limits.interval * 2.0 ** min(self._failures, 16)
         return max(self._limits.interval, min(backoff, _LONGEST_PAUSE))
+
+    def _try(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except Exception:
+            self._counts["errors"] += 1
+            return False
+        return True
 
     def _publish(self) -> None:
         while (sending := self._next_to_send()) is not None:

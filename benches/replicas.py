@@ -63,7 +63,7 @@ class Between:
 def replay(requests: list[Request], replicas: int, max_nodes: int, shared: bool) -> Replay:
     """Replays requests on replicas in turn."""
     records: list[bytes] = []
-    limits = Limits(1 << 17, 1 << 30, 1.0, 1e15, 1e-9)
+    limits = Limits(8192, 1 << 30, 1.0, 1e15, 1e-9)
     logs = [Between(records) for _ in range(replicas)]
     drafters = [Drafter() for _ in range(replicas)]
     exchanges = [

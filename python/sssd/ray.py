@@ -6,14 +6,16 @@ import uuid
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.data
 
 from sssd.datastore import build as build_datastore
 from sssd.errors import CorpusError, EmptyCorpusError, InvalidArgumentError, SssdError
 from sssd.reading.options import ReadOptions
+
+if TYPE_CHECKING:
+    import ray.data  # workers need not have it loaded
 
 _ROWS = 1024
 

@@ -419,6 +419,20 @@ assert not {"redis", "ray"} & set(sys.modules)
     subprocess.run([sys.executable, "-W", "error", "-c", code], timeout=60, check=True)
 
 
+def test_prometheus_reads_what_is_counted():
+    pytest.importorskip("prometheus_client")
+    from sssd.metrics import SHARING_GAUGES, Collector
+
+    with Replica(Drafter(vocab_size=100), MemoryLog([]), namespaces={""}) as replica:
+        replica.share(TEXT)
+        wait_until(lambda: replica.metrics["published"] == 1)
+        families = {family.name: family for family in Collector(replica.drafter, replica=replica).collect()}
+        for name, value in replica.metrics.items():
+            family = families[f"sssd_sharing_{name}"]
+            assert family.type == ("gauge" if name in SHARING_GAUGES else "counter")
+            assert family.samples[0].value == value
+
+
 def test_wrong_arguments_are_refused():
     drafter, log = Drafter(vocab_size=100), MemoryLog([])
     for options in (

@@ -173,6 +173,29 @@ def test_replicas_end_with_the_same_texts_whatever_breaks():
     )
 
 
+def test_what_comes_twice_is_learned_once():
+    records, drafter = [], Learned()
+    sender = exchange(Learned(), MemoryLog(records, ["unanswered"]))
+    reader = exchange(drafter, MemoryLog(records, ["again"]))
+    sender.put("", np.int32(TEXT))
+    for _ in range(3):
+        sender.turn()
+        reader.turn()
+    assert len(records) == 2
+    assert drafter.texts == [("", *TEXT)]
+    assert (reader.metrics["duplicate"], sender.metrics["errors"], sender.metrics["own"]) == (1, 1, 2)
+
+
+def test_what_is_lost_is_sent_again():
+    records = []
+    sender = exchange(Learned(), MemoryLog(records, ["lost", "lost"]))
+    sender.put("", np.int32(TEXT))
+    for _ in range(4):
+        sender.turn()
+    assert [Record.decode(record).token_ids.tolist() for record in records] == [TEXT]
+    assert (sender.metrics["published"], sender.metrics["dropped"], sender.metrics["failing"]) == (1, 0, 0)
+
+
 @given(st.lists(st.integers(0, 3000)))
 def test_a_window_takes_each_number_once(numbers):
     window, seen, highest = Window(), set(), -1

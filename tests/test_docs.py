@@ -92,9 +92,15 @@ def corpora():
     return {**names, **made}
 
 
+def replicas():
+    """A model's vocabulary, and a request."""
+    return {"V": 10, "prompt_ids": TEXT, "shared_folder": tempfile.mkdtemp()}
+
+
 NAMES = {
     "README.md": readme,
     "corpora.md": corpora,
+    "replicas.md": replicas,
     "reading.md": reading,
     "hardware.md": hardware,
     "serving.md": serving,

@@ -150,6 +150,22 @@ class TestLiveStore:
             sequence.commit()
         sequence.finish()
 
+    def test_a_text_is_learned_as_if_it_had_finished_here(self):
+        there, here = Drafter(vocab_size=1000), Drafter(vocab_size=1000)
+        long = np.random.default_rng(0).integers(0, 1000, 40_000)
+        for text in (TEXT, [*TEXT[:20], -1, *TEXT[5:30], 1000, 7], long, [], [3]):
+            there.begin(text, namespace="a").finish()
+            here.learn(text, namespace="a")
+        for text in (TEXT[:10], TEXT[5:12], long[500:520]):
+            trees = [one.begin(text, namespace="a").draft(64) for one in (there, here)]
+            assert trees[0].token_ids.tolist() == trees[1].token_ids.tolist() != []
+            assert trees[0].probs.tolist() == trees[1].probs.tolist()
+        assert here.namespaces()["a"]["live_tokens"] == there.namespaces()["a"]["live_tokens"]
+        assert (here.live_tokens, here.metrics["finished"]) == (0, 0)
+        assert here.begin([1], namespace="a").fork().namespace == "a"
+        with pytest.raises(InvalidTokenError):
+            here.learn([0.5])
+
     def test_memory_is_bounded_and_newer_requests_displace_older_ones(self):
         drafter = Drafter(live_bytes=1 << 18)
         rng = np.random.default_rng(0)

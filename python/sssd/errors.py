@@ -90,6 +90,10 @@ class StateVersionError(StateError):
     """A saved state was written by another release."""
 
 
+class SharingError(SssdError):
+    """A record of a finished request is damaged, or not for this replica."""
+
+
 class BatchError(SssdError):
     """Some sequences of a batch failed; the others were served.
 

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector as BaseCollector
 
 from sssd._core import Drafter
+from sssd.sharing import Replica
 
 _COUNTERS = {
     "begun": "Sequences begun.",
@@ -25,17 +26,21 @@ _HISTOGRAMS = {
 }
 
 
+SHARING_GAUGES = ("queued_bytes", "lag_seconds", "failing")
+"""Which of ``Replica.metrics`` are no counters."""
+
+
 class Collector(BaseCollector):
     """Reads a drafter's numbers whenever Prometheus asks; drafting pays nothing for it.
 
     Args:
         drafter: What to read.
         prefix: Start of all names.
+        replica: Its ``metrics`` as well, as ``sharing``.
     """
 
-    def __init__(self, drafter: Drafter, prefix: str = "sssd") -> None:
-        self.drafter = drafter
-        self.prefix = prefix
+    def __init__(self, drafter: Drafter, prefix: str = "sssd", *, replica: Replica | None = None) -> None:
+        self.drafter, self.prefix, self.replica = drafter, prefix, replica
 
     def collect(self) -> Iterator[Metric]:
         """Yields all metrics."""
@@ -46,13 +51,13 @@ class Collector(BaseCollector):
         yield GaugeMetricFamily(f"{self.prefix}_datastore_lost", text, value=metrics["datastore_lost"])
         for name, text in _HISTOGRAMS.items():
             held = metrics[name]
-            family = HistogramMetricFamily(f"{self.prefix}_{name}", text)
+            histogram = HistogramMetricFamily(f"{self.prefix}_{name}", text)
             total, buckets = 0, []
             for bound, count in zip(held["bounds"], held["counts"], strict=True):
                 total += count
                 buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
-            family.add_metric([], buckets, sum_value=held["sum"])
-            yield family
+            histogram.add_metric([], buckets, sum_value=held["sum"])
+            yield histogram
         memory = self.drafter.memory
         for name in ("used", "shared", "sequences"):
             text = f"Bytes of memory: {name}."
@@ -67,3 +72,7 @@ class Collector(BaseCollector):
             for source, counts in self.drafter.stats["sources"].items():
                 counter.add_metric([source], counts[kind])
             yield counter
+        for name, value in (self.replica.metrics if self.replica else {}).items():
+            text = f"Finished requests shared by replicas: {name.replace('_', ' ')}."
+            family = GaugeMetricFamily if name in SHARING_GAUGES else CounterMetricFamily
+            yield family(f"{self.prefix}_sharing_{name}", text, value=value)

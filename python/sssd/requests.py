@@ -10,6 +10,8 @@ from sssd.errors import BatchError, InvalidArgumentError, MemoryLimitError, Sssd
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from sssd.sharing import Replica
+
 
 class Requests:
     """The running sequences of a drafter by request id. Not for use from several threads at once.
@@ -20,13 +22,14 @@ class Requests:
 
     Args:
         drafter: What starts the sequences.
+        replica: What shares those that finish with other replicas, if they are to be shared.
 
     Every method that takes a request id raises ``InvalidArgumentError`` if there is no such request, but for
     ``step`` with ``rows``, which begins it.
     """
 
-    def __init__(self, drafter: Drafter) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: Drafter, replica: "Replica | None" = None) -> None:
+        self.drafter, self.replica = drafter, replica
         self._sequences: dict[str, Sequence] = {}
         self._refused: set[str] = set()
 
@@ -154,7 +157,7 @@ class Requests:
         return self.keep((), learn=learn)
 
     def finish(self, request_id: str) -> None:
-        """Ends a request; later ones learn from it."""
+        """Ends a request; later ones learn from it, those of other replicas too if there is a ``replica``."""
         self._finish(self._take(request_id))
 
     def abort(self, request_id: str) -> None:
@@ -215,7 +218,10 @@ class Requests:
             sequence.close()
 
     def _finish(self, sequence: Sequence) -> None:
-        sequence.finish()
+        if self.replica is None:
+            sequence.finish()
+        else:
+            self.replica.finish(sequence)
 
     def _named(self, request_ids: Iterable[str | None]) -> list[Sequence | None]:
         return [None if request_id is None else self[request_id] for request_id in request_ids]

@@ -15,7 +15,7 @@ use crate::sources::live::LiveStore;
 use crate::sources::seqlock::WORDS as FEEDBACK_WORDS;
 use crate::stats::Stats;
 use crate::sync::lock;
-use crate::{Corpus, Token};
+use crate::{Corpus, MAX_TOKEN, Token};
 
 /// What all namespaces of a drafter have in common.
 pub struct Common {
@@ -74,6 +74,7 @@ pub struct Namespace {
 }
 
 pub(crate) struct Shared {
+    pub name: Arc<str>,
     pub common: Arc<Common>,
     pub knowledge: Knowledge,
     /// When the last sequence of it ended, or it was made.
@@ -92,6 +93,7 @@ impl Namespace {
     /// A namespace that knows nothing but the weights that ship. `live_bytes` and `soft_bytes` limit what it can come to
     /// know, which is charged as it grows; `bytes` are charged from the start beside its own.
     pub fn new(
+        name: &Arc<str>,
         common: &Arc<Common>,
         live_bytes: usize,
         soft_bytes: usize,
@@ -101,6 +103,7 @@ impl Namespace {
         paid.try_resize(size_of::<Shared>() + bytes)?;
         Ok(Self {
             shared: Arc::new(Shared {
+                name: Arc::clone(name),
                 common: Arc::clone(common),
                 knowledge: Knowledge::new(live_bytes, soft_bytes, &paid),
                 last_end: Mutex::new(Instant::now()),
@@ -123,6 +126,12 @@ impl Namespace {
         act: impl FnMut(&[u64; FEEDBACK_WORDS]) -> Result<(), E>,
     ) -> Result<(), E> {
         self.shared.knowledge.feedback.for_each_entry(act)
+    }
+
+    /// Learns a text that was decoded elsewhere, as from a request that finished here. Between parts of it `interrupted`
+    /// is asked whether to leave it at that; false if it was.
+    pub fn learn(&self, tokens: &[Token], interrupted: &mut dyn FnMut() -> bool) -> bool {
+        self.shared.knowledge.learn_text(tokens, interrupted)
     }
 
     /// Takes over a document of another live store.
@@ -282,6 +291,13 @@ impl Knowledge {
         {
             model.merge(base, learned);
         }
+    }
+
+    /// Gives a text to the live store. False if it was interrupted.
+    pub fn learn_text(&self, tokens: &[Token], interrupted: &mut dyn FnMut() -> bool) -> bool {
+        // no document crosses a placeholder
+        let mut parts = tokens.split(|&token| token > MAX_TOKEN);
+        parts.all(|part| self.live.commit(part, interrupted))
     }
 
     /// How the drafts of finished and running requests fared; those of running ones are counted with a delay.

@@ -464,9 +464,12 @@ impl Sequence {
         // enough of the old to find the new by
         let new = &tokens[self.committed.saturating_sub(8)..];
         self.committed = tokens.len();
-        // no document crosses a placeholder
-        let mut parts = new.split(|&token| token > MAX_TOKEN);
-        parts.all(|part| self.shared.knowledge.live.commit(part, interrupted))
+        self.shared.knowledge.learn_text(new, interrupted)
+    }
+
+    /// The name of its namespace.
+    pub fn namespace(&self) -> &Arc<str> {
+        &self.shared.name
     }
 
     /// Ends the request: later ones learn from it. False if it was interrupted, and part of its text is not learned.
@@ -569,7 +572,7 @@ mod tests {
 
     fn namespace() -> Namespace {
         let pool = Arc::new(MemoryPool::new(usize::MAX));
-        Namespace::new(&Arc::new(Common::new(vec![7], None, &pool)), 0, 0, 0).unwrap()
+        Namespace::new(&"".into(), &Arc::new(Common::new(vec![7], None, &pool)), 0, 0, 0).unwrap()
     }
 
     fn begin(namespace: &Namespace, pool: &Arc<MemoryPool>, prompt: &[Token]) -> Sequence {
@@ -627,7 +630,7 @@ mod tests {
             let [mut one, mut two] = [(); 2].map(|()| {
                 let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
                 let common = Arc::new(Common::new(vec![7], store, &pool));
-                let namespace = Namespace::new(&common, if live { 1 << 16 } else { 0 }, 1 << 16, 0).unwrap();
+                let namespace = Namespace::new(&"".into(), &common, if live { 1 << 16 } else { 0 }, 1 << 16, 0).unwrap();
                 assert!(begin(&namespace, &pool, &tokens).finish(&mut || false));
                 Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Reservation::new(&pool, usize::MAX)).unwrap()
             });

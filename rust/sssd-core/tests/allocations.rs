@@ -37,7 +37,7 @@ fn reservation() -> Reservation {
 fn drafts_allocate_nothing_once_warm() {
     let pool = Arc::new(MemoryPool::new(usize::MAX));
     let common = Arc::new(Common::new(vec![], Some(Arc::new(Cycle)), &pool));
-    let namespace = Namespace::new(&common, 1 << 20, 1 << 20, 0).unwrap();
+    let namespace = Namespace::new(&"".into(), &common, 1 << 20, 1 << 20, 0).unwrap();
     let mut text = (0u32..).map(|n| (n.wrapping_mul(n) / 7 + n / 3) % 40);
     let earlier: Vec<Token> = text.by_ref().take(2000).collect();
     Sequence::begin(&namespace, &earlier, &[], reservation()).unwrap().finish(&mut || false);

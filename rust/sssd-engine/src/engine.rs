@@ -353,6 +353,18 @@ impl Engine {
         }
     }
 
+    /// Learns a text that was decoded elsewhere, as from a request that finished here. If it is interrupted, part of a
+    /// long text may not be learned.
+    pub fn learn(
+        &self,
+        namespace: &str,
+        tokens: &[Token],
+        interrupted: Interrupted,
+    ) -> Result<(), RequestError> {
+        let learned = self.namespace(namespace)?.learn(tokens, &mut || interrupted());
+        if learned { Ok(()) } else { Err(RequestError::Interrupted) }
+    }
+
     /// Appends tokens to one request.
     pub fn extend(
         &self,

@@ -83,8 +83,9 @@ impl Tenants {
             return Ok(Arc::clone(&tenant.namespace));
         }
         let bytes = 64 + name.len() + 2 * size_of::<Tenant>() + size_of::<(Instant, u64, Arc<str>)>();
-        let namespace = Namespace::new(&self.common, self.live_bytes, self.soft_bytes, bytes)?;
-        let (name, number, namespace) = (Arc::<str>::from(name), held.made, Arc::new(namespace));
+        let name = Arc::<str>::from(name);
+        let namespace = Namespace::new(&name, &self.common, self.live_bytes, self.soft_bytes, bytes)?;
+        let (number, namespace) = (held.made, Arc::new(namespace));
         held.made += 1;
         if let Some(due) = self.ttl_of(&name).and_then(|ttl| now.checked_add(ttl)) {
             held.due.push(Reverse((due, number, Arc::clone(&name))));

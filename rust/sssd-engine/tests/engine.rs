@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
-use sssd_core::{Corpus, Limits, Match, Model, Token, TopK};
+use sssd_core::{Corpus, Limits, MAX_TOKEN, Match, MemoryFull, Model, Token, TopK};
 use sssd_engine::{
     Engine, Identity, Options, PIECE, Plan, Record, Request, RequestError, STATE_FILE, StateError,
     StateReader,
@@ -426,4 +426,29 @@ fn all_namespaces_are_forgotten_at_once() {
     assert_eq!(weights(&engine, "a"), Model::default().to_bytes().unwrap());
     engine.finish(&running, &|| false).unwrap();
     assert_eq!(engine.namespace("a").unwrap().live_len().0, 0);
+}
+
+#[test]
+fn a_text_that_is_learned_is_as_one_that_finished_here() {
+    let text: Vec<_> = TEXT.iter().copied().chain([MAX_TOKEN + 1, 3, 4]).chain(TEXT).collect();
+    let [there, here] = [(); 2].map(|()| learning());
+    there.finish(&begin(&there, "a", &text), &|| false).unwrap();
+    here.learn("a", &text, &|| false).unwrap();
+    assert!(matches!(here.learn("a", &text, &|| true), Err(RequestError::Interrupted)));
+    let learned = |engine: &Engine| {
+        let mut documents = Vec::new();
+        let namespace = engine.find_namespace("a").unwrap();
+        let all = namespace.for_each_document(|tokens, used| {
+            documents.push((tokens.to_vec(), used));
+            Ok::<_, MemoryFull>(())
+        });
+        all.unwrap();
+        documents
+    };
+    assert_eq!(learned(&here), learned(&there));
+    assert_eq!(learned(&here), [(TEXT.to_vec(), 0), ([&[3, 4], &TEXT[..]].concat(), 0)]);
+    assert_eq!(here.metrics().begun.load(Ordering::Relaxed), 0);
+    let request = begin(&here, "a", &TEXT);
+    request.with(|sequence| assert_eq!(&**sequence.namespace(), "a")).unwrap();
+    here.fork(&request).unwrap().with(|sequence| assert_eq!(&**sequence.namespace(), "a")).unwrap();
 }

@@ -365,6 +365,12 @@ impl PySequence {
         Ok(PyArray1::from_vec(py, ids))
     }
 
+    /// The name of its namespace.
+    #[getter]
+    fn namespace(&self, py: Python<'_>) -> PyResult<String> {
+        self.with(py, false, |sequence| sequence.namespace().to_string())
+    }
+
     /// What the predictor has learned so far in this sequence, for ``Drafter.load_state_dict``.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let model = self.with(py, true, |sequence| sequence.model().clone())?;

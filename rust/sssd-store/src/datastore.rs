@@ -1,4 +1,3 @@
-use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +9,7 @@ use crate::bytes::{Bytes, Load, Source};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
 use crate::progress::Progress;
 use crate::segment::{Interval, Query, Segment};
+use crate::successors::Merged;
 use crate::{Error, Fingerprint, Result};
 
 /// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
@@ -20,15 +20,12 @@ const FIRST_LENGTH: usize = 3;
 /// A position is a segment and an offset in it of this many bits.
 const OFFSET_BITS: u32 = 32;
 
-const NOWHERE: u32 = u32::MAX;
-
 /// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
     vocab_size: u32,
-    /// Hashes successors; at random, so that no file can have them collide.
-    multiplier: u32,
+    merged: Merged,
 }
 
 struct OpenFile {
@@ -122,8 +119,7 @@ impl Datastore {
     }
 
     fn empty() -> Self {
-        let multiplier = RandomState::new().hash_one(0) as u32 | 1;
-        Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, multiplier }
+        Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, merged: Merged::empty() }
     }
 
     fn add(
@@ -146,9 +142,13 @@ impl Datastore {
         Ok(())
     }
 
-    fn complete(self) -> Result<Self> {
+    fn complete(mut self) -> Result<Self> {
         if self.files.is_empty() {
             return Err(Error::InvalidArgument("no datastore file was given".into()));
+        }
+        if self.segments.len() > 1 {
+            let memory = |_| Error::OutOfMemory("the successors of a datastore".into());
+            self.merged.reset(self.vocab_size).map_err(memory)?;
         }
         Ok(self)
     }
@@ -369,50 +369,20 @@ impl Corpus for Datastore {
         if token >= self.vocab_size {
             return;
         }
-        let first = out.len();
-        if out.try_reserve(self.segments.len() * MAX_SUCCESSORS).is_err() {
-            return;
-        }
         if let [segment] = self.segments.as_slice() {
-            out.extend(segment.successors(token));
+            if out.try_reserve(MAX_SUCCESSORS).is_ok() {
+                out.extend(segment.successors(token));
+            }
             return;
         }
-        let held =
-            self.segments.iter().map(|segment| length(&segment.bucket(token))).filter(|&held| held > 0);
-        let (holders, total) = held.fold((1, 0), |(holders, total), held| (holders + 1, total + held));
-        // where in `out` a successor stands
-        let count = (2 * MAX_SUCCESSORS * holders).next_power_of_two();
-        let mut places: SmallVec<[u32; 4096]> = SmallVec::new();
-        if places.try_reserve(count).is_err() {
-            return;
-        }
-        places.resize(count, NOWHERE);
-        for segment in &self.segments {
-            let part = length(&segment.bucket(token)) as f32 / total as f32;
-            if part == 0.0 {
-                continue;
-            }
-            for (successor, share) in segment.successors(token) {
-                let mut slot =
-                    successor.wrapping_mul(self.multiplier) as usize >> (32 - count.trailing_zeros());
-                while places[slot] != NOWHERE && out[places[slot] as usize].0 != successor {
-                    slot = (slot + 1) % count;
-                }
-                if places[slot] == NOWHERE {
-                    places[slot] = out.len() as u32;
-                    out.push((successor, share * part));
-                } else {
-                    out[places[slot] as usize].1 += share * part;
-                }
-            }
-        }
-        let order =
-            |left: &(Token, f32), right: &(Token, f32)| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0));
-        if out.len() - first > MAX_SUCCESSORS {
-            out[first..].select_nth_unstable_by(MAX_SUCCESSORS, order);
-            out.truncate(first + MAX_SUCCESSORS);
-        }
-        out[first..].sort_unstable_by(order);
+        self.merged.get(token, out, |out| {
+            let held = |segment: &Segment| length(&segment.bucket(token));
+            let (holders, total) = (self.segments.iter().map(held).filter(|&held| held > 0))
+                .fold((0, 0), |(holders, total), held| (holders + 1, total + held));
+            let parts = self.segments.iter().filter(|segment| held(segment) > 0);
+            let parts = parts.map(|segment| (held(segment) as f32 / total as f32, segment.successors(token)));
+            self.merged.merge(parts, holders, out)
+        });
     }
 
     fn is_readable(&self) -> bool {

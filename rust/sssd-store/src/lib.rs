@@ -14,6 +14,7 @@ mod output;
 mod packed;
 mod progress;
 mod segment;
+mod successors;
 #[cfg(test)]
 mod tests;
 

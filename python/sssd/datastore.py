@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +67,7 @@ class Built:
     report: ReadReport
 
 
-def _reopen(paths: list[Path], load: Literal["mmap", "ram"], uuids: list[str]) -> Datastore:
+def _reopen(paths: list[Path], load: Literal["mmap", "mmap-wait", "ram"], uuids: list[str]) -> Datastore:
     """The datastore of a pickle: the same files, by their contents."""
     store = Datastore.open(paths, load=load)
     for path, file, uuid in zip(paths, store.info.files, uuids, strict=True):
@@ -89,6 +91,7 @@ def build(
     options: ReadOptions | None = None,
     deduplicate: bool = False,
     max_memory: int | None = None,
+    threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Built:
@@ -106,6 +109,7 @@ def build(
         options: how inputs are read.
         deduplicate: leave out repeated documents.
         max_memory: bound of the builder's memory, bytes.
+        threads: threads that sort; the number of cores, at most 8, if None. The file does not depend on it.
         force: replace ``output`` if it is a datastore. What is none is never replaced.
         progress: see :data:`Progress`.
 
@@ -138,10 +142,12 @@ def build(
         fingerprint=loaded.fingerprints[0] if loaded else None,
         deduplicate=deduplicate,
         max_memory=max_memory,
+        threads=threads,
     )
     try:
-        work = _Build(builder, loaded, vocab_size, end_token_id, options, report)
-        work.read(found, progress or (lambda *_: None))
+        with ThreadPoolExecutor(1, "sssd-tokenize") as tokenizing:
+            work = _Build(builder, loaded, vocab_size, end_token_id, options, report, tokenizing)
+            work.read(found, progress or (lambda *_: None))
         if not work.tokens:
             reasons = "; ".join(report.notes()) or "they are empty"
             raise EmptyCorpusError(f"no document in the inputs ({len(found)}): {reasons}")
@@ -208,6 +214,7 @@ class _Build:
         end_token_id: int | None,
         options: ReadOptions,
         report: ReadReport,
+        tokenizing: Executor,
     ) -> None:
         self.builder, self.tokenizer, self.vocab_size = builder, tokenizer, vocab_size
         self.end_token_id, self.options = end_token_id, options
@@ -216,6 +223,8 @@ class _Build:
         self.tokens = 0
         self._waiting: list[tuple[str, Content]] = []
         self._characters = 0
+        self._executor = tokenizing
+        self._tokenizing: tuple[list[tuple[str, Content]], Future[list[list[int]]]] | None = None
 
     def read(self, inputs: list[Input], progress: Progress) -> None:
         """Adds the documents of all inputs. Where bad records are skipped, so is the rest of a bad file."""
@@ -238,6 +247,7 @@ class _Build:
                     self._wait(place, piece)
                 progress("reading", before + source.position(), total)
             self._add_waiting()
+            self._add_waiting()  # those before, and those
             self.builder.end_stream()
             before += input.size or 0
             progress("reading", before, total)
@@ -259,11 +269,29 @@ class _Build:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        waiting, self._waiting, self._characters = self._waiting, [], 0
-        texts = [document for _, document in waiting if isinstance(document, str)]
-        encoded = iter(self.tokenizer.encode_batch(texts) if self.tokenizer and texts else ())
+        """Has the documents that wait tokenized while the next are read, and adds those before them."""
+        before, self._tokenizing = self._tokenizing, None
+        if self._waiting:
+            self._tokenizing = self._waiting, self._tokenize(self._waiting)
+        self._waiting, self._characters = [], 0
+        if before is not None:
+            self._add_tokenized(*before)
+
+    def _tokenize(self, documents: list[tuple[str, Content]]) -> Future[list[list[int]]]:
+        texts = [document for _, document in documents if isinstance(document, str)]
+        if self.tokenizer and texts:
+            with suppress(RuntimeError):  # no thread is to be had
+                return self._executor.submit(self.tokenizer.encode_batch, texts)
+        done: Future[list[list[int]]] = Future()
+        done.set_result(self.tokenizer.encode_batch(texts) if self.tokenizer and texts else [])
+        return done
+
+    def _add_tokenized(
+        self, documents: list[tuple[str, Content]], ids_of_texts: Future[list[list[int]]]
+    ) -> None:
+        encoded = iter(ids_of_texts.result())
         end = [] if self.end_token_id is None else [self.end_token_id]
-        for place, document in waiting:
+        for place, document in documents:
             ids = np.asarray([*next(encoded), *end] if isinstance(document, str) else document, np.int64)
             try:
                 self.builder.add(ids)

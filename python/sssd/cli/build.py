@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sssd.cli.arguments import add_dtype_argument, add_reading_arguments, read_options
+from sssd.cli.arguments import add_dtype_argument, add_reading_arguments, at_least, read_options
 from sssd.cli.output import notes
 from sssd.datastore import Built, build, check_output
 from sssd.errors import OutputError, UsageError
@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory", type=_size, metavar="SIZE", help="bound of the builder's memory, e.g. 4G"
     )
+    parser.add_argument(
+        "--threads",
+        type=at_least(1),
+        metavar="N",
+        help="threads that sort (default: the number of cores, at most 8); the file does not depend on it",
+    )
     add_dtype_argument(parser)
     add_reading_arguments(parser)
 
@@ -88,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             options=read_options(arguments),
             deduplicate=arguments.deduplicate,
             max_memory=arguments.max_memory,
+            threads=arguments.threads,
             force=arguments.force,
             progress=show,
         )

@@ -32,7 +32,7 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 ///     end_token_ids: tokens that end a sequence; nothing is drafted after one.
 ///     datastore: a corpus to match as well: a path, several paths that are one store, or an open ``Datastore``
 ///         (which may be closed afterwards).
-///     load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
+///     load: how to open paths, ``"mmap"``, ``"mmap-wait"`` or ``"ram"``; see ``Datastore.open``.
 ///     live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
 ///         42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
 ///         1024).

@@ -2,29 +2,27 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use smallvec::SmallVec;
 use sssd_core::{Corpus, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
+use crate::lookup::Lookup;
 use crate::progress::Progress;
+use crate::residency::{Everything, Residency};
 use crate::segment::{Interval, Query, Segment};
 use crate::successors::Merged;
 use crate::{Error, Fingerprint, Result};
 
 /// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
-const MAX_MATCH: usize = 32;
-/// Length that a look-up tries first: counts only fall with the length, so it goes up or down from here. Measured on
-/// 30.9 M tokens: 4.1 us from 3, 5.1 us from 4, 5.9 us from 5.
-const FIRST_LENGTH: usize = 3;
+pub const MAX_MATCH: usize = 32;
 /// A position is a segment and an offset in it of this many bits.
 const OFFSET_BITS: u32 = 32;
 
 /// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
 pub struct Datastore {
     files: Vec<OpenFile>,
-    segments: Vec<Segment>,
-    vocab_size: u32,
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) vocab_size: u32,
     merged: Merged,
 }
 
@@ -118,6 +116,22 @@ impl Datastore {
         store.complete()
     }
 
+    /// The same, of which only some of the pages of 2^`page_bits` bytes count as being in memory.
+    #[cfg(test)]
+    pub(crate) fn from_part(
+        bytes: Vec<u8>,
+        page_bits: u32,
+        resident: impl Fn(usize) -> bool,
+    ) -> Result<Self> {
+        let mut store = Self::empty();
+        let residency = Residency::fixed(page_bits, bytes.len().div_ceil(1 << page_bits), resident);
+        let bytes = Bytes::Part(bytes, residency);
+        let parts =
+            format::parse(Path::new("part"), bytes.len() as u64, &|start, out| bytes.read(start, out))?;
+        store.add(Path::new("part"), parts, || Ok(bytes))?;
+        store.complete()
+    }
+
     fn empty() -> Self {
         Self { files: Vec::new(), segments: Vec::new(), vocab_size: 0, merged: Merged::empty() }
     }
@@ -132,7 +146,14 @@ impl Datastore {
         if let Some(first) = self.files.first() {
             agree(&first.info, &info)?;
         }
-        let bytes = Arc::new(load()?);
+        let mut bytes = load()?;
+        // all but the text and the suffixes
+        let preferred = table.iter().flat_map(|entry| &entry.sections[2..]);
+        let mut ranges = Vec::new();
+        ranges.try_reserve(4 * table.len()).map_err(Error::memory("the segments of a datastore"))?;
+        ranges.extend(preferred.map(|section| section.start as usize..section.end as usize));
+        bytes.keep_account(ranges).map_err(Error::io(path))?;
+        let bytes = Arc::new(bytes);
         self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
         self.segments.extend(table.iter().map(|entry| Segment::new(bytes.clone(), header.vocab_size, entry)));
@@ -164,10 +185,7 @@ impl Datastore {
 
     /// How the files were brought into memory.
     pub fn load(&self) -> Load {
-        match self.files.first().map(|file| &*file.bytes) {
-            Some(Bytes::Mapped(_)) => Load::Mmap,
-            _ => Load::Ram,
-        }
+        self.files.first().map_or(Load::Ram, |file| file.bytes.load())
     }
 
     /// The paths from the root.
@@ -245,7 +263,7 @@ impl Datastore {
         self.check_tokens(tokens)?;
         self.check()?;
         let query = Query::new(tokens, self.vocab_size)?;
-        Ok(self.segments.iter().map(|segment| length(&segment.interval(&query))).sum())
+        Ok(self.intervals(&query).map(|found| length(&found)).sum())
     }
 
     /// At most `limit` evenly spread occurrences of `tokens` (not empty), as positions of what follows.
@@ -262,13 +280,37 @@ impl Datastore {
         let (mut intervals, mut positions) = (Vec::new(), Vec::new());
         let memory = || Error::memory("the occurrences");
         intervals.try_reserve_exact(self.segments.len()).map_err(memory())?;
-        intervals.extend(self.segments.iter().map(|segment| segment.interval(&query)));
+        intervals.extend(self.intervals(&query));
         let total: u64 = intervals.iter().map(length).sum();
         positions
             .try_reserve_exact(usize::try_from(total).map_or(limit, |total| total.min(limit)))
             .map_err(memory())?;
-        self.sample(&intervals, tokens.len(), limit, |position| positions.push(position));
+        self.sample(&intervals, limit, |segment, rank, _| {
+            let start = self.segments[segment].position(rank, Everything).unwrap_or(u64::MAX);
+            positions.push(position(segment, start.saturating_add(tokens.len() as u64)));
+        });
         Ok(positions)
+    }
+
+    /// Copies the tokens from a position on, at most to the end of the document, and returns how many. Waits for a disk,
+    /// unlike [`Corpus::continuation`].
+    pub fn read(&self, position: u64, out: &mut [Token]) -> usize {
+        self.segment(position)
+            .map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out, Everything))
+    }
+
+    fn segment(&self, position: u64) -> Option<&Segment> {
+        usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index))
+    }
+
+    /// The occurrences in each segment.
+    fn intervals(&self, query: &Query) -> impl Iterator<Item = Interval> {
+        self.segments.iter().map(|segment| segment.interval(query, Everything).unwrap_or(0..0))
+    }
+
+    /// Of each file of which account is kept what is in memory.
+    pub(crate) fn residencies(&self) -> impl Iterator<Item = &Residency> {
+        self.files.iter().filter_map(|file| file.bytes.residency())
     }
 
     fn check_tokens(&self, tokens: &[Token]) -> Result<()> {
@@ -278,10 +320,15 @@ impl Datastore {
         }
     }
 
-    /// Hands out the positions `length` tokens after at most `limit` evenly spread ranks of the intervals (one
-    /// per segment), and returns how many ranks there are.
+    /// Hands out at most `limit` evenly spread ranks of the intervals (one per segment): the segment, the rank, and how
+    /// many others it stands for; and returns how many ranks there are.
     #[inline]
-    fn sample(&self, intervals: &[Interval], skip: usize, limit: usize, mut take: impl FnMut(u64)) -> u64 {
+    pub(crate) fn sample(
+        &self,
+        intervals: &[Interval],
+        limit: usize,
+        mut take: impl FnMut(usize, u64, u64),
+    ) -> u64 {
         let total: u64 = intervals.iter().map(length).sum();
         let taken = total.min(limit as u64);
         let (mut segment, mut before) = (0, 0);
@@ -292,10 +339,7 @@ impl Datastore {
                 before += length(&intervals[segment]);
                 segment += 1;
             }
-            let start = self.segments[segment].position(intervals[segment].start + (rank - before));
-            let offset = start + skip as u64;
-            self.segments[segment].prefetch(offset);
-            take((segment as u64) << OFFSET_BITS | offset.min(u64::from(u32::MAX)));
+            take(segment, intervals[segment].start + (rank - before), total / taken);
         }
         total
     }
@@ -305,64 +349,18 @@ impl Corpus for Datastore {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
         let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
         let usable = valid.take(max_length.min(MAX_MATCH)).count();
-        for &token in &context[context.len() - usable..] {
-            self.segments.iter().for_each(|segment| segment.prefetch_bucket(token));
-        }
-        let count = self.segments.len();
-        let mut intervals: SmallVec<[Interval; MAX_MATCH]> = SmallVec::new();
-        if intervals.try_reserve(usable * count).is_err() {
-            return;
-        }
-        intervals.resize(usable * count, 0..0);
-        let start = FIRST_LENGTH.min(usable);
-        // The occurrences of the last `length` tokens, kept in `intervals`.
-        let search = |intervals: &mut [Interval], length: usize| -> u64 {
-            let Ok(query) = Query::new(&context[context.len() - length..], self.vocab_size) else { return 0 };
-            let (known, found) = intervals.split_at_mut((length - 1) * count);
-            let shorter =
-                known.len().checked_sub(count).map(|last| &known[last..]).filter(|_| length > start);
-            for (index, segment) in self.segments.iter().enumerate() {
-                // what a segment has of more tokens it has of fewer
-                if shorter.is_none_or(|shorter| !shorter[index].is_empty()) {
-                    found[index] = segment.interval(&query);
-                }
-            }
-            found[..count].iter().map(self::length).sum()
-        };
-
-        let mut longest = start;
-        while longest > 0 && search(&mut intervals, longest) == 0 {
-            longest -= 1;
-        }
-        let shortest_known = longest;
-        if longest == start {
-            while longest < usable && search(&mut intervals, longest + 1) > 0 {
-                longest += 1;
-            }
-        }
-        for length in (1..=longest).rev() {
-            if length < shortest_known {
-                search(&mut intervals, length);
-            }
-            let first = out.len();
-            if out.try_reserve(max_samples).is_err() {
-                return;
-            }
-            let take = |position| out.push(Match { position, length: length as u32, weight: 1.0 });
-            let total =
-                self.sample(&intervals[(length - 1) * count..length * count], length, max_samples, take);
-            let weight = total as f32 / (out.len() - first).max(1) as f32;
-            out[first..].iter_mut().for_each(|found| found.weight = weight);
-            if total >= 2 * max_samples as u64 || length == 2 {
-                break;
-            }
+        if let Some(mut lookup) = Lookup::new(self, &context[context.len() - usable..]) {
+            lookup.matches(max_samples, out);
         }
     }
 
     fn continuation(&self, position: u64, out: &mut [Token]) -> usize {
-        let segment =
-            usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index));
-        segment.map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out))
+        let Some(segment) = self.segment(position) else { return 0 };
+        let offset = position & u64::from(u32::MAX);
+        match segment.residency() {
+            None => segment.continuation(offset, out, Everything),
+            Some(resident) => segment.continuation(offset, out, resident),
+        }
     }
 
     fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>) {
@@ -370,24 +368,43 @@ impl Corpus for Datastore {
             return;
         }
         if let [segment] = self.segments.as_slice() {
-            if out.try_reserve(MAX_SUCCESSORS).is_ok() {
+            if out.try_reserve(MAX_SUCCESSORS).is_ok() && has_successors(segment, token) {
                 out.extend(segment.successors(token));
             }
             return;
         }
         self.merged.get(token, out, |out| {
-            let held = |segment: &Segment| length(&segment.bucket(token));
-            let (holders, total) = (self.segments.iter().map(held).filter(|&held| held > 0))
-                .fold((0, 0), |(holders, total), held| (holders + 1, total + held));
-            let parts = self.segments.iter().filter(|segment| held(segment) > 0);
+            let held = |segment: &Segment| bucket(segment, token).map_or(0, |bucket| length(&bucket));
+            let whole = self.segments.iter().fold(true, |whole, segment| {
+                whole & bucket(segment, token).is_some_and(|_| has_successors(segment, token))
+            });
+            let holders = || self.segments.iter().filter(|segment| held(segment) > 0);
+            let (count, total) =
+                holders().fold((0, 0), |(count, total), segment| (count + 1, total + held(segment)));
+            let parts = holders().filter(|segment| whole || has_successors(segment, token));
             let parts = parts.map(|segment| (held(segment) as f32 / total as f32, segment.successors(token)));
-            self.merged.merge(parts, holders, out)
+            self.merged.merge(parts, count, out) && whole
         });
     }
 
     fn is_readable(&self) -> bool {
         self.files.iter().all(|file| file.bytes.is_intact())
     }
+}
+
+fn bucket(segment: &Segment, token: Token) -> Option<Interval> {
+    match segment.residency() {
+        None => segment.bucket(token, Everything),
+        Some(resident) => segment.bucket(token, resident),
+    }
+}
+
+fn has_successors(segment: &Segment, token: Token) -> bool {
+    segment.residency().is_none_or(|resident| segment.has_successors(token, resident))
+}
+
+pub fn position(segment: usize, offset: u64) -> u64 {
+    (segment as u64) << OFFSET_BITS | offset.min(u64::from(u32::MAX))
 }
 
 #[inline]

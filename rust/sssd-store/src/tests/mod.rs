@@ -1,5 +1,6 @@
 mod hostile;
 mod oracle;
+mod part;
 mod scale;
 
 use std::path::Path;

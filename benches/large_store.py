@@ -74,7 +74,7 @@ def build(store: Path, source: Path, size: int, threads: int) -> dict[str, Any]:
 
 
 def drafts(stores: list[Path], streams: Path, each: int, rounds: int, load: str) -> list[dict[str, Any]]:
-    """Replays some requests of each trace in every round: times, the drafting thread's faults, accepted tokens."""
+    """Replays some requests of each trace in every round: times, faults of its thread, accepted tokens."""
     traces = sorted(streams.glob("dev.*.jsonl"))
     played = [request for trace in traces for _, request in zip(range(each), read_trace(trace), strict=False)]
     store = Datastore.open(stores, load=load)  # type: ignore[arg-type]

@@ -166,7 +166,8 @@ fn successors(
 
 fn packed(values: impl ExactSizeIterator<Item = u64>, bits: u32, progress: &Progress) -> io::Result<Vec<u8>> {
     let mut out = Vec::new();
-    out.try_reserve_exact(packed_len(values.len() as u64, bits) as usize)?;
+    let count = values.len();
+    out.try_reserve_exact(packed_len(count as u64, bits) as usize)?;
     let mut writer = PackedWriter::new(bits);
     for (index, value) in values.enumerate() {
         writer.push(value, &mut out)?;
@@ -174,6 +175,7 @@ fn packed(values: impl ExactSizeIterator<Item = u64>, bits: u32, progress: &Prog
             progress.advance(CHUNK as u64 / 2)?;
         }
     }
+    progress.advance((count % CHUNK) as u64 / 2)?;
     writer.finish(&mut out)?;
     Ok(out)
 }

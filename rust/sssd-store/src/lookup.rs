@@ -105,27 +105,36 @@ impl<'a> Lookup<'a> {
             return 0;
         }
         intervals.extend(found.iter().map(|found| found.clone().unwrap_or(0..0)));
-        self.store.sample(&intervals, limit, |index, rank, others| {
+        // their places in the suffix arrays are all on their way before the first is read
+        let mut chosen: SmallVec<[(usize, Interval); 64]> = SmallVec::new();
+        if chosen.try_reserve(limit).is_err() {
+            return 0;
+        }
+        let total = self.store.sample(&intervals, limit, |index, rank, others| {
+            self.store.segments[index].prefetch_position(rank);
+            let last = (rank + others.clamp(1, NEIGHBOURS)).min(intervals[index].end);
+            chosen.push((index, rank..last));
+        });
+        for (index, ranks) in chosen {
             let segment = &self.store.segments[index];
             let start = match segment.residency() {
-                None => segment.position(rank, Everything),
-                Some(resident) => {
-                    let last = (rank + others.clamp(1, NEIGHBOURS)).min(intervals[index].end);
-                    near(segment, rank..last, length as u64, resident)
-                }
+                None => segment.position(ranks.start, Everything),
+                Some(resident) => near(segment, ranks, length as u64, resident),
             };
             if let Some(start) = start {
                 let offset = start.saturating_add(length as u64);
                 segment.prefetch(offset);
                 out.push(Match { position: position(index, offset), length: length as u32, weight: 1.0 });
             }
-        })
+        }
+        total
     }
 
     fn end(&self) {
-        if let Some((began, _)) = self.began {
+        if let Some((began, before)) = self.began {
             let slow = began.elapsed() > LONGEST;
-            self.store.residencies().for_each(|residency| residency.looked_up(slow));
+            let waited = slow && before.is_some_and(|before| waits() > before);
+            self.store.residencies().for_each(|residency| residency.looked_up(slow, waited));
         }
     }
 }

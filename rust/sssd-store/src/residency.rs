@@ -48,6 +48,8 @@ const LATER: Duration = Duration::from_millis(32);
 const IDLE: Duration = Duration::from_secs(1);
 /// Between two looks at what the system has dropped: less if it drops much.
 const SWEEPS: Range<Duration> = Duration::from_millis(250)..Duration::from_secs(16);
+/// Between sweeps is at least so many times what one takes: it takes a fiftieth of a core at most.
+const SWEEP_SHARE: u32 = 50;
 /// Pages that the system is asked about, or asked to read, in one call.
 const STRETCH: usize = 4096;
 /// Of so many pages one that was dropped is much.
@@ -125,9 +127,9 @@ impl Residency {
         Self::with(None, page_bits, words, Vec::new()).unwrap()
     }
 
-    /// Whether something has been asked for that has not been read yet.
+    /// Whether something has been asked for that has not been read yet, but will be.
     pub fn has_missed(&self) -> bool {
-        self.0.missed.load(Relaxed)
+        self.0.missed.load(Relaxed) && self.0.map.is_some()
     }
 
     /// Whether something has been missing of late.
@@ -135,13 +137,14 @@ impl Residency {
         self.0.reader.load(Relaxed) != 0
     }
 
-    /// To be told of each look-up after its end: whether it took longer than it should have, had all been there.
-    pub fn looked_up(&self, slow: bool) {
+    /// To be told of each look-up after its end: whether it was slow, and whether it had to wait for a page that seemed to
+    /// be there.
+    pub fn looked_up(&self, slow: bool, waited: bool) {
         let shared = &self.0;
         if !shared.used.load(Relaxed) {
             shared.used.store(true, Relaxed);
         }
-        if slow {
+        if waited {
             shared.suspect.store(true, Relaxed);
         }
         if slow || shared.missed.load(Relaxed) {
@@ -299,6 +302,7 @@ fn work(shared: &Weak<Shared>) {
     pages.reserve_exact(RING);
     let mut preferred = shared.upgrade().map(|shared| pieces(&shared)).unwrap_or_default().into_iter();
     let (mut used, mut swept, mut interval, mut wait) = (Instant::now(), Instant::now(), SWEEPS.start, SOON);
+    let mut least = Duration::ZERO;
     // a store that is gone takes the map with it, unless something is read just now
     while let Some(shared) = shared.upgrade() {
         if shared.reader.load(Relaxed) != std::process::id() {
@@ -321,10 +325,14 @@ fn work(shared: &Weak<Shared>) {
             shared.reader.store(0, Relaxed);
             return;
         }
-        if shared.suspect.swap(false, Relaxed) || swept.elapsed() > interval {
+        let suspect = shared.suspect.load(Relaxed) && swept.elapsed() > least;
+        if suspect || swept.elapsed() > interval.max(least) {
+            shared.suspect.store(false, Relaxed);
+            let began = Instant::now();
             let much = shared.sweep(&mut found);
             interval = if much { interval / 2 } else { 2 * interval }.clamp(SWEEPS.start, SWEEPS.end);
             swept = Instant::now();
+            least = SWEEP_SHARE * began.elapsed();
         }
         drop(shared);
         thread::sleep(wait);

@@ -19,6 +19,8 @@ use crate::{Error, Result};
 /// Ranks of the suffixes that start with a query.
 pub type Interval = Range<u64>;
 
+/// Fences that fill a line of the cache.
+const CLOSE: u64 = 8;
 /// Pages that a search asks for at most, for what may be found there.
 const ASKED: usize = 16;
 
@@ -167,7 +169,11 @@ impl Segment {
         let near = |fence: u64| self.prefetch_fence(fence);
         let fence = |index: u64| self.fence(index, reach);
         let mut low = partition(fences.clone(), near, |index| Some(fence(index)? < query.key.0))?;
-        let mut high = partition(low..fences.end, near, |index| Some(fence(index)? <= query.key.1))?;
+        let not_after = |index| Some(fence(index)? <= query.key.1);
+        // most intervals are short
+        let close = (low + CLOSE).min(fences.end);
+        let far = close < fences.end && not_after(close)?;
+        let mut high = partition(if far { close + 1..fences.end } else { low..close }, near, not_after)?;
         if !query.exact && low < high {
             let (equal, fetch) = (low..high, |fence| fetch(fence * FENCE));
             low = partition(equal.clone(), fetch, |fence| below(fence * FENCE))?;
@@ -241,6 +247,12 @@ impl Segment {
     #[inline]
     pub fn sees(&self, position: u64, reach: impl Reach) -> bool {
         self.text(reach).sees(position)
+    }
+
+    /// Brings the entry of this rank closer.
+    #[inline]
+    pub fn prefetch_position(&self, rank: u64) {
+        self.suffix_array(Everything).packed.prefetch(rank);
     }
 
     /// Brings the text at `position` closer.

@@ -6,23 +6,20 @@ use sssd_core::{Corpus, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
-use crate::lookup::Lookup;
+use crate::lookup::{Lookup, MAX_MATCH, OFFSET_BITS, length, position, sample};
 use crate::progress::Progress;
-use crate::residency::{Everything, Residency};
+use crate::residency::Everything;
+#[cfg(test)]
+use crate::residency::Residency;
 use crate::segment::{Interval, Query, Segment};
 use crate::successors::Merged;
 use crate::{Error, Fingerprint, Result};
 
-/// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
-pub const MAX_MATCH: usize = 32;
-/// A position is a segment and an offset in it of this many bits.
-const OFFSET_BITS: u32 = 32;
-
 /// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
 pub struct Datastore {
     files: Vec<OpenFile>,
-    pub(crate) segments: Vec<Segment>,
-    pub(crate) vocab_size: u32,
+    segments: Vec<Segment>,
+    vocab_size: u32,
     merged: Merged,
 }
 
@@ -285,7 +282,7 @@ impl Datastore {
         positions
             .try_reserve_exact(usize::try_from(total).map_or(limit, |total| total.min(limit)))
             .map_err(memory())?;
-        self.sample(&intervals, limit, |segment, rank, _| {
+        sample(&intervals, limit, |segment, rank, _| {
             let start = self.segments[segment].position(rank, Everything).unwrap_or(u64::MAX);
             positions.push(position(segment, start.saturating_add(tokens.len() as u64)));
         });
@@ -308,40 +305,11 @@ impl Datastore {
         self.segments.iter().map(|segment| segment.interval(query, Everything).unwrap_or(0..0))
     }
 
-    /// Of each file of which account is kept what is in memory.
-    pub(crate) fn residencies(&self) -> impl Iterator<Item = &Residency> {
-        self.files.iter().filter_map(|file| file.bytes.residency())
-    }
-
     fn check_tokens(&self, tokens: &[Token]) -> Result<()> {
         match tokens.iter().find(|&&token| token >= self.vocab_size) {
             Some(&token) => Err(Error::InvalidToken { token, vocab_size: self.vocab_size }),
             None => Ok(()),
         }
-    }
-
-    /// Hands out at most `limit` evenly spread ranks of the intervals (one per segment): the segment, the rank, and how
-    /// many others it stands for; and returns how many ranks there are.
-    #[inline]
-    pub(crate) fn sample(
-        &self,
-        intervals: &[Interval],
-        limit: usize,
-        mut take: impl FnMut(usize, u64, u64),
-    ) -> u64 {
-        let total: u64 = intervals.iter().map(length).sum();
-        let taken = total.min(limit as u64);
-        let (mut segment, mut before) = (0, 0);
-        for sample in 0..taken {
-            // The middle of the sample's share; in 128 bits, for `total` may be large.
-            let rank = ((2 * u128::from(sample) + 1) * u128::from(total) / (2 * u128::from(taken))) as u64;
-            while rank - before >= length(&intervals[segment]) {
-                before += length(&intervals[segment]);
-                segment += 1;
-            }
-            take(segment, intervals[segment].start + (rank - before), total / taken);
-        }
-        total
     }
 }
 
@@ -349,7 +317,8 @@ impl Corpus for Datastore {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
         let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
         let usable = valid.take(max_length.min(MAX_MATCH)).count();
-        if let Some(mut lookup) = Lookup::new(self, &context[context.len() - usable..]) {
+        let context = &context[context.len() - usable..];
+        if let Some(mut lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
             lookup.matches(max_samples, out);
         }
     }
@@ -401,15 +370,6 @@ fn bucket(segment: &Segment, token: Token) -> Option<Interval> {
 
 fn has_successors(segment: &Segment, token: Token) -> bool {
     segment.residency().is_none_or(|resident| segment.has_successors(token, resident))
-}
-
-pub fn position(segment: usize, offset: u64) -> u64 {
-    (segment as u64) << OFFSET_BITS | offset.min(u64::from(u32::MAX))
-}
-
-#[inline]
-fn length(interval: &Interval) -> u64 {
-    interval.end.saturating_sub(interval.start)
 }
 
 fn agree(first: &FileInfo, other: &FileInfo) -> Result<()> {

@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 use sssd_core::{Match, Token};
 
-use crate::datastore::{Datastore, MAX_MATCH, position};
 use crate::residency::{Everything, Reach, Residency, waits};
 use crate::segment::{Interval, Query, Segment};
 
+/// Longest context that is looked up.
+pub const MAX_MATCH: usize = 32;
+/// A position is a segment and an offset in it of this many bits.
+pub const OFFSET_BITS: u32 = 32;
 /// Length that is tried first: counts only fall with the length, so it goes up or down from here. Measured on 30.9 M
 /// tokens: 4.1 us from 3, 5.1 us from 4, 5.9 us from 5.
 const FIRST_LENGTH: usize = 3;
@@ -24,7 +27,8 @@ const NEIGHBOURS: u64 = 4;
 type Found = Option<Interval>;
 
 pub struct Lookup<'a> {
-    store: &'a Datastore,
+    segments: &'a [Segment],
+    vocab_size: u32,
     context: &'a [Token],
     /// For each length from 1 on, one per segment.
     found: SmallVec<[Found; MAX_MATCH]>,
@@ -34,17 +38,23 @@ pub struct Lookup<'a> {
 
 impl<'a> Lookup<'a> {
     /// Of a context of tokens that are in the vocabulary; nothing if there is no memory.
-    pub fn new(store: &'a Datastore, context: &'a [Token]) -> Option<Self> {
+    pub fn new(segments: &'a [Segment], vocab_size: u32, context: &'a [Token]) -> Option<Self> {
         for &token in context {
-            store.segments.iter().for_each(|segment| segment.prefetch_bucket(token));
+            segments.iter().for_each(|segment| segment.prefetch_bucket(token));
         }
         let mut found = SmallVec::new();
-        let count = context.len() * store.segments.len();
+        let count = context.len() * segments.len();
         found.try_reserve(count).ok()?;
         found.resize(count, Some(0..0));
-        let bounded = store.residencies().next().is_some();
-        let watched = || store.residencies().any(Residency::is_watched).then(waits);
-        Some(Self { store, context, found, began: bounded.then(|| (Instant::now(), watched())) })
+        let bounded = residencies(segments).next().is_some();
+        let watched = || residencies(segments).any(Residency::is_watched).then(waits);
+        Some(Self {
+            segments,
+            vocab_size,
+            context,
+            found,
+            began: bounded.then(|| (Instant::now(), watched())),
+        })
     }
 
     /// See [`sssd_core::Corpus::matches`].
@@ -65,7 +75,7 @@ impl<'a> Lookup<'a> {
                 self.search(length, start);
             }
             let first = out.len();
-            if is_late(self.store, self.began) || out.try_reserve(max_samples).is_err() {
+            if is_late(self.segments, self.began) || out.try_reserve(max_samples).is_err() {
                 break;
             }
             let total = self.sample(length, max_samples, out);
@@ -81,15 +91,15 @@ impl<'a> Lookup<'a> {
     /// Looks up the last `length` tokens in all segments; whether they occur, as far as is known, or may.
     fn search(&mut self, length: usize, start: usize) -> bool {
         let tokens = &self.context[self.context.len() - length..];
-        let Ok(query) = Query::new(tokens, self.store.vocab_size) else { return false };
-        let count = self.store.segments.len();
+        let Ok(query) = Query::new(tokens, self.vocab_size) else { return false };
+        let count = self.segments.len();
         let (known, found) = self.found.split_at_mut((length - 1) * count);
         let shorter = known.len().checked_sub(count).map(|last| &known[last..]).filter(|_| length > start);
-        for (index, segment) in self.store.segments.iter().enumerate() {
+        for (index, segment) in self.segments.iter().enumerate() {
             // what a segment has of more tokens it has of fewer
             let may = |shorter: &[Found]| shorter[index].as_ref().is_none_or(|found| !found.is_empty());
             if shorter.is_none_or(may) {
-                let late = index % 4 == 0 && is_late(self.store, self.began);
+                let late = index % 4 == 0 && is_late(self.segments, self.began);
                 found[index] = if late { None } else { interval(segment, &query) };
             }
         }
@@ -98,7 +108,7 @@ impl<'a> Lookup<'a> {
 
     /// Appends samples of the occurrences of the last `length` tokens, and returns how many there are.
     fn sample(&self, length: usize, limit: usize, out: &mut Vec<Match>) -> u64 {
-        let count = self.store.segments.len();
+        let count = self.segments.len();
         let found = &self.found[(length - 1) * count..length * count];
         let mut intervals: SmallVec<[Interval; MAX_MATCH]> = SmallVec::new();
         if intervals.try_reserve(count).is_err() {
@@ -110,13 +120,13 @@ impl<'a> Lookup<'a> {
         if chosen.try_reserve(limit).is_err() {
             return 0;
         }
-        let total = self.store.sample(&intervals, limit, |index, rank, others| {
-            self.store.segments[index].prefetch_position(rank);
+        let total = sample(&intervals, limit, |index, rank, others| {
+            self.segments[index].prefetch_position(rank);
             let last = (rank + others.clamp(1, NEIGHBOURS)).min(intervals[index].end);
             chosen.push((index, rank..last));
         });
         for (index, ranks) in chosen {
-            let segment = &self.store.segments[index];
+            let segment = &self.segments[index];
             let start = match segment.residency() {
                 None => segment.position(ranks.start, Everything),
                 Some(resident) => near(segment, ranks, length as u64, resident),
@@ -134,16 +144,48 @@ impl<'a> Lookup<'a> {
         if let Some((began, before)) = self.began {
             let slow = began.elapsed() > LONGEST;
             let waited = slow && before.is_some_and(|before| waits() > before);
-            self.store.residencies().for_each(|residency| residency.looked_up(slow, waited));
+            residencies(self.segments).for_each(|residency| residency.looked_up(slow, waited));
         }
     }
 }
 
-fn is_late(store: &Datastore, began: Option<(Instant, Option<i64>)>) -> bool {
+fn is_late(segments: &[Segment], began: Option<(Instant, Option<i64>)>) -> bool {
     began.is_some_and(|(began, before)| {
         let waited = || before.is_some_and(|before| waits() > before);
-        began.elapsed() > LONGEST && (store.residencies().any(Residency::has_missed) || waited())
+        began.elapsed() > LONGEST && (residencies(segments).any(Residency::has_missed) || waited())
     })
+}
+
+fn residencies(segments: &[Segment]) -> impl Iterator<Item = &Residency> {
+    segments.iter().filter_map(Segment::residency)
+}
+
+/// Hands out at most `limit` evenly spread ranks of the intervals (one per segment): the segment, the rank, and how
+/// many others it stands for; and returns how many ranks there are.
+#[inline]
+pub fn sample(intervals: &[Interval], limit: usize, mut take: impl FnMut(usize, u64, u64)) -> u64 {
+    let total: u64 = intervals.iter().map(length).sum();
+    let taken = total.min(limit as u64);
+    let (mut segment, mut before) = (0, 0);
+    for sample in 0..taken {
+        // The middle of the sample's share; in 128 bits, for `total` may be large.
+        let rank = ((2 * u128::from(sample) + 1) * u128::from(total) / (2 * u128::from(taken))) as u64;
+        while rank - before >= length(&intervals[segment]) {
+            before += length(&intervals[segment]);
+            segment += 1;
+        }
+        take(segment, intervals[segment].start + (rank - before), total / taken);
+    }
+    total
+}
+
+#[inline]
+pub fn length(interval: &Interval) -> u64 {
+    interval.end.saturating_sub(interval.start)
+}
+
+pub fn position(segment: usize, offset: u64) -> u64 {
+    (segment as u64) << OFFSET_BITS | offset.min(u64::from(u32::MAX))
 }
 
 fn interval(segment: &Segment, query: &Query) -> Found {

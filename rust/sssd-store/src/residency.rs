@@ -48,8 +48,8 @@ const LATER: Duration = Duration::from_millis(32);
 const IDLE: Duration = Duration::from_secs(1);
 /// Between two looks at what the system has dropped: less if it drops much.
 const SWEEPS: Range<Duration> = Duration::from_millis(250)..Duration::from_secs(16);
-/// Between sweeps is at least so many times what one takes: it takes a fiftieth of a core at most.
-const SWEEP_SHARE: u32 = 50;
+/// Between sweeps is at least so many times what one takes, while drafts wait for what was dropped and else.
+const SWEEP_SHARES: [u32; 2] = [10, 50];
 /// Pages that the system is asked about, or asked to read, in one call.
 const STRETCH: usize = 4096;
 /// Of so many pages one that was dropped is much.
@@ -302,7 +302,7 @@ fn work(shared: &Weak<Shared>) {
     pages.reserve_exact(RING);
     let mut preferred = shared.upgrade().map(|shared| pieces(&shared)).unwrap_or_default().into_iter();
     let (mut used, mut swept, mut interval, mut wait) = (Instant::now(), Instant::now(), SWEEPS.start, SOON);
-    let mut least = Duration::ZERO;
+    let mut took = Duration::ZERO;
     // a store that is gone takes the map with it, unless something is read just now
     while let Some(shared) = shared.upgrade() {
         if shared.reader.load(Relaxed) != std::process::id() {
@@ -325,14 +325,15 @@ fn work(shared: &Weak<Shared>) {
             shared.reader.store(0, Relaxed);
             return;
         }
-        let suspect = shared.suspect.load(Relaxed) && swept.elapsed() > least;
-        if suspect || swept.elapsed() > interval.max(least) {
+        let [soon, later] = SWEEP_SHARES.map(|share| share * took);
+        let suspect = shared.suspect.load(Relaxed) && swept.elapsed() > soon;
+        if suspect || swept.elapsed() > interval.max(later) {
             shared.suspect.store(false, Relaxed);
             let began = Instant::now();
             let much = shared.sweep(&mut found);
             interval = if much { interval / 2 } else { 2 * interval }.clamp(SWEEPS.start, SWEEPS.end);
             swept = Instant::now();
-            least = SWEEP_SHARE * began.elapsed();
+            took = began.elapsed();
         }
         drop(shared);
         thread::sleep(wait);

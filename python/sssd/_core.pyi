@@ -98,7 +98,7 @@ class Drafter:
         datastore: a corpus to match as well: a path, several paths that are one store, the folder of a corpus, or an open
             ``Datastore`` (which may be closed afterwards). Or several by name, a mapping from names to such: sequences
             match all of them, or those that ``begin(datastores=...)`` names.
-        load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
+        load: how to open paths, ``"mmap"``, ``"mmap-wait"`` or ``"ram"``; see ``Datastore.open``.
         live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
             42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
             1024).
@@ -123,7 +123,7 @@ class Drafter:
         vocab_size: int | None = None,
         end_token_ids: ArrayLike | None = None,
         datastore: _Store | Mapping[str, _Store] | None = None,
-        load: Literal["mmap", "ram"] = "mmap",
+        load: Literal["mmap", "mmap-wait", "ram"] = "mmap",
         live_bytes: int | str = 67108864,
         soft_bytes: int | str = 16777216,
         max_bytes: int | str | None = None,
@@ -1258,7 +1258,7 @@ class Datastore:
     def open(
         paths: _StrPath | SequenceABC[_StrPath],
         *,
-        load: Literal["mmap", "ram"] = "mmap",
+        load: Literal["mmap", "mmap-wait", "ram"] = "mmap",
         vocab_size: int | None = None,
         fingerprint: bytes | None = None,
         tombstones: SequenceABC[_StrPath | None] | None = None,
@@ -1464,6 +1464,9 @@ class DatastoreBuilder:
         deduplicate: leave out documents that were added before.
         max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
             too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
+            Without one, segments have 2^28 tokens, and each thread takes 2.3 GB where a text has so many.
+        threads: threads that sort segments, as far as ``max_memory`` allows, 1 to 64; by default the number of cores, at
+            most 8. The file is the same whatever their number.
 
     Raises:
         InvalidArgumentError: an argument is out of range.
@@ -1478,6 +1481,7 @@ class DatastoreBuilder:
         fingerprint: bytes | None = None,
         deduplicate: bool = False,
         max_memory: int | None = None,
+        threads: int | None = None,
     ) -> Self: ...
     def add(self, ids: ArrayLike) -> None:
         """Adds one document, which may be empty.

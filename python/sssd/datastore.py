@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -60,6 +62,9 @@ MAX_VOCAB_SIZE = 1 << 24
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 4096
 
+_Waiting = tuple[str, Content, tuple[str | int, ...]]
+"""Place, document and id."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -78,7 +83,7 @@ class Built:
 
 def _reopen(
     paths: list[Path],
-    load: Literal["mmap", "ram"],
+    load: Literal["mmap", "mmap-wait", "ram"],
     uuids: list[str],
     tombstones: list[Path | None] | None = None,
 ) -> Datastore:
@@ -105,6 +110,7 @@ def build(
     options: ReadOptions | None = None,
     deduplicate: bool = False,
     max_memory: int | None = None,
+    threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Built:
@@ -122,6 +128,7 @@ def build(
         options: how inputs are read.
         deduplicate: leave out repeated documents.
         max_memory: bound of the builder's memory, bytes.
+        threads: threads that sort; the number of cores, at most 8, if None. The file does not depend on it.
         force: replace ``output`` if it is a datastore. What is none is never replaced.
         progress: see :data:`Progress`.
 
@@ -153,6 +160,7 @@ def build(
         fingerprint=loaded.fingerprints[0] if loaded else None,
         deduplicate=deduplicate,
         max_memory=max_memory,
+        threads=threads,
     )
     try:
         work = Reading(builder, loaded, vocab_size, end_token_id, options, report)
@@ -264,8 +272,9 @@ class Reading:
         self.records = Records(options, report, tokenizer.template if tokenizer else None)
         self.report, self.bad = report, report.bad_record(options)
         self.tokens = 0
-        self._waiting: list[tuple[str, Content, tuple[str | int, ...]]] = []
+        self._waiting: list[_Waiting] = []
         self._characters = 0
+        self._tokenizing: tuple[list[_Waiting], Future[list[list[int]]]] | None = None
 
     def read(
         self,
@@ -276,6 +285,12 @@ class Reading:
         """Adds the documents of all inputs, and calls ``started`` before each. Where bad records are skipped,
         so is the rest of a bad file.
         """
+        with ThreadPoolExecutor(1, "sssd-tokenize") as self._executor:
+            self._read(inputs, progress, started)
+
+    def _read(
+        self, inputs: list[Input], progress: Progress, started: Callable[[Input], object]
+    ) -> None:
         sizes = [input.size for input in inputs]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         before = 0
@@ -293,6 +308,7 @@ class Reading:
                     self._wait(place, *piece)
                 progress("reading", before + source.position(), total)
             self._add_waiting()
+            self._add_waiting()  # those before, and those
             self.sink.end_stream()
             before += input.size or 0
             progress("reading", before, total)
@@ -327,11 +343,27 @@ class Reading:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
-        waiting, self._waiting, self._characters = self._waiting, [], 0
-        texts = [document for _, document, _ in waiting if isinstance(document, str)]
-        encoded = iter(self.tokenizer.encode_batch(texts) if self.tokenizer and texts else ())
+        """Has the documents that wait tokenized while the next are read, and adds those before them."""
+        before, self._tokenizing = self._tokenizing, None
+        if self._waiting:
+            self._tokenizing = self._waiting, self._tokenize(self._waiting)
+        self._waiting, self._characters = [], 0
+        if before is not None:
+            self._add_tokenized(*before)
+
+    def _tokenize(self, documents: list[_Waiting]) -> Future[list[list[int]]]:
+        texts = [document for _, document, _ in documents if isinstance(document, str)]
+        if self.tokenizer and texts:
+            with suppress(RuntimeError):  # no thread is to be had
+                return self._executor.submit(self.tokenizer.encode_batch, texts)
+        done: Future[list[list[int]]] = Future()
+        done.set_result(self.tokenizer.encode_batch(texts) if self.tokenizer and texts else [])
+        return done
+
+    def _add_tokenized(self, documents: list[_Waiting], ids_of_texts: Future[list[list[int]]]) -> None:
+        encoded = iter(ids_of_texts.result())
         end = [] if self.end_token_id is None else [self.end_token_id]
-        for place, document, document_id in waiting:
+        for place, document, document_id in documents:
             ids = np.asarray([*next(encoded), *end] if isinstance(document, str) else document, np.int64)
             try:
                 self.sink.add(ids, *document_id)

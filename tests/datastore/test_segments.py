@@ -81,7 +81,7 @@ def test_empty_segments_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_the_builder_says_that_there_is_too_little_memory(tmp_path: Path) -> None:
-    builder = DatastoreBuilder(tmp_path / "store", vocab_size=10, max_memory=9 << 20)
+    builder = DatastoreBuilder(tmp_path / "store", vocab_size=10, max_memory=10 << 20)
     for _ in range(20):
         builder.add(np.arange(200_000) % 10)
     with pytest.raises(errors.InvalidArgumentError, match="more than the 64 segments"):

@@ -173,7 +173,7 @@ def open_datastore(paths: list[Path] | None, tokenizer: Any, any_tokenizer: bool
     """
     if not paths:
         return None
-    store = Datastore.open(paths)
+    store = Datastore.open(paths, load="mmap-wait")  # figures are to depend on the files alone
     if tokenizer is not None and not any_tokenizer:
         check_tokenizer(store, tokenizer)
     return store

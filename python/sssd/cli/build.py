@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sssd.cli.arguments import add_build_arguments, read_options
+from sssd.cli.arguments import add_build_arguments, at_least, read_options
 from sssd.cli.output import build_progress, notes
 from sssd.datastore import Built, build, check_output
 from sssd.errors import OutputError, UsageError
@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a datastore")
     parser.add_argument("--deduplicate", action="store_true", help="leave out repeated documents")
+    parser.add_argument(
+        "--threads",
+        type=at_least(1),
+        metavar="N",
+        help="threads that sort (default: the number of cores, at most 8); the file does not depend on it",
+    )
     add_build_arguments(parser)
 
 
@@ -46,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
             options=read_options(arguments),
             deduplicate=arguments.deduplicate,
             max_memory=arguments.max_memory,
+            threads=arguments.threads,
             force=arguments.force,
             progress=show,
         )

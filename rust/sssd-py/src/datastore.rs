@@ -20,6 +20,8 @@ use crate::tokens::{int32, tokens};
 const PIECE: usize = 1 << 15;
 /// Work on fewer tokens is done at once.
 const LONG: usize = 1 << 21;
+/// Threads that sort unless somebody says how many.
+const MOST_THREADS: usize = 8;
 /// Files with fewer bytes are read at once.
 const LARGE: u64 = 64 << 20;
 
@@ -73,8 +75,11 @@ impl PyDatastore {
     ///     paths: a path or a sequence of paths.
     ///     tombstones: for each file the path of what ``write_tombstones`` has written for it, or None: its dead documents
     ///         are passed over. A corpus has its own.
-    ///     load: ``"mmap"`` reads pages when they are first touched and shares them with other processes; the
-    ///         files must not be changed in place meanwhile (replacing them is safe). ``"ram"`` reads everything now.
+    ///     load: ``"mmap"`` maps the files, whose memory is shared with other processes; they must not be changed in
+    ///         place meanwhile (replacing them is safe). Drafts never wait for a disk: they leave out what is not in
+    ///         memory, have it read in the background, and look up for 200 us at most (``docs/large-stores.md``).
+    ///         With ``"mmap-wait"`` they wait, so that drafts depend on the files alone. ``"ram"`` reads
+    ///         everything now.
     ///     vocab_size: the model's number of token ids, refused if the store's differs.
     ///     fingerprint: the model's ``tokenizer_fingerprint`` (32 bytes), refused if the store's differs.
     ///
@@ -241,7 +246,11 @@ impl PyDatastore {
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Files)> {
         let store = self.store(py)?;
-        let load = if store.load() == Load::Mmap { "mmap" } else { "ram" };
+        let load = match store.load() {
+            Load::Mmap => "mmap",
+            Load::MmapWait => "mmap-wait",
+            Load::Ram => "ram",
+        };
         let paths = store.absolute_paths().map(Path::to_owned).collect();
         let uuids = store.files().map(uuid).collect();
         let tombstones = store.tombstones_paths().map(|path| path.map(Path::to_owned)).collect();
@@ -312,7 +321,7 @@ impl Found {
             let wanted = (max_tokens - (start - first)).min(4096);
             self.tokens.try_reserve(wanted)?;
             self.tokens.resize(start + wanted, 0);
-            let copied = store.continuation(position + (start - first) as u64, &mut self.tokens[start..]);
+            let copied = store.read(position + (start - first) as u64, &mut self.tokens[start..]);
             self.tokens.truncate(start + copied);
             if copied < wanted || wanted == 0 {
                 break;
@@ -519,6 +528,9 @@ impl PyFileInfo {
 ///     deduplicate: leave out documents that were added before.
 ///     max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
 ///         too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
+///         Without one, segments have 2^28 tokens, and each thread takes 2.3 GB where a text has so many.
+///     threads: threads that sort segments, as far as ``max_memory`` allows, 1 to 64; by default the number of cores, at
+///         most 8. The file is the same whatever their number.
 ///
 /// Raises:
 ///     InvalidArgumentError: an argument is out of range.
@@ -580,7 +592,7 @@ pub fn add<T>(
 #[pymethods]
 impl PyDatastoreBuilder {
     #[new]
-    #[pyo3(signature = (path, *, vocab_size, fingerprint=None, deduplicate=false, max_memory=None))]
+    #[pyo3(signature = (path, *, vocab_size, fingerprint=None, deduplicate=false, max_memory=None, threads=None))]
     fn new(
         py: Python<'_>,
         path: PathBuf,
@@ -588,10 +600,13 @@ impl PyDatastoreBuilder {
         fingerprint: Option<&[u8]>,
         deduplicate: bool,
         max_memory: Option<u64>,
+        threads: Option<usize>,
     ) -> PyResult<Self> {
         let fingerprint =
             fingerprint.map_or(Ok(Fingerprint::default()), |bytes| checked_fingerprint(py, bytes))?;
-        let options = BuildOptions { vocab_size, fingerprint, deduplicate, max_memory };
+        let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_THREADS));
+        let threads = threads.unwrap_or_else(cores);
+        let options = BuildOptions { vocab_size, fingerprint, deduplicate, max_memory, threads };
         let builder = enter(py, true, || Builder::create(&path, options))?;
         let builder = builder.map_err(|failure| raised(py, failure))?;
         Ok(Self { builder: Arc::new(Mutex::new(Some(builder))), vocab_size })

@@ -34,7 +34,7 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 ///     datastore: a corpus to match as well: a path, several paths that are one store, the folder of a corpus, or an open
 ///         ``Datastore`` (which may be closed afterwards). Or several by name, a mapping from names to such: sequences
 ///         match all of them, or those that ``begin(datastores=...)`` names.
-///     load: how to open paths, ``"mmap"`` or ``"ram"``; see ``Datastore.open``.
+///     load: how to open paths, ``"mmap"``, ``"mmap-wait"`` or ``"ram"``; see ``Datastore.open``.
 ///     live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
 ///         42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
 ///         1024).

@@ -44,9 +44,10 @@ impl Source {
         let py = paths.py();
         let load = match load {
             "mmap" => Load::Mmap,
+            "mmap-wait" => Load::MmapWait,
             "ram" => Load::Ram,
             other => {
-                let message = format!("load must be \"mmap\" or \"ram\", got {other:?}");
+                let message = format!("load must be \"mmap\", \"mmap-wait\" or \"ram\", got {other:?}");
                 return Err(error(py, "InvalidArgumentError", message));
             }
         };

@@ -1,8 +1,9 @@
 //! Builds a datastore file.
 //!
 //! Documents go straight into the text section of a temporary file beside the target, so that adding takes no
-//! memory. A segment is closed when sorting one more symbol would exceed the memory allowed. At the end every
-//! segment is read back and indexed on its own, and the finished file replaces the target in one step.
+//! memory. A segment is closed when sorting one more symbol would exceed the memory allowed. Every segment is read back
+//! and indexed on its own, the first of them while documents are still added; at the end the indexes are appended in
+//! order, and the finished file replaces the target in one step.
 
 use std::collections::{HashSet, TryReserveError};
 use std::io;
@@ -13,16 +14,23 @@ use sssd_core::Token;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::format::{Header, MAX_SEGMENTS, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, symbol_bits};
-use crate::index::write_index;
 use crate::output::Output;
 use crate::packed::PackedWriter;
 use crate::progress::Progress;
+use crate::sorting::Sorting;
 use crate::{Error, Fingerprint, Result};
 
 mod merge;
 
 /// The sorter takes 32-bit signed positions, and wants a little room.
-const MAX_SEGMENT_SYMBOLS: u64 = i32::MAX as u64 - (1 << 20);
+const MAX_SORTED_SYMBOLS: u64 = i32::MAX as u64 - (1 << 20);
+/// Larger texts are several segments, for several cores to sort.
+const MAX_SEGMENT_SYMBOLS: u64 = 1 << 28;
+/// Segments that `max_memory` always has room for at once. The number does not depend on the machine, nor do the bytes
+/// of a file.
+const AT_ONCE: u64 = 2;
+/// Threads that sort, at most.
+const MAX_THREADS: usize = 64;
 /// Smaller segments than this are not worth a memory limit.
 const MIN_SEGMENT_SYMBOLS: u64 = 1 << 16;
 /// Buffers of the writer and the reader, and what else does not grow with the corpus.
@@ -40,31 +48,50 @@ pub struct BuildOptions {
     /// Leave out documents that were added before.
     pub deduplicate: bool,
     /// Bytes that the builder may allocate (without the 16 bytes per document of `deduplicate`). Smaller limits
-    /// give more segments, which cost look-up time, and of which a file has at most 64. `None`: one segment up to 2^31
-    /// tokens.
+    /// give more segments, which cost look-up time, and of which a file has at most 64. `None`: segments of 2^28 tokens,
+    /// 2.3 GB for each thread.
     pub max_memory: Option<u64>,
+    /// Threads that sort segments, as far as `max_memory` allows, from the moment at which a segment is full; 1 to 64. The
+    /// file is the same whatever their number. 1: [`Builder::finish`] sorts.
+    pub threads: usize,
 }
 
 impl BuildOptions {
     /// Options for a vocabulary, everything else at its default.
     pub fn new(vocab_size: u32) -> Self {
-        Self { vocab_size, fingerprint: Fingerprint::default(), deduplicate: false, max_memory: None }
+        Self {
+            vocab_size,
+            fingerprint: Fingerprint::default(),
+            deduplicate: false,
+            max_memory: None,
+            threads: 1,
+        }
     }
 
-    /// Most symbols per segment: the text and the suffix array take 4 bytes each, the fences an eighth.
-    fn segment_symbols(&self) -> Result<u64> {
-        let Some(limit) = self.max_memory else { return Ok(MAX_SEGMENT_SYMBOLS) };
-        let successors = 8 * MAX_SUCCESSORS as u64;
-        let fixed = u64::from(self.vocab_size) * (successors + 64) + FIXED_MEMORY;
-        let symbols = limit.saturating_sub(fixed).saturating_mul(8) / 66;
+    /// Bytes of sorting a segment of so many symbols: the text and the suffix array take 4 each, the fences an eighth.
+    fn segment_memory(&self, symbols: u64) -> u64 {
+        u64::from(self.vocab_size) * (8 * MAX_SUCCESSORS as u64 + 64) + (66 * symbols).div_ceil(8)
+    }
+
+    /// Most symbols per segment that the memory allows.
+    fn allowed_symbols(&self) -> Result<u64> {
+        let Some(limit) = self.max_memory else { return Ok(MAX_SORTED_SYMBOLS) };
+        let fixed = AT_ONCE * self.segment_memory(0) + FIXED_MEMORY;
+        let symbols = limit.saturating_sub(fixed).saturating_mul(8) / (66 * AT_ONCE);
         if symbols < MIN_SEGMENT_SYMBOLS {
-            let least = (fixed + 9 * MIN_SEGMENT_SYMBOLS).div_ceil(1 << 20);
+            let least = (fixed + 9 * AT_ONCE * MIN_SEGMENT_SYMBOLS).div_ceil(1 << 20);
             return Err(Error::InvalidArgument(format!(
                 "max_memory is too small for a vocabulary of {} tokens: at least {least} MiB are needed",
                 self.vocab_size
             )));
         }
-        Ok(symbols.min(MAX_SEGMENT_SYMBOLS))
+        Ok(symbols.min(MAX_SORTED_SYMBOLS))
+    }
+
+    /// Segments that can be sorted at once.
+    fn at_once(&self, segment_symbols: u64) -> usize {
+        let limit = self.max_memory.map_or(u64::MAX, |limit| limit.saturating_sub(FIXED_MEMORY));
+        self.threads.min((limit / self.segment_memory(segment_symbols)).max(1) as usize)
     }
 }
 
@@ -89,6 +116,7 @@ pub struct Builder {
     target: PathBuf,
     output: Output,
     options: BuildOptions,
+    allowed_symbols: u64,
     segment_symbols: u64,
     segments: Vec<SegmentEntry>,
     text: PackedWriter,
@@ -101,6 +129,7 @@ pub struct Builder {
     seen: HashSet<u128>,
     duplicates: u64,
     watch: Arc<Progress>,
+    sorting: Sorting,
     failed: bool,
 }
 
@@ -114,13 +143,20 @@ impl Builder {
             let problem = format!("vocab_size must be between 1 and {MAX_VOCAB}, not {}", options.vocab_size);
             return Err(Error::InvalidArgument(problem));
         }
-        let segment_symbols = options.segment_symbols()?;
+        if !(1..=MAX_THREADS).contains(&options.threads) {
+            let problem = format!("threads must be between 1 and {MAX_THREADS}, not {}", options.threads);
+            return Err(Error::InvalidArgument(problem));
+        }
+        let allowed_symbols = options.allowed_symbols()?;
+        let segment_symbols = allowed_symbols.min(MAX_SEGMENT_SYMBOLS);
+        let sorting = Sorting::new(options.vocab_size, options.at_once(segment_symbols));
         let output = Output::create(target).map_err(Error::io(target))?;
         let text = PackedWriter::new(symbol_bits(options.vocab_size));
         Ok(Self {
             target: target.to_owned(),
             output,
             options,
+            allowed_symbols,
             segment_symbols,
             segments: Vec::new(),
             text,
@@ -131,6 +167,7 @@ impl Builder {
             seen: HashSet::new(),
             duplicates: 0,
             watch: Arc::default(),
+            sorting,
             failed: false,
         })
     }
@@ -316,7 +353,7 @@ impl Builder {
         self.segments.try_reserve(1).map_err(Error::memory("the segments of a datastore"))?;
         self.segments.push(segment);
         (self.symbols, self.documents) = (0, 0);
-        Ok(())
+        self.sorting.start(&mut self.output, &self.segments).map_err(Error::io(&self.target))
     }
 
     /// Sorts, writes the rest of the file, makes it durable and puts it in the target's place.
@@ -336,15 +373,13 @@ impl Builder {
     }
 
     fn complete(mut self, progress: &Progress) -> io::Result<BuildSummary> {
-        for segment in &mut self.segments {
-            write_index(&mut self.output, segment, self.options.vocab_size, progress)?;
-        }
+        self.sorting.finish(&mut self.output, &mut self.segments, progress)?;
         let header = Header {
             vocab_size: self.options.vocab_size,
             fingerprint: self.options.fingerprint,
             tokens: self.segments.iter().map(|segment| segment.suffixes).sum(),
             documents: self.segments.iter().map(|segment| segment.documents).sum(),
-            segment_symbols: self.segment_symbols,
+            segment_symbols: self.allowed_symbols,
             deduplicated: self.options.deduplicate,
             ..Header::default()
         };

@@ -8,7 +8,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use memmap2::{Advice, Mmap, MmapMut};
@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::format::PAGE;
 use crate::progress::Progress;
+use crate::residency::Residency;
 use crate::{Error, Result};
 
 /// How a file is brought into memory.
@@ -23,8 +24,11 @@ use crate::{Error, Result};
 pub enum Load {
     /// Map the file: pages are read when first touched and shared with other processes. The file must not be changed
     /// in place meanwhile, only replaced by a rename; a store whose file was is noticed and no longer read.
+    /// [`sssd_core::Corpus`] leaves out what is not in memory, and has it read in the background.
     #[default]
     Mmap,
+    /// The same, but everything waits for what is not in memory: answers depend on the contents alone.
+    MmapWait,
     /// Read the whole file into private memory, on huge pages where the system has them.
     Ram,
 }
@@ -67,7 +71,9 @@ impl Source {
         let length = usize::try_from(self.length)
             .map_err(|_| Error::corrupt(path, "file larger than the address space"))?;
         match load {
-            Load::Mmap => Ok(Bytes::Mapped(Mapped::new(self).map_err(Error::io(path))?)),
+            Load::Mmap | Load::MmapWait => {
+                Ok(Bytes::Mapped(Mapped::new(self, load).map_err(Error::io(path))?))
+            }
             Load::Ram => {
                 let mut memory = MmapMut::map_anon(length).map_err(Error::io(path))?;
                 #[cfg(target_os = "linux")]
@@ -99,7 +105,10 @@ fn read_at(file: &File, start: u64, out: &mut [u8]) -> io::Result<()> {
 
 /// A mapped file, and what tells whether it has been changed in place.
 pub struct Mapped {
-    map: Mmap,
+    map: Arc<Mmap>,
+    load: Load,
+    /// What of it is in memory, if drafts are not to wait for the rest.
+    residency: Option<Residency>,
     source: Source,
     /// Hash of the header, which differs for other contents.
     header: u64,
@@ -109,13 +118,14 @@ pub struct Mapped {
 }
 
 impl Mapped {
-    fn new(source: Source) -> io::Result<Self> {
+    fn new(source: Source, load: Load) -> io::Result<Self> {
         // SAFETY: the map is read-only and private to this value. That nobody changes the file in place is the
         // documented contract of a datastore; the builder only ever replaces files.
-        let map = unsafe { Mmap::map(&source.file) }?;
+        let map = Arc::new(unsafe { Mmap::map(&source.file) }?);
         let modified = Mutex::new(source.file.metadata()?.modified()?);
         let header = header_hash(&source)?;
-        Ok(Self { map, source, header, modified, changed: AtomicBool::new(false) })
+        let changed = AtomicBool::new(false);
+        Ok(Self { map, load, residency: None, source, header, modified, changed })
     }
 
     /// What has happened to the file, if anything. A file that was once found changed stays so.
@@ -158,6 +168,9 @@ pub enum Bytes {
     Mapped(Mapped),
     Loaded(Mmap),
     Owned(Vec<u8>),
+    /// Of which some counts as being in memory.
+    #[cfg(test)]
+    Part(Vec<u8>, Residency),
 }
 
 impl Bytes {
@@ -178,12 +191,37 @@ impl Bytes {
         if let Self::Mapped(mapped) = self { mapped.change() } else { None }
     }
 
+    /// How they were brought into memory.
+    pub fn load(&self) -> Load {
+        if let Self::Mapped(mapped) = self { mapped.load } else { Load::Ram }
+    }
+
+    /// If drafts are not to wait for a disk, begins to keep account of what is in memory. `preferred` is needed by all.
+    pub fn keep_account(&mut self, preferred: Vec<Range<usize>>) -> io::Result<()> {
+        if let Self::Mapped(mapped @ Mapped { load: Load::Mmap, .. }) = self {
+            mapped.residency = Some(Residency::new(Arc::clone(&mapped.map), preferred)?);
+        }
+        Ok(())
+    }
+
+    /// What of a file is in memory, if drafts leave out the rest.
+    pub fn residency(&self) -> Option<&Residency> {
+        match self {
+            Self::Mapped(mapped) => mapped.residency.as_ref(),
+            #[cfg(test)]
+            Self::Part(_, residency) => Some(residency),
+            _ => None,
+        }
+    }
+
     /// Copies bytes, of a file without touching its pages.
     pub fn read(&self, start: u64, out: &mut [u8]) -> io::Result<()> {
         match self {
             Self::Mapped(mapped) => mapped.source.read(start, out),
             Self::Loaded(bytes) => copy(bytes, start, out),
             Self::Owned(bytes) => copy(bytes, start, out),
+            #[cfg(test)]
+            Self::Part(bytes, _) => copy(bytes, start, out),
         }
     }
 
@@ -215,6 +253,8 @@ impl Deref for Bytes {
             Self::Mapped(mapped) => &mapped.map,
             Self::Loaded(map) => map,
             Self::Owned(bytes) => bytes,
+            #[cfg(test)]
+            Self::Part(bytes, _) => bytes,
         }
     }
 }

@@ -1,4 +1,3 @@
-use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,20 +7,15 @@ use sssd_core::{Corpus, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
+use crate::lookup::{Lookup, MAX_MATCH, OFFSET_BITS, length, position, sample};
 use crate::progress::Progress;
+use crate::residency::Everything;
+#[cfg(test)]
+use crate::residency::Residency;
 use crate::segment::{Interval, Query, Segment};
+use crate::successors::Merged;
 use crate::tombstones::{Buried, Tombstones};
 use crate::{Error, Fingerprint, Result};
-
-/// Longest context that [`Corpus::matches`] looks up; larger `max_length` are cut to it.
-const MAX_MATCH: usize = 32;
-/// Length that a look-up tries first: counts only fall with the length, so it goes up or down from here. Measured on
-/// 30.9 M tokens: 4.1 us from 3, 5.1 us from 4, 5.9 us from 5.
-const FIRST_LENGTH: usize = 3;
-/// A position is a segment and an offset in it of this many bits.
-const OFFSET_BITS: u32 = 32;
-
-const NOWHERE: u32 = u32::MAX;
 
 /// One or more datastore files, opened for look-up. Shared and queried by any number of threads.
 pub struct Datastore {
@@ -29,8 +23,7 @@ pub struct Datastore {
     segments: Vec<Segment>,
     parts: Vec<Part>,
     vocab_size: u32,
-    /// Hashes successors; at random, so that no file can have them collide.
-    multiplier: u32,
+    merged: Merged,
 }
 
 #[derive(Clone)]
@@ -134,9 +127,30 @@ impl Datastore {
         store.complete()
     }
 
+    /// The same, of which only some of the pages of 2^`page_bits` bytes count as being in memory.
+    #[cfg(test)]
+    pub(crate) fn from_part(
+        bytes: Vec<u8>,
+        page_bits: u32,
+        resident: impl Fn(usize) -> bool,
+    ) -> Result<Self> {
+        let mut store = Self::empty();
+        let residency = Residency::fixed(page_bits, bytes.len().div_ceil(1 << page_bits), resident);
+        let bytes = Bytes::Part(bytes, residency);
+        let parts =
+            format::parse(Path::new("part"), bytes.len() as u64, &|start, out| bytes.read(start, out))?;
+        store.add(Path::new("part"), parts, || Ok(bytes))?;
+        store.complete()
+    }
+
     fn empty() -> Self {
-        let multiplier = RandomState::new().hash_one(0) as u32 | 1;
-        Self { files: Vec::new(), segments: Vec::new(), parts: Vec::new(), vocab_size: 0, multiplier }
+        Self {
+            files: Vec::new(),
+            segments: Vec::new(),
+            parts: Vec::new(),
+            vocab_size: 0,
+            merged: Merged::empty(),
+        }
     }
 
     fn add(
@@ -149,7 +163,14 @@ impl Datastore {
         if let Some(first) = self.files.first() {
             agree(&first.info, &info)?;
         }
-        let bytes = Arc::new(load()?);
+        let mut bytes = load()?;
+        // all but the text and the suffixes
+        let preferred = table.iter().flat_map(|entry| &entry.sections[2..]);
+        let mut ranges = Vec::new();
+        ranges.try_reserve(4 * table.len()).map_err(Error::memory("the segments of a datastore"))?;
+        ranges.extend(preferred.map(|section| section.start as usize..section.end as usize));
+        bytes.keep_account(ranges).map_err(Error::io(path))?;
+        let bytes = Arc::new(bytes);
         self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.parts.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
@@ -174,8 +195,7 @@ impl Datastore {
     /// [`Error::InvalidArgument`] for those of another store, or if there is no such file.
     pub fn add_tombstones(&mut self, file: usize, path: &Path, progress: &Progress) -> Result<()> {
         let tombstones = Tombstones::open(path, &self.buried(file)?, progress)?;
-        self.bury(file, path, tombstones);
-        Ok(())
+        self.bury(file, path, tombstones)
     }
 
     /// The same for their contents.
@@ -185,8 +205,7 @@ impl Datastore {
     pub fn add_tombstones_from_bytes(&mut self, file: usize, name: &str, bytes: Vec<u8>) -> Result<()> {
         let path = Path::new(name);
         let tombstones = Tombstones::from_bytes(path, Bytes::Owned(bytes), &self.buried(file)?)?;
-        self.bury(file, path, tombstones);
-        Ok(())
+        self.bury(file, path, tombstones)
     }
 
     /// What the tombstones of a file must agree with.
@@ -206,13 +225,14 @@ impl Datastore {
         })
     }
 
-    fn bury(&mut self, file: usize, path: &Path, mut tombstones: Tombstones) {
+    fn bury(&mut self, file: usize, path: &Path, mut tombstones: Tombstones) -> Result<()> {
         let segments: SmallVec<[usize; 64]> = self.segments_of(file).collect();
         for (segment, living) in segments.into_iter().zip(tombstones.segments.drain(..)) {
             self.segments[segment].set_living(living);
         }
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         self.files[file].tombstones = Some((Arc::new(tombstones), absolute));
+        self.forget_merged()
     }
 
     fn segments_of(&self, file: usize) -> impl Iterator<Item = usize> {
@@ -287,11 +307,20 @@ impl Datastore {
         Ok(true)
     }
 
-    fn complete(self) -> Result<Self> {
+    fn complete(mut self) -> Result<Self> {
         if self.files.is_empty() {
             return Err(Error::InvalidArgument("no datastore file was given".into()));
         }
+        self.forget_merged()?;
         Ok(self)
+    }
+
+    fn forget_merged(&mut self) -> Result<()> {
+        if self.segments.len() > 1 {
+            let memory = |_| Error::OutOfMemory("the successors of a datastore".into());
+            self.merged.reset(self.vocab_size).map_err(memory)?;
+        }
+        Ok(())
     }
 
     /// Refuses a mapped store of which a file has been shortened or overwritten in place since it was opened: to touch
@@ -305,10 +334,7 @@ impl Datastore {
 
     /// How the files were brought into memory.
     pub fn load(&self) -> Load {
-        match self.files.first().map(|file| &*file.bytes) {
-            Some(Bytes::Mapped(_)) => Load::Mmap,
-            _ => Load::Ram,
-        }
+        self.files.first().map_or(Load::Ram, |file| file.bytes.load())
     }
 
     /// The paths from the root.
@@ -404,7 +430,7 @@ impl Datastore {
         self.check_tokens(tokens)?;
         self.check()?;
         let query = Query::new(tokens, self.vocab_size)?;
-        Ok(self.segments.iter().map(|segment| length(&segment.interval(&query))).sum())
+        Ok(self.intervals(&query).map(|found| length(&found)).sum())
     }
 
     /// At most `limit` evenly spread occurrences of `tokens` (not empty), as positions of what follows.
@@ -421,12 +447,15 @@ impl Datastore {
         let (mut intervals, mut positions) = (Vec::new(), Vec::new());
         let memory = || Error::memory("the occurrences");
         intervals.try_reserve_exact(self.segments.len()).map_err(memory())?;
-        intervals.extend(self.segments.iter().map(|segment| segment.interval(&query)));
+        intervals.extend(self.intervals(&query));
         let total: u64 = intervals.iter().map(length).sum();
         positions
             .try_reserve_exact(usize::try_from(total).map_or(limit, |total| total.min(limit)))
             .map_err(memory())?;
-        self.sample(&intervals, tokens.len(), limit, |position| positions.push(position));
+        sample(&intervals, limit, |segment, rank, _| {
+            let start = self.segments[segment].position(rank, Everything).unwrap_or(u64::MAX);
+            positions.push(position(segment, start.saturating_add(tokens.len() as u64)));
+        });
         Ok(positions)
     }
 
@@ -450,33 +479,27 @@ impl Datastore {
         Ok(&info.path)
     }
 
+    /// Copies the tokens from a position on, at most to the end of the document, and returns how many. Waits for a disk,
+    /// unlike [`Corpus::continuation`].
+    pub fn read(&self, position: u64, out: &mut [Token]) -> usize {
+        self.segment_at(position)
+            .map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out, Everything))
+    }
+
+    fn segment_at(&self, position: u64) -> Option<&Segment> {
+        usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index))
+    }
+
+    /// The occurrences in each segment.
+    fn intervals(&self, query: &Query) -> impl Iterator<Item = Interval> {
+        self.segments.iter().map(|segment| segment.interval(query, Everything).unwrap_or(0..0))
+    }
+
     fn check_tokens(&self, tokens: &[Token]) -> Result<()> {
         match tokens.iter().find(|&&token| token >= self.vocab_size) {
             Some(&token) => Err(Error::InvalidToken { token, vocab_size: self.vocab_size }),
             None => Ok(()),
         }
-    }
-
-    /// Hands out the positions `length` tokens after at most `limit` evenly spread ranks of the intervals (one
-    /// per segment), and returns how many ranks there are.
-    #[inline]
-    fn sample(&self, intervals: &[Interval], skip: usize, limit: usize, mut take: impl FnMut(u64)) -> u64 {
-        let total: u64 = intervals.iter().map(length).sum();
-        let taken = total.min(limit as u64);
-        let (mut segment, mut before) = (0, 0);
-        for sample in 0..taken {
-            // The middle of the sample's share; in 128 bits, for `total` may be large.
-            let rank = ((2 * u128::from(sample) + 1) * u128::from(total) / (2 * u128::from(taken))) as u64;
-            while rank - before >= length(&intervals[segment]) {
-                before += length(&intervals[segment]);
-                segment += 1;
-            }
-            let start = self.segments[segment].position(intervals[segment].start + (rank - before));
-            let offset = start + skip as u64;
-            self.segments[segment].prefetch(offset);
-            take((segment as u64) << OFFSET_BITS | offset.min(u64::from(u32::MAX)));
-        }
-        total
     }
 }
 
@@ -484,114 +507,43 @@ impl Corpus for Datastore {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
         let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
         let usable = valid.take(max_length.min(MAX_MATCH)).count();
-        for &token in &context[context.len() - usable..] {
-            self.segments.iter().for_each(|segment| segment.prefetch_bucket(token));
-        }
-        let count = self.segments.len();
-        let mut intervals: SmallVec<[Interval; MAX_MATCH]> = SmallVec::new();
-        if intervals.try_reserve(usable * count).is_err() {
-            return;
-        }
-        intervals.resize(usable * count, 0..0);
-        let start = FIRST_LENGTH.min(usable);
-        // The occurrences of the last `length` tokens, kept in `intervals`.
-        let search = |intervals: &mut [Interval], length: usize| -> u64 {
-            let Ok(query) = Query::new(&context[context.len() - length..], self.vocab_size) else { return 0 };
-            let (known, found) = intervals.split_at_mut((length - 1) * count);
-            let shorter =
-                known.len().checked_sub(count).map(|last| &known[last..]).filter(|_| length > start);
-            for (index, segment) in self.segments.iter().enumerate() {
-                // what a segment has of more tokens it has of fewer
-                if shorter.is_none_or(|shorter| !shorter[index].is_empty()) {
-                    found[index] = segment.interval(&query);
-                }
-            }
-            found[..count].iter().map(self::length).sum()
-        };
-
-        let mut longest = start;
-        while longest > 0 && search(&mut intervals, longest) == 0 {
-            longest -= 1;
-        }
-        let shortest_known = longest;
-        if longest == start {
-            while longest < usable && search(&mut intervals, longest + 1) > 0 {
-                longest += 1;
-            }
-        }
-        for length in (1..=longest).rev() {
-            if length < shortest_known {
-                search(&mut intervals, length);
-            }
-            let first = out.len();
-            if out.try_reserve(max_samples).is_err() {
-                return;
-            }
-            let take = |position| out.push(Match { position, length: length as u32, weight: 1.0 });
-            let total =
-                self.sample(&intervals[(length - 1) * count..length * count], length, max_samples, take);
-            let weight = total as f32 / (out.len() - first).max(1) as f32;
-            out[first..].iter_mut().for_each(|found| found.weight = weight);
-            if total >= 2 * max_samples as u64 || length == 2 {
-                break;
-            }
+        let context = &context[context.len() - usable..];
+        if let Some(mut lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
+            lookup.matches(max_samples, out);
         }
     }
 
     fn continuation(&self, position: u64, out: &mut [Token]) -> usize {
-        let segment =
-            usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index));
-        segment.map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out))
+        let Some(segment) = self.segment_at(position) else { return 0 };
+        let offset = position & u64::from(u32::MAX);
+        match segment.residency() {
+            None => segment.continuation(offset, out, Everything),
+            Some(resident) => segment.continuation(offset, out, resident),
+        }
     }
 
     fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>) {
         if token >= self.vocab_size {
             return;
         }
-        let first = out.len();
-        if out.try_reserve(self.segments.len() * MAX_SUCCESSORS).is_err() {
-            return;
-        }
         if let [segment] = self.segments.as_slice() {
-            out.extend(segment.successors(token));
+            if out.try_reserve(MAX_SUCCESSORS).is_ok() && has_successors(segment, token) {
+                out.extend(segment.successors(token));
+            }
             return;
         }
-        let held =
-            self.segments.iter().map(|segment| length(&segment.bucket(token))).filter(|&held| held > 0);
-        let (holders, total) = held.fold((1, 0), |(holders, total), held| (holders + 1, total + held));
-        // where in `out` a successor stands
-        let count = (2 * MAX_SUCCESSORS * holders).next_power_of_two();
-        let mut places: SmallVec<[u32; 4096]> = SmallVec::new();
-        if places.try_reserve(count).is_err() {
-            return;
-        }
-        places.resize(count, NOWHERE);
-        for segment in &self.segments {
-            let part = length(&segment.bucket(token)) as f32 / total as f32;
-            if part == 0.0 {
-                continue;
-            }
-            for (successor, share) in segment.successors(token) {
-                let mut slot =
-                    successor.wrapping_mul(self.multiplier) as usize >> (32 - count.trailing_zeros());
-                while places[slot] != NOWHERE && out[places[slot] as usize].0 != successor {
-                    slot = (slot + 1) % count;
-                }
-                if places[slot] == NOWHERE {
-                    places[slot] = out.len() as u32;
-                    out.push((successor, share * part));
-                } else {
-                    out[places[slot] as usize].1 += share * part;
-                }
-            }
-        }
-        let order =
-            |left: &(Token, f32), right: &(Token, f32)| right.1.total_cmp(&left.1).then(left.0.cmp(&right.0));
-        if out.len() - first > MAX_SUCCESSORS {
-            out[first..].select_nth_unstable_by(MAX_SUCCESSORS, order);
-            out.truncate(first + MAX_SUCCESSORS);
-        }
-        out[first..].sort_unstable_by(order);
+        self.merged.get(token, out, |out| {
+            let held = |segment: &Segment| bucket(segment, token).map_or(0, |bucket| length(&bucket));
+            let whole = self.segments.iter().fold(true, |whole, segment| {
+                whole & bucket(segment, token).is_some_and(|_| has_successors(segment, token))
+            });
+            let holders = || self.segments.iter().filter(|segment| held(segment) > 0);
+            let (count, total) =
+                holders().fold((0, 0), |(count, total), segment| (count + 1, total + held(segment)));
+            let parts = holders().filter(|segment| whole || has_successors(segment, token));
+            let parts = parts.map(|segment| (held(segment) as f32 / total as f32, segment.successors(token)));
+            self.merged.merge(parts, count, out) && whole
+        });
     }
 
     fn is_readable(&self) -> bool {
@@ -610,9 +562,15 @@ fn is_file(path: &Path, length: u64, header: &[u8]) -> Result<bool> {
     Ok(page == header)
 }
 
-#[inline]
-fn length(interval: &Interval) -> u64 {
-    interval.end.saturating_sub(interval.start)
+fn bucket(segment: &Segment, token: Token) -> Option<Interval> {
+    match segment.residency() {
+        None => segment.bucket(token, Everything),
+        Some(resident) => segment.bucket(token, resident),
+    }
+}
+
+fn has_successors(segment: &Segment, token: Token) -> bool {
+    segment.residency().is_none_or(|resident| segment.has_successors(token, resident))
 }
 
 fn agree(first: &FileInfo, other: &FileInfo) -> Result<()> {

@@ -1,67 +1,76 @@
-//! Sorts a segment's suffixes and writes the sections that look-ups need.
+//! Sorts a segment's suffixes and makes the sections that look-ups need.
 
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::ops::Range;
 
 use libsais::{LibsaisError, SuffixArrayConstruction};
 
 use crate::format::{FENCE, MAX_SUCCESSORS, SegmentEntry, symbol_bits, zeros};
 use crate::output::Output;
-use crate::packed::{Packed, PackedWriter};
+use crate::packed::{Packed, PackedWriter, bits_for, packed_len};
 use crate::progress::Progress;
 use crate::segment::{encode_share, key};
 
 /// Symbols read back or written between two looks at the progress.
 const CHUNK: usize = 1 << 16;
 
-/// Reads the segment's text back, and appends and enters the other sections.
-pub fn write_index(
-    output: &mut Output,
-    segment: &mut SegmentEntry,
+/// The sections of a segment but its text, ready to be written.
+pub struct Index {
+    sections: [Vec<u8>; 5],
+    successors: u64,
+}
+
+impl Index {
+    /// Appends the sections, and enters them.
+    pub fn write(self, output: &mut Output, segment: &mut SegmentEntry) -> io::Result<()> {
+        segment.successors = self.successors;
+        for (section, place) in self.sections.into_iter().zip(&mut segment.sections[1..]) {
+            let start = output.align()?;
+            output.write_all(&section)?;
+            *place = start..output.position();
+        }
+        Ok(())
+    }
+}
+
+/// Reads a segment's text from the file and makes the other sections. Takes 8 bytes for each symbol, and what the small
+/// sections take.
+pub fn index(
+    mut file: File,
+    segment: &SegmentEntry,
     vocab_size: u32,
     progress: &Progress,
-) -> io::Result<()> {
+) -> io::Result<Index> {
     let bits = symbol_bits(vocab_size);
-    let mut text = read_text(output, segment, bits)?;
+    let mut text = read_text(&mut file, segment, bits)?;
     progress.advance(0)?;
     let suffix_array = sort(&mut text)?;
     progress.advance(segment.symbols - segment.suffixes / 2)?;
     // The document ends sort first; nothing is looked up there.
     let suffixes = &suffix_array[segment.documents as usize..text.len()];
 
-    let start = output.align()?;
-    let mut writer = PackedWriter::new(segment.position_bits());
-    for chunk in suffixes.chunks(CHUNK) {
-        for &position in chunk {
-            writer.push(position as u64, output)?;
-        }
-        progress.advance(chunk.len() as u64 / 2)?;
-    }
-    writer.finish(output)?;
-    segment.sections[1] = start..output.position();
-
     let buckets = buckets(&text, vocab_size)?;
-    segment.sections[2] = write_packed(output, &buckets, segment.rank_bits())?;
-
-    let start = output.align()?;
-    for (fence, &position) in suffixes.iter().step_by(FENCE as usize).enumerate() {
-        if fence % CHUNK == 0 {
-            progress.advance(0)?;
-        }
-        let rest = text[position as usize + 1..].iter().take_while(|&&symbol| symbol != 0);
-        output.write_all(&key(bits, rest.map(|&symbol| symbol as u64)).to_le_bytes())?;
-    }
-    segment.sections[3] = start..output.position();
-
+    let fences = fences(&text, suffixes, bits, progress)?;
     let (index, successors) = successors(&text, suffixes, &buckets, progress)?;
-    segment.successors = successors.len() as u64;
-    segment.sections[4] = write_packed(output, &index, segment.successor_index_bits())?;
-    segment.sections[5] = write_packed(output, &successors, bits + 8)?;
-    Ok(())
+    drop(text);
+    let small = |values: &[u64], bits| packed(values.iter().copied(), bits, &Progress::default());
+    let mut out = Index {
+        sections: [
+            Vec::new(),
+            small(&buckets, segment.rank_bits())?,
+            fences,
+            small(&index, bits_for(successors.len() as u64))?,
+            small(&successors, bits + 8)?,
+        ],
+        successors: successors.len() as u64,
+    };
+    drop((buckets, index, successors));
+    let positions = suffixes.iter().map(|&position| position as u64);
+    out.sections[0] = packed(positions, segment.position_bits(), progress)?;
+    Ok(out)
 }
 
-fn read_text(output: &mut Output, segment: &SegmentEntry, bits: u32) -> io::Result<Vec<i32>> {
-    let mut file = output.read_back()?;
+fn read_text(file: &mut File, segment: &SegmentEntry, bits: u32) -> io::Result<Vec<i32>> {
     file.seek(SeekFrom::Start(segment.sections[0].start))?;
     let mut text = Vec::new();
     text.try_reserve_exact(segment.symbols as usize)?;
@@ -85,6 +94,20 @@ fn sort(text: &mut [i32]) -> io::Result<Vec<i32>> {
         Err(LibsaisError::OutOfMemory) => Err(io::ErrorKind::OutOfMemory.into()),
         Err(error) => Err(io::Error::other(format!("the suffix sorter failed: {error}"))),
     }
+}
+
+/// The leading symbols of every 64th suffix.
+fn fences(text: &[i32], suffixes: &[i32], bits: u32, progress: &Progress) -> io::Result<Vec<u8>> {
+    let mut fences = Vec::new();
+    fences.try_reserve_exact(8 * suffixes.len().div_ceil(FENCE as usize))?;
+    for (fence, &position) in suffixes.iter().step_by(FENCE as usize).enumerate() {
+        if fence % CHUNK == 0 {
+            progress.advance(0)?;
+        }
+        let rest = text[position as usize + 1..].iter().take_while(|&&symbol| symbol != 0);
+        fences.extend(key(bits, rest.map(|&symbol| symbol as u64)).to_le_bytes());
+    }
+    Ok(fences)
 }
 
 /// For each token the number of suffixes that start with a smaller one, and last the number of all.
@@ -141,12 +164,18 @@ fn successors(
     Ok((index, entries))
 }
 
-fn write_packed(output: &mut Output, values: &[u64], bits: u32) -> io::Result<Range<u64>> {
-    let start = output.align()?;
+fn packed(values: impl ExactSizeIterator<Item = u64>, bits: u32, progress: &Progress) -> io::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let count = values.len();
+    out.try_reserve_exact(packed_len(count as u64, bits) as usize)?;
     let mut writer = PackedWriter::new(bits);
-    for &value in values {
-        writer.push(value, output)?;
+    for (index, value) in values.enumerate() {
+        writer.push(value, &mut out)?;
+        if index % CHUNK == CHUNK - 1 {
+            progress.advance(CHUNK as u64 / 2)?;
+        }
     }
-    writer.finish(output)?;
-    Ok(start..output.position())
+    progress.advance((count % CHUNK) as u64 / 2)?;
+    writer.finish(&mut out)?;
+    Ok(out)
 }

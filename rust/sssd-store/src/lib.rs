@@ -2,7 +2,7 @@
 //!
 //! [`Builder`] writes a file, [`Datastore`] opens one or more and answers the predictor's questions through
 //! [`sssd_core::Corpus`]. The bytes are described in `docs/format.md`, the promises in `docs/guarantees.md`.
-//! This is the only crate of the workspace with `unsafe` code: the memory map and the prefetch.
+//! This is the only crate of the workspace with `unsafe` code: the memory map, what of it is in memory, and the prefetch.
 
 mod builder;
 mod bytes;
@@ -11,10 +11,14 @@ mod documents;
 mod error;
 mod format;
 mod index;
+mod lookup;
 mod output;
 mod packed;
 mod progress;
+mod residency;
 mod segment;
+mod sorting;
+mod successors;
 #[cfg(test)]
 mod tests;
 mod tombstones;

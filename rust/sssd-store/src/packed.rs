@@ -50,10 +50,15 @@ impl<'a> Packed<'a> {
         }
     }
 
+    /// The first of the 8 bytes that [`Self::load`] reads.
+    #[inline]
+    pub fn place(self, index: u64) -> usize {
+        usize::try_from(index.wrapping_mul(u64::from(self.bits)) / 8).unwrap_or(usize::MAX)
+    }
+
     #[inline]
     pub fn prefetch(self, index: u64) {
-        let byte = index.wrapping_mul(u64::from(self.bits)) / 8;
-        if let Some(byte) = usize::try_from(byte).ok().and_then(|byte| self.bytes.get(byte)) {
+        if let Some(byte) = self.bytes.get(self.place(index)) {
             prefetch(byte);
         }
     }

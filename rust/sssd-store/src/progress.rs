@@ -38,6 +38,14 @@ impl Progress {
         self.check()
     }
 
+    /// Shows how far other work is, and passes on to it that it is not wanted any more.
+    pub(crate) fn follow(&self, other: &Self) {
+        self.done.fetch_max(other.done(), Ordering::Relaxed);
+        if self.cancelled() {
+            other.cancel();
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         if self.cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }

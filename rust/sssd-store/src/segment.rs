@@ -3,6 +3,7 @@
 //! A look-up goes from the first token's bucket of ranks, through the fences (the leading symbols of every 64th
 //! suffix, in one `u64`), to at most 64 ranks of one stretch of the suffix array: only these touch the text.
 
+use std::cmp::Ordering;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,11 +14,17 @@ use sssd_core::Token;
 use crate::bytes::Bytes;
 use crate::format::{FENCE, SegmentEntry, symbol_bits};
 use crate::packed::{LOAD_BITS, Packed, mask};
+use crate::residency::{Everything, Reach, Residency};
 use crate::tombstones::Living;
 use crate::{Error, Result};
 
 /// Ranks of the suffixes that start with a query.
 pub type Interval = Range<u64>;
+
+/// Fences that fill a line of the cache.
+const CLOSE: u64 = 8;
+/// Pages that a search asks for at most, for what may be found there.
+const ASKED: usize = 16;
 
 /// Tokens to look up, in the form in which the text is compared.
 pub struct Query {
@@ -169,17 +176,27 @@ impl Segment {
         &self.bytes[self.sections[index].clone()]
     }
 
-    fn text(&self) -> Packed<'_> {
-        Packed::new(self.section(0), self.symbol_bits)
+    fn view<R: Reach>(&self, section: usize, bits: u32, reach: R) -> View<'_, R> {
+        View { packed: Packed::new(self.section(section), bits), start: self.sections[section].start, reach }
     }
 
-    fn suffix_array(&self) -> Packed<'_> {
-        Packed::new(self.section(1), self.position_bits)
+    fn text<R: Reach>(&self, reach: R) -> View<'_, R> {
+        self.view(0, self.symbol_bits, reach)
     }
 
-    /// The living among the suffixes that start with `token`, numbered as [`Self::position`] takes them.
-    pub fn bucket(&self, token: Token) -> Interval {
-        self.number(self.ranks(token))
+    fn suffix_array<R: Reach>(&self, reach: R) -> View<'_, R> {
+        self.view(1, self.position_bits, reach)
+    }
+
+    /// Where what is not in memory may be left out, what tells.
+    pub fn residency(&self) -> Option<&Residency> {
+        self.bytes.residency()
+    }
+
+    /// The living among the suffixes that start with `token`, numbered as [`Self::position`] takes them; nothing if that
+    /// is out of reach.
+    pub fn bucket<R: Reach>(&self, token: Token, reach: R) -> Option<Interval> {
+        self.ranks(token, reach).map(|ranks| self.number(ranks))
     }
 
     #[inline]
@@ -192,14 +209,14 @@ impl Segment {
 
     /// The symbol after the first of the suffix of this rank.
     pub fn symbol_after(&self, rank: u64) -> u64 {
-        self.text().get(self.suffix_array().get(rank) + 1)
+        self.text(Everything).packed.get(self.suffix_array(Everything).packed.get(rank) + 1)
     }
 
-    /// Ranks of the suffixes that start with `token`.
-    pub fn ranks(&self, token: Token) -> Interval {
-        let buckets = Packed::new(self.section(2), self.rank_bits);
-        let start = buckets.get(u64::from(token)).min(self.suffixes);
-        start..buckets.get(u64::from(token) + 1).clamp(start, self.suffixes)
+    /// Ranks of the suffixes that start with `token`; nothing if that is out of reach.
+    pub fn ranks<R: Reach>(&self, token: Token, reach: R) -> Option<Interval> {
+        let buckets = self.view(2, self.rank_bits, reach);
+        let start = buckets.get(u64::from(token))?.min(self.suffixes);
+        Some(start..buckets.get(u64::from(token) + 1)?.clamp(start, self.suffixes))
     }
 
     /// Brings the bucket of `token` closer.
@@ -207,10 +224,13 @@ impl Segment {
         Packed::new(self.section(2), self.rank_bits).prefetch(u64::from(token));
     }
 
-    fn fence(&self, index: u64) -> u64 {
-        let fences = self.section(3);
-        let bytes = fences.get(8 * index as usize..).and_then(<[u8]>::first_chunk);
-        bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    fn fence<R: Reach>(&self, index: u64, reach: R) -> Option<u64> {
+        let at = usize::try_from(index).ok()?.saturating_mul(8);
+        if !reach.has(self.sections[3].start.saturating_add(at), 8) {
+            return None;
+        }
+        let bytes = self.section(3).get(at..).and_then(<[u8]>::first_chunk);
+        Some(bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes)))
     }
 
     fn prefetch_fence(&self, index: u64) {
@@ -219,30 +239,41 @@ impl Segment {
         }
     }
 
-    /// The living among the suffixes that start with the query, numbered as [`Self::position`] takes them.
-    pub fn interval(&self, query: &Query) -> Interval {
-        self.number(self.search(query))
+    /// The living among the suffixes that start with the query, numbered as [`Self::position`] takes them, as far as they
+    /// are within reach: nothing if none is known to be, though there may be some.
+    pub fn interval<R: Reach>(&self, query: &Query, reach: R) -> Option<Interval> {
+        self.search(query, reach).map(|ranks| self.number(ranks))
     }
 
-    /// Ranks of the suffixes that start with the query.
-    fn search(&self, query: &Query) -> Interval {
-        let bucket = self.ranks(query.first);
+    /// Ranks of the suffixes that start with the query, likewise.
+    fn search<R: Reach>(&self, query: &Query, reach: R) -> Option<Interval> {
+        let bucket = self.ranks(query.first, reach)?;
         if query.words.is_empty() || bucket.is_empty() {
-            return bucket;
+            return Some(bucket);
         }
-        let (text, suffixes) = (self.text(), self.suffix_array());
-        let below = |rank: u64| compare(text, suffixes.get(rank), query).is_lt();
-        let not_above = |rank: u64| compare(text, suffixes.get(rank), query).is_le();
-        let fetch = |rank: u64| text.prefetch(suffixes.get(rank) + 1);
+        let (text, suffixes) = (self.text(reach), self.suffix_array(reach));
+        let order = |rank: u64| compare(text, suffixes.get(rank)?, query);
+        let below = |rank: u64| order(rank).map(Ordering::is_lt);
+        let not_above = |rank: u64| order(rank).map(Ordering::is_le);
+        let fetch = |rank: u64| {
+            if suffixes.sees(rank) {
+                text.packed.prefetch(suffixes.packed.get(rank) + 1);
+            }
+        };
 
         let fences = bucket.start.div_ceil(FENCE)..bucket.end.div_ceil(FENCE);
         let near = |fence: u64| self.prefetch_fence(fence);
-        let mut low = partition(fences.clone(), near, |fence| self.fence(fence) < query.key.0);
-        let mut high = partition(low..fences.end, near, |fence| self.fence(fence) <= query.key.1);
+        let fence = |index: u64| self.fence(index, reach);
+        let mut low = partition(fences.clone(), near, |index| Some(fence(index)? < query.key.0))?;
+        let not_after = |index| Some(fence(index)? <= query.key.1);
+        // most intervals are short
+        let close = (low + CLOSE).min(fences.end);
+        let far = close < fences.end && not_after(close)?;
+        let mut high = partition(if far { close + 1..fences.end } else { low..close }, near, not_after)?;
         if !query.exact && low < high {
             let (equal, fetch) = (low..high, |fence| fetch(fence * FENCE));
-            low = partition(equal.clone(), fetch, |fence| below(fence * FENCE));
-            high = partition(low..equal.end, fetch, |fence| not_above(fence * FENCE));
+            low = partition(equal.clone(), fetch, |fence| below(fence * FENCE))?;
+            high = partition(low..equal.end, fetch, |fence| not_above(fence * FENCE))?;
         }
         // The rank at `fence` itself is settled; what lies between the fence before it and it is not.
         let stretch = |fence: u64| {
@@ -250,33 +281,93 @@ impl Segment {
             let end = if fence == fences.end { bucket.end } else { fence * FENCE };
             start..end
         };
-        let start = partition(stretch(low), fetch, below);
-        let stretch = stretch(high);
-        let end = partition(start.max(stretch.start)..stretch.end.max(start), fetch, not_above);
-        start..end
+        let (first, last) = (stretch(low), stretch(high));
+        let whole = || {
+            let start = partition(first.clone(), fetch, below)?;
+            let end = partition(start.max(last.start)..last.end.max(start), fetch, not_above)?;
+            Some(start..end)
+        };
+        whole().or_else(|| self.part(query, first.clone(), last.clone(), reach))
+    }
+
+    /// The interval that begins in the stretch `first` and ends in `last`, of which not all is within reach: from the
+    /// first to the last rank that is known to belong to it.
+    #[cold]
+    fn part<R: Reach>(&self, query: &Query, first: Interval, last: Interval, reach: R) -> Option<Interval> {
+        let (text, suffixes) = (self.text(reach), self.suffix_array(reach));
+        let seen = |rank: u64| {
+            let position = suffixes.sees(rank).then(|| suffixes.packed.get(rank))?;
+            if text.sees(position + 1) { compare(text, position, query) } else { None }
+        };
+        let belongs = |rank: &u64| seen(*rank) == Some(Ordering::Equal);
+        let after = |stretch: &Interval| {
+            stretch
+                .clone()
+                .rev()
+                .find(|&rank| seen(rank) == Some(Ordering::Less))
+                .map_or(stretch.start, |rank| rank + 1)
+        };
+        let before = |stretch: &Interval| {
+            stretch.clone().find(|&rank| seen(rank) == Some(Ordering::Greater)).unwrap_or(stretch.end)
+        };
+        // what may belong to it is of use when the next draft looks here
+        let ask = |ranks: Interval| {
+            let unseen = ranks.filter(|&rank| seen(rank).is_none()).take(ASKED);
+            unseen.filter_map(|rank| suffixes.get(rank)).for_each(|position| _ = text.has(position + 1));
+        };
+        if first == last {
+            ask(after(&first)..before(&first));
+            let start = first.clone().find(belongs)?;
+            let end = (start..first.end).rev().find(belongs).unwrap_or(start);
+            return Some(start..end + 1);
+        }
+        // the fences between them belong to it
+        let start = first.clone().find(belongs).unwrap_or(first.end);
+        let end = last.clone().rev().find(belongs).map_or(last.start, |rank| rank + 1);
+        Some(start..end.max(start))
     }
 
     /// Where the living suffix of this number starts: its rank, if all live.
     #[inline]
-    pub fn position(&self, number: u64) -> u64 {
+    pub fn position<R: Reach>(&self, number: u64, reach: R) -> Option<u64> {
         let rank = self.living.as_ref().map_or(number, |living| living.select(number));
-        self.suffix_array().get(rank)
+        self.suffix_array(reach).get(rank)
+    }
+
+    /// Whether the text at `position` is within reach; if not, it is asked for.
+    #[inline]
+    pub fn has(&self, position: u64, reach: impl Reach) -> bool {
+        self.text(reach).has(position)
+    }
+
+    /// Whether it is.
+    #[inline]
+    pub fn sees(&self, position: u64, reach: impl Reach) -> bool {
+        self.text(reach).sees(position)
+    }
+
+    /// Brings the entry of this number closer, where it is that of the rank.
+    #[inline]
+    pub fn prefetch_position(&self, number: u64) {
+        if self.living.is_none() {
+            self.suffix_array(Everything).packed.prefetch(number);
+        }
     }
 
     /// Brings the text at `position` closer.
     #[inline]
     pub fn prefetch(&self, position: u64) {
-        self.text().prefetch(position);
+        self.text(Everything).packed.prefetch(position);
     }
 
-    /// Copies the tokens from `position` on, at most to the end of the document.
+    /// Copies the tokens from `position` on, at most to the end of the document or of what is within reach.
     #[inline]
-    pub fn continuation(&self, position: u64, out: &mut [Token]) -> usize {
-        let text = self.text();
+    pub fn continuation<R: Reach>(&self, position: u64, out: &mut [Token], reach: R) -> usize {
+        let text = self.text(reach);
         let per_load = (LOAD_BITS / self.symbol_bits) as usize;
         let mut copied = 0;
         for chunk in out.chunks_mut(per_load) {
-            let mut word = text.load(position.saturating_add(copied as u64));
+            let Some(mut word) = text.load(position.saturating_add(copied as u64)) else { return copied };
             for slot in chunk {
                 let symbol = word & mask(self.symbol_bits);
                 let ended = symbol == 0 || symbol > u64::from(self.vocab_size);
@@ -289,6 +380,20 @@ impl Segment {
             }
         }
         copied
+    }
+
+    /// Whether the successors of `token` are within reach.
+    pub fn has_successors<R: Reach>(&self, token: Token, reach: R) -> bool {
+        if self.living.is_some() {
+            return true; // theirs are in memory
+        }
+        let index = self.view(4, self.index_bits, reach);
+        let entries = self.view(5, self.symbol_bits + 8, reach);
+        let (start, end) = (index.get(u64::from(token)), index.get(u64::from(token) + 1));
+        let Some((start, end)) = start.zip(end) else { return false };
+        // fewer bytes than a page has
+        let end = end.min(start + crate::format::MAX_SUCCESSORS as u64);
+        start >= end || (entries.has(start) & entries.has(end - 1))
     }
 
     /// The most frequent successors of `token`, most frequent first, each with its share of the occurrences.
@@ -310,6 +415,37 @@ impl Segment {
     }
 }
 
+/// A packed section, of which only what is within reach is read.
+#[derive(Clone, Copy)]
+struct View<'a, R> {
+    packed: Packed<'a>,
+    /// Bytes of the file before it.
+    start: usize,
+    reach: R,
+}
+
+impl<R: Reach> View<'_, R> {
+    #[inline]
+    fn has(self, index: u64) -> bool {
+        self.reach.has(self.start.saturating_add(self.packed.place(index)), 8)
+    }
+
+    #[inline]
+    fn sees(self, index: u64) -> bool {
+        self.reach.sees(self.start.saturating_add(self.packed.place(index)), 8)
+    }
+
+    #[inline]
+    fn get(self, index: u64) -> Option<u64> {
+        self.has(index).then(|| self.packed.get(index))
+    }
+
+    #[inline]
+    fn load(self, index: u64) -> Option<u64> {
+        self.has(index).then(|| self.packed.load(index))
+    }
+}
+
 /// A share in (0, 1] as sixteenths of a power of two, rounded to the nearest.
 pub fn encode_share(share: f64) -> u8 {
     (-16.0 * share.log2()).round().clamp(0.0, 255.0) as u8
@@ -325,29 +461,35 @@ fn decode_share(code: u8) -> f32 {
     FRACTIONS[usize::from(code % 16)] * power
 }
 
-/// Compares the suffix at `position` with the query, whose first token is known to agree. A document end sorts
-/// before every token, so that what lies beyond it is never decisive.
+/// Compares the suffix at `position` with the query, whose first token is known to agree; nothing if it is out of reach.
+/// A document end sorts before every token, so that what lies beyond it is never decisive.
 #[inline]
-fn compare(text: Packed<'_>, position: u64, query: &Query) -> std::cmp::Ordering {
-    let per_word = u64::from(LOAD_BITS / text.bits());
+fn compare<R: Reach>(text: View<'_, R>, position: u64, query: &Query) -> Option<Ordering> {
+    let bits = text.packed.bits();
+    let per_word = u64::from(LOAD_BITS / bits);
     let mut position = position + 1;
     for &(word, valid) in &query.words {
-        let found = text.load(position) & valid;
+        let found = text.load(position)? & valid;
         let difference = found ^ word;
         if difference != 0 {
-            let shift = difference.trailing_zeros() / text.bits() * text.bits();
-            let symbol = mask(text.bits());
-            return (found >> shift & symbol).cmp(&(word >> shift & symbol));
+            let shift = difference.trailing_zeros() / bits * bits;
+            let symbol = mask(bits);
+            return Some((found >> shift & symbol).cmp(&(word >> shift & symbol)));
         }
         position += per_word;
     }
-    std::cmp::Ordering::Equal
+    Some(Ordering::Equal)
 }
 
-/// The first of `range` for which `before` does not hold; terminates whatever `before` says. Asks about pivots
-/// that `fetch` has brought closer seven at a time, so that three comparisons wait for the memory only once.
+/// The first of `range` for which `before` does not hold, nothing if `before` does not tell; terminates whatever it says.
+/// Asks about pivots that `fetch` has brought closer seven at a time, so that three comparisons wait for the memory only
+/// once.
 #[inline]
-fn partition(mut range: Range<u64>, fetch: impl Fn(u64), before: impl Fn(u64) -> bool) -> u64 {
+fn partition(
+    mut range: Range<u64>,
+    fetch: impl Fn(u64),
+    before: impl Fn(u64) -> Option<bool>,
+) -> Option<u64> {
     while range.start < range.end {
         let Range { start, end } = range;
         let width = end - start;
@@ -356,7 +498,7 @@ fn partition(mut range: Range<u64>, fetch: impl Fn(u64), before: impl Fn(u64) ->
         let (mut low, mut high) = (1, 8);
         while low < high {
             let middle = (low + high) / 2;
-            if before(pivot(middle)) {
+            if before(pivot(middle))? {
                 low = middle + 1;
             } else {
                 high = middle;
@@ -365,7 +507,7 @@ fn partition(mut range: Range<u64>, fetch: impl Fn(u64), before: impl Fn(u64) ->
         range.start = if low == 1 { start } else { pivot(low - 1) + 1 };
         range.end = if low == 8 { end } else { pivot(low) };
     }
-    range.start
+    Some(range.start)
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ static ALLOCATOR: Failing = Failing;
 
 /// Everything that a store is used for.
 fn life(path: &Path, others: &Path, stream: &[u32]) -> Result<()> {
-    let options = BuildOptions { deduplicate: true, max_memory: Some(10 << 20), ..BuildOptions::new(2000) };
+    let options = BuildOptions { deduplicate: true, max_memory: Some(12 << 20), ..BuildOptions::new(2000) };
     let mut builder = Builder::create(path, options)?;
     for document in stream[..20_000].chunks(50) {
         builder.add_document(document)?;
@@ -150,7 +150,7 @@ fn an_allocation_that_fails_is_an_error_and_leaves_the_old_file() {
 fn max_memory_holds() {
     let folder = tempfile::tempdir().unwrap();
     let stream = stream(6_000_000);
-    for limit in [12 << 20, 24 << 20] {
+    for limit in [24 << 20, 48 << 20] {
         let options = BuildOptions { max_memory: Some(limit), ..BuildOptions::new(1024) };
         let (before, _) = HELD.get();
         HELD.set((before, before));

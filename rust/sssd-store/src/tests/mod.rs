@@ -1,6 +1,7 @@
 mod documents;
 mod hostile;
 mod oracle;
+mod part;
 mod scale;
 mod tombstones;
 

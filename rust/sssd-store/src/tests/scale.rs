@@ -93,7 +93,7 @@ fn a_memory_limit_gives_segments_and_too_small_a_one_an_error() {
     let error = Builder::create(&path, options(1 << 20)).err().unwrap();
     assert!(matches!(&error, Error::InvalidArgument(_)) && error.to_string().contains("at least"));
 
-    let mut builder = Builder::create(&path, options(9 << 20)).unwrap();
+    let mut builder = Builder::create(&path, options(10 << 20)).unwrap();
     let stream: Vec<u32> = (0..1_000_000u32).map(|index| (index ^ index >> 7) % 100).collect();
     for piece in stream.chunks(999) {
         builder.add_stream(piece, 99).unwrap();
@@ -104,4 +104,43 @@ fn a_memory_limit_gives_segments_and_too_small_a_one_an_error() {
     let store = Datastore::open(&[&path], Load::Mmap).unwrap();
     let pairs = stream.windows(2).filter(|pair| **pair == [5, 6]).count();
     assert_eq!(store.count(&[5, 6]).unwrap(), pairs as u64);
+}
+
+#[test]
+fn the_file_is_the_same_whatever_the_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let stream: Vec<u32> =
+        (0..300_000u32).map(|index| (index ^ index >> 7).wrapping_mul(index) % 100).collect();
+    let built = |threads| {
+        let mut builder = Builder::create(&path, BuildOptions { threads, ..BuildOptions::new(100) }).unwrap();
+        builder.limit_segments(40_000);
+        for piece in stream.chunks(999) {
+            builder.add_document(piece).unwrap();
+        }
+        let progress = Progress::default();
+        let summary = builder.finish(&progress).unwrap();
+        assert_eq!(summary.segments, 8);
+        assert!(progress.done() >= summary.tokens * 9 / 10);
+        std::fs::read(&path).unwrap()
+    };
+    let alone = built(1);
+    for threads in [2, 3, 64] {
+        assert!(built(threads) == alone, "{threads} threads");
+    }
+}
+
+#[test]
+fn a_build_that_is_given_up_ends_its_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store");
+    let mut builder = Builder::create(&path, BuildOptions { threads: 3, ..BuildOptions::new(100) }).unwrap();
+    builder.limit_segments(40_000);
+    for document in 0..200u32 {
+        builder.add_document(&vec![document % 100; 999]).unwrap();
+    }
+    let progress = Progress::default();
+    progress.cancel();
+    assert!(matches!(builder.finish(&progress), Err(Error::Cancelled)));
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
 }

@@ -13,6 +13,7 @@ use crate::format::{MAX_SUCCESSORS, symbol_bits, zeros};
 use crate::output::Output;
 use crate::packed::PackedWriter;
 use crate::progress::Progress;
+use crate::residency::Everything;
 use crate::segment::{Segment, encode_share};
 use crate::{Error, Result};
 
@@ -231,7 +232,7 @@ fn successors(
             progress.count(0)?;
             store.check_file(0)?;
         }
-        let bucket = segment.ranks(token);
+        let bucket = segment.ranks(token, Everything).unwrap_or(0..0);
         let total = rank(blocks, bucket.end) - rank(blocks, bucket.start);
         counts.clear();
         let mut start = if total > 0 { bucket.start } else { bucket.end };

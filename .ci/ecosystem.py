@@ -22,7 +22,12 @@ PYTEST = ("-m", "pytest", "-qq", "-rfE", "--tb=short", "-m", "not slow")
 def requirements(which: str) -> list[str]:
     """What pip is asked for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
+    # but for those made of others, and what only the site needs
+    extras = {
+        name: lines
+        for name, lines in project["optional-dependencies"].items()
+        if name not in ("all", "demo", "docs")
+    }
     wanted = {*project["dependencies"], *(line for lines in extras.values() for line in lines)}
     if which == "oldest":
         wanted |= {line.replace(">=", "==") for line in [*project["dependencies"], *extras["hf"]]}

@@ -74,8 +74,8 @@ SOAK_MINUTES ?= 30
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 
 .PHONY: nightly
-nightly: install ## run what takes hours: fuzz, miri, audit, mutants, sanitize, model, the soak, every test
-	failed=; for what in audit fuzz miri sanitize model mutants soak long; do \
+nightly: install ## run what takes hours: audit, portable, fuzz, miri, mutants, sanitize, model, the soak, every test
+	failed=; for what in audit portable fuzz miri sanitize model mutants soak long; do \
 		echo "== make $$what"; $(MAKE) $$what || failed="$$failed $$what"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
@@ -132,6 +132,10 @@ sanitize: ## run the Rust tests under AddressSanitizer, and under ThreadSanitize
 		echo "NOT RUN: ThreadSanitizer needs the source of std:" \
 			"'rustup component add rust-src --toolchain nightly'"; \
 	fi
+
+.PHONY: portable
+portable: ## check that the code compiles for Windows, macOS and arm64 too
+	.ci/portable
 
 .PHONY: audit
 audit: $(TOOLS)/bin/cargo-deny ## check licences, sources and known holes of the crates; list their licences

@@ -16,7 +16,7 @@ TEXT = [5, 6, 7, 8, 9, 5, 6]
 
 def command(*arguments: str) -> str:
     """What a command of the package prints."""
-    run = [sys.executable, "-I", "-m", "sssd", *arguments]
+    run = [sys.executable, *(["-I"] if sys.flags.isolated else []), "-m", "sssd", *arguments]
     return subprocess.run(run, capture_output=True, text=True, check=True).stdout
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sssd
@@ -48,6 +48,7 @@ def trees(draw):
     return tree, path[::-1]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a machine that does other things too
 @given(trees(), st.sampled_from(HOSTILE), st.integers(0, 60))
 def test_a_tree_shows_its_nodes_whatever_they_say(drawn, text, most):
     tree, path = drawn

@@ -209,8 +209,8 @@ class TestForResearchers:
     def test_the_plot_has_its_format_by_name_and_no_backend_is_switched(self, folder, capsys):
         matplotlib = pytest.importorskip("matplotlib")
         matplotlib.use("svg")
-        for name, start in (("out.svg", b"<?xml"), ("out.png", b"\x89PNG"), ("out.pdf", b"%PDF")):
-            assert self.rows(folder, "--plot", str(folder / name))[0] == 0
+        for name, start in (("out.svg", b"<?xml"), ("out.png", b"\x89PNG")):
+            assert self.rows(folder, "--plot", str(folder / name), traces=("a",))[0] == 0
             assert (folder / name).read_bytes().startswith(start)
         assert matplotlib.get_backend() == "svg"
         assert main(["replay", str(folder / "a.jsonl"), "--plot", str(folder / "out.xyz")]) == 1

@@ -1,7 +1,5 @@
 """Training-free speculative decoding: draft trees from the prompt, the output and a corpus on disk."""
 
-from typing import Any
-
 from sssd import errors
 from sssd._core import (
     SOURCES,
@@ -44,7 +42,5 @@ def _show_store(store: Datastore) -> str:
 
 
 # what notebooks ask for; how things look is no business of the extension
-_shown: Any
-for _shown, _show in ((DraftTree, _show_tree), (Datastore, _show_store)):
-    _shown._repr_html_ = _show
-del _shown, _show
+DraftTree._repr_html_ = _show_tree  # type: ignore[attr-defined]
+Datastore._repr_html_ = _show_store  # type: ignore[attr-defined]

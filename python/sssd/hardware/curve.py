@@ -114,11 +114,6 @@ class CostCurve:
         )
         object.__setattr__(self, "grid", grid)
 
-    def _repr_html_(self) -> str:
-        from sssd.pictures import curve_html
-
-        return curve_html(self)
-
     def __reduce__(self) -> tuple[Any, ...]:
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
         return partial(CostCurve, **values), ()

@@ -154,10 +154,10 @@ def check_format(path: Path | str) -> str:
         OutputError: it is none that matplotlib writes.
     """
     known = Figure().canvas.get_supported_filetypes()
-    ending = Path(path).suffix[1:].lower()
-    if ending not in known:
+    suffix = Path(path).suffix[1:].lower()
+    if suffix not in known:
         raise OutputError(f"{path}: a picture's name ends with its format: {', '.join(sorted(known))}")
-    return ending
+    return suffix
 
 
 def _write(figure: Figure, path: Path | str) -> None:

@@ -49,15 +49,8 @@ def draw_tree(
     tokens, parents, probs, sources = (
         array.tolist() for array in (tree.token_ids, tree.parents, tree.probs, tree.sources)
     )
-    children: dict[int, list[int]] = {}
-    for node in shown:
-        children.setdefault(parents[node], []).append(node)
     last = path[-1] if path else -1
-    if bonus is not None:
-        children.setdefault(last, []).append(_BONUS)
-    # those accepted run along the top
-    for siblings in children.values():
-        siblings.sort(key=lambda node: (node not in path, node == _BONUS and len(siblings) > 1))
+    children = _children(shown, parents, path, last if bonus is not None else None)
     rows, depths, height = _places(children)
     labels = {-1: short(plain(root), _LABEL)}
     for node in (node for node in rows if node != -1):
@@ -91,9 +84,7 @@ def draw_tree(
     present = [source for source in range(-1, 127) if any(sources[node] == source for node in shown)]
     bottom = _MARGIN + height * _ROW
     names, end = legend(present, _MARGIN, bottom + 18)
-    left_out = f", {len(tree) - len(shown)} more nodes not drawn" if len(shown) < len(tree) else ""
-    expected = tree.expected_accepted + 0.0  # which makes no minus of an empty sum
-    title = f"Draft tree of {len(tree)} nodes, {expected:.2f} expected to be accepted{left_out}"
+    title = _title(tree, len(shown))
     parts.append(f'{names}<text class="dim" x="{_MARGIN}" y="{bottom + 34}">{title}</text>')
     right = lefts[-1] if lefts else 0.0
     return picture(
@@ -107,6 +98,26 @@ def draw_tree(
 
 _BONUS = -2
 """The place of the bonus token among nodes; -1 is the root."""
+
+
+def _title(tree: DraftTree, shown: int) -> str:
+    left_out = f", {len(tree) - shown} more nodes not drawn" if shown < len(tree) else ""
+    expected = tree.expected_accepted + 0.0  # which makes no minus of an empty sum
+    return f"Draft tree of {len(tree)} nodes, {expected:.2f} expected to be accepted{left_out}"
+
+
+def _children(
+    shown: list[int], parents: list[int], path: list[int], bonus_of: int | None
+) -> dict[int, list[int]]:
+    """The nodes shown below each, and the bonus token below one; those accepted first, along the top."""
+    children: dict[int, list[int]] = {}
+    for node in shown:
+        children.setdefault(parents[node], []).append(node)
+    if bonus_of is not None:
+        children.setdefault(bonus_of, []).append(_BONUS)
+    for siblings in children.values():
+        siblings.sort(key=lambda node: node not in path)
+    return children
 
 
 def _places(children: dict[int, list[int]]) -> tuple[dict[int, int], dict[int, int], int]:

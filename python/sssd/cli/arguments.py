@@ -155,6 +155,9 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
     )
     add_any_tokenizer_argument(parser)
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="take the first N requests of each file (default: all)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 

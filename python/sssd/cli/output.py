@@ -1,8 +1,10 @@
 """What several commands show: tables on stdout, progress on stderr."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sssd.errors import OutputError
+
 if TYPE_CHECKING:
     from sssd.reading.options import ReadReport
 
@@ -28,6 +32,23 @@ def show(table: Any) -> None:
     wanted = Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum
     console.width = max(console.width, wanted)
     console.print(table, soft_wrap=True)
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Sees ahead of long work that its result can be written; paths that are None are left out.
+
+    Raises:
+        OutputError: a file's folder is not there or cannot be written to, or the file is a folder.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; give the name of a file in it")
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OutputError(f"{path} cannot be written: permission denied")
 
 
 def notes(report: "ReadReport") -> None:

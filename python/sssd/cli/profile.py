@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
     parser.add_argument("--refresh", action="store_true", help="measure anew")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the curve to FILE too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve into a PNG file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve: .png, .svg, .pdf")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     prepare_torch()
     if arguments.plot:
         from sssd.hardware import plot
+
+        plot.check_format(arguments.plot)
     from sssd.hf.profile import cache_file, load_model, profile
 
     with status(Console(stderr=True), f"loading {arguments.model}"):

@@ -1,8 +1,8 @@
 """``python -m sssd simulate``: rules for the draft size, on recorded requests under a cost curve."""
 
 import argparse
-import json
 from collections import defaultdict
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sssd.cli.arguments import add_trace_arguments, open_datastore
-from sssd.cli.output import progress_bar, show
+from sssd.cli.output import check_writable, progress_bar, show
 from sssd.cli.replay import PRIVATE_SOFT_BYTES
-from sssd.cli.traces import Traces
+from sssd.cli.traces import Traces, write_json
 from sssd.hardware import CostCurve
 from sssd.hardware.simulate import FIXED_RULES, RULES, compare, sequences, simulate_rules
 
@@ -34,10 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=_batches, default=[1, 4, 16, 64], metavar="N,N", help="default: 1,4,16,64"
     )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the speed-ups as heat maps: .png, .svg, .pdf"
+    )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Simulates every rule on each trace and prints a table for each batch size."""
+def run(arguments: argparse.Namespace) -> int:
+    """Simulates every rule on each trace and prints a table for each batch size.
+
+    Returns 1 if a file could not be read.
+    """
+    check_writable(arguments.json, arguments.plot)
+    if arguments.plot:
+        from sssd.hardware import plot
+
+        plot.check_format(arguments.plot)
     curve = CostCurve.load(arguments.cost)
     traces = Traces(arguments)
     datastore = open_datastore(arguments.datastore, traces.tokenizer, arguments.any_tokenizer)
@@ -55,19 +66,20 @@ def run(arguments: argparse.Namespace) -> None:
             rows += simulate_rules(
                 name, requests, curve, arguments.batch, begin, lambda: progress.advance(task)
             )
-    traces.end()
+    status = traces.end()
     kind = "measured" if curve.source == "measured" else f"{curve.source}, not measured"
     Console().print(
         f"{curve.model} on {curve.device} ({kind}): speed-up over autoregressive decoding", soft_wrap=True
     )
     comparison = compare(rows)
-    for batch in arguments.batch:
+    for batch in arguments.batch if rows else ():
         at_batch = ([row for row in found if row["batch"] == batch] for found in (rows, comparison))
         show(_table(*at_batch))
-    if arguments.json:
-        about = {name: getattr(curve, name) for name in ("source", "device", "model")}
-        text = json.dumps({"curve": about, "comparison": comparison, "results": rows}, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    about = {name: getattr(curve, name) for name in ("source", "device", "model")}
+    write_json(arguments.json, {"curve": about, "comparison": comparison, "results": rows})
+    if arguments.plot:
+        plot.draw_simulation(rows, arguments.plot, f"{curve.model} on {curve.device} ({kind})")
+    return status
 
 
 def _table(rows: list[dict[str, Any]], comparison: list[dict[str, Any]]) -> Table:

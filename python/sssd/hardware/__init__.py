@@ -32,3 +32,12 @@ def profile(model: Any, **options: Any) -> CostCurve:
     from sssd.hf.profile import profile as measure
 
     return measure(model, **options)
+
+
+def _show_curve(curve: CostCurve) -> str:
+    from sssd.pictures import curve_html
+
+    return curve_html(curve)
+
+
+CostCurve._repr_html_ = _show_curve  # type: ignore[attr-defined]

@@ -1,20 +1,21 @@
-"""Pictures of cost curves and simulations. Needs matplotlib: ``pip install 'sssd[plot]'``."""
+"""Pictures of cost curves, replays and simulations, in the format that a name ends with (.png, .svg, ...).
+
+Needs matplotlib: ``pip install 'sssd[plot]'``; its backend is left as it is.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 try:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(f"drawing needs matplotlib: pip install 'sssd[plot]' ({error})") from error
 
 import numpy as np
 
+from sssd.errors import OutputError
 from sssd.hardware.curve import CostCurve
 from sssd.hardware.simulate import compare
 
@@ -25,11 +26,12 @@ def draw_curve(curve: CostCurve, path: Path | str, *, contexts: Sequence[float] 
 
     Args:
         curve: The curve.
-        path: The PNG file to write.
+        path: The file to write.
         contexts: Context lengths; the curve's own if left out.
         most: Tokens of each row up to which to draw.
     """
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
     most = most if curve.packed else int(min(most, curve.tokens[-1]))
     widths = np.unique(np.geomspace(1, most, 48).astype(int))
     shown = list(contexts or curve.contexts)
@@ -46,61 +48,85 @@ def draw_curve(curve: CostCurve, path: Path | str, *, contexts: Sequence[float] 
     ticks = [2**power for power in range(most.bit_length())]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
+    # times of wide passes at large batches would flatten all others
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="tokens of each row", ylabel="time / time of one token", title=_title(curve))
     axes.legend(fontsize="x-small", title="(time of one token)", title_fontsize="x-small")
     axes.grid(alpha=0.3)
     _write(figure, path)
 
 
-def draw_simulation(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
-    """Draws the mean speed-up of each rule by batch size, from the rows of ``simulate --json``.
-
-    Beside it, this package's rule on each workload against the paper's and the best fixed budget.
-    """
-    figure, (means, shares) = pyplot.subplots(
-        1, 2, figsize=(11.0, 4.8), layout="constrained", width_ratios=(5, 6)
+def draw_replay(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
+    """Draws tokens per step by trace and budget as a heat map, from the rows of ``replay --json``."""
+    traces, budgets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("trace", "budget"))
+    values = {(row["trace"], row["budget"]): row["tokens_per_step"] for row in rows}
+    figure = _sheet(1, len(traces), len(budgets))
+    _heat(
+        figure.subplots(),
+        [[values[trace, budget] for budget in budgets] for trace in traces],
+        traces,
+        [str(budget) for budget in budgets],
+        ("nodes", title or "tokens per step"),
     )
-    batches = sorted({row["batch"] for row in rows})
-    rules = [rule for rule in dict.fromkeys(row["rule"] for row in rows) if rule != "perfect"]
-    for rule in rules:
-        speedups = [
-            mean(row["speedup"] for row in rows if row["rule"] == rule and row["batch"] == batch)
-            for batch in batches
-        ]
-        style = {"sssd": "o-k", "paper": "s-C3"}.get(rule, ".--")
-        means.plot([str(batch) for batch in batches], speedups, style, label=rule)
-    means.axhline(1.0, color="grey", linewidth=0.8)
-    means.set(xlabel="batch", ylabel="speed-up over autoregressive decoding (mean)", title=title)
-    means.legend(fontsize="x-small")
-    means.grid(alpha=0.3)
-    compared = compare(rows)
-    traces = sorted({row["trace"] for row in compared})
-    for i, batch in enumerate(batches):
-        places = [traces.index(row["trace"]) for row in compared if row["batch"] == batch]
-        for name, marker, label in (
-            ("over_paper", "s", "paper's rule"),
-            ("over_best_fixed", ".", "best fixed"),
-        ):
-            ratios = [row[name] for row in compared if row["batch"] == batch]
-            heights = np.array(places) + 0.18 * (i - (len(batches) - 1) / 2)
-            shares.plot(ratios, heights, marker, color=f"C{i}", markersize=5, label=f"{label}, batch {batch}")
-    shares.axvline(1.0, color="grey", linewidth=0.8)
-    shares.set_xscale("log")
-    ticks = [0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.0]
-    shares.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    shares.minorticks_off()
-    shares.set_yticks(range(len(traces)), traces, fontsize="small")
-    shares.invert_yaxis()
-    shares.set(xlabel="sssd's rule over", title="each workload; best fixed budget chosen in hindsight")
-    shares.legend(fontsize="x-small")
-    shares.grid(alpha=0.3)
     _write(figure, path)
+
+
+def draw_simulation(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
+    """Draws speed-ups by workload and batch size as heat maps, from the rows of ``simulate --json``.
+
+    Three maps: this rule over decoding without drafts, over the paper's rule, and over the best fixed
+    budget (chosen in hindsight).
+    """
+    batches = sorted({row["batch"] for row in rows})
+    compared = compare(rows)
+    traces = list(dict.fromkeys(row["trace"] for row in compared))
+    speedups = {(row["trace"], row["batch"]): row["speedup"] for row in rows if row["rule"] == "sssd"}
+    ratios = {(row["trace"], row["batch"]): row for row in compared}
+    figure = _sheet(3, len(traces), len(batches))
+    figure.suptitle(title, fontsize="medium")
+    pictures = (
+        ("over no drafts", speedups),
+        ("over the paper's rule", {key: row["over_paper"] for key, row in ratios.items()}),
+        ("over the best fixed budget", {key: row["over_best_fixed"] for key, row in ratios.items()}),
+    )
+    for i, (axes, (name, values)) in enumerate(zip(figure.subplots(1, 3), pictures, strict=True)):
+        _heat(
+            axes,
+            [[values[trace, batch] for batch in batches] for trace in traces],
+            traces if i == 0 else [""] * len(traces),
+            [str(batch) for batch in batches],
+            ("batch", name),
+        )
+    _write(figure, path)
+
+
+def _sheet(maps: int, rows: int, columns: int) -> Figure:
+    size = (2.2 + maps * max(0.62 * columns, 2.4), 1.7 + 0.3 * max(rows, 3))
+    return Figure(figsize=size, layout="constrained")
+
+
+def _heat(
+    axes: Axes, values: list[list[float]], rows: list[str], columns: list[str], names: tuple[str, str]
+) -> None:
+    """A map of ratios with its numbers: white at 1, blue above, red below, on a logarithmic scale."""
+    logs = np.log2(np.maximum(np.array(values, float), 1e-3))
+    most = max(float(np.abs(logs).max(initial=0)), 0.2)
+    axes.imshow(logs, cmap="RdBu", vmin=-1.5 * most, vmax=1.5 * most, aspect="auto")
+    for place, value in np.ndenumerate(np.array(values)):
+        axes.text(place[1], place[0], f"{value:.2f}", ha="center", va="center", fontsize="small")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows, fontsize="small")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(names[0])
+    axes.set_title(names[1], fontsize="medium")
 
 
 def draw_live(rows: Sequence[dict[str, Any]], path: Path | str, title: str = "") -> None:
     """Draws speed by workload, from the rows of ``benches/live.py --json``."""
-    figure, axes = pyplot.subplots(figsize=(6.4, 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(6.4, 1.2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     names = [f"{row['workload']} ({row['prompts']})" for row in rows]
     places = np.arange(len(names))
     axes.barh(places - 0.2, [row["speedup"] for row in rows], 0.4, label="sssd.hf.generate / model.generate")
@@ -121,6 +147,18 @@ def _title(curve: CostCurve) -> str:
     return f"{Path(curve.model).name} {curve.dtype}, {curve.device}{kind}"
 
 
-def _write(figure: Any, path: Path | str) -> None:
-    figure.savefig(path, format="png", dpi=110)
-    pyplot.close(figure)
+def check_format(path: Path | str) -> str:
+    """The format that the name of a picture ends with.
+
+    Raises:
+        OutputError: it is none that matplotlib writes.
+    """
+    known = Figure().canvas.get_supported_filetypes()
+    suffix = Path(path).suffix[1:].lower()
+    if suffix not in known:
+        raise OutputError(f"{path}: a picture's name ends with its format: {', '.join(sorted(known))}")
+    return suffix
+
+
+def _write(figure: Figure, path: Path | str) -> None:
+    figure.savefig(path, format=check_format(path), dpi=150)

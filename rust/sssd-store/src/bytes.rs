@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
-use memmap2::{Advice, Mmap, MmapMut};
+#[cfg(unix)]
+use memmap2::Advice;
+use memmap2::{Mmap, MmapMut};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::format::PAGE;

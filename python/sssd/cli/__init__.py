@@ -8,6 +8,7 @@ from typing import Any
 COMMANDS = {
     "demo": "compare speculative with autoregressive decoding on a real model",
     "generate": "generate with a Hugging Face model and draft trees",
+    "serve": "serve a Hugging Face model by OpenAI's interface, with draft trees",
     "replay": "measure accepted tokens and draft times on recorded requests",
     "profile": "measure what a verify pass costs on this machine",
     "simulate": "compare rules for the draft size on recorded requests under a cost curve",

@@ -31,7 +31,7 @@ def tiny_tokenizer():
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *CHARACTERS])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="!"))
     tokenizer.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "!"}
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **names)
 
 

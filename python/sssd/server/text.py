@@ -45,7 +45,7 @@ class _Characters:
         self.pending.append(token)
         text = self.decode(self.context + self.pending)
         if not text.startswith(self.shown):
-            # some tokenizers judge bytes by all their neighbours: these are no character yet, or never will be
+            # some tokenizers judge bytes by all around them: these are no character yet, or never will be
             if not last and len(self.pending) < _LONGEST_CHARACTER:
                 return ""
             self.context, self.shown, text = [], "", self.decode(self.pending)

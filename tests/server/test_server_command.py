@@ -72,5 +72,5 @@ def test_what_is_missing_is_named():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'sssd[serve]'" in done.stderr
+    assert "pip install 'sssd[hf,serve]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ from served import CHARACTERS, make_model
 
 from sssd.server import Engine
 from sssd.server.errors import ApiError
-from sssd.server.requests import Request
+from sssd.server.request import Request
 
 
 class Client:

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         prepare_torch()
         from sssd.server import Settings, create_app
     except ModuleNotFoundError as missing:
-        raise SssdError(f"serving needs {missing.name}: pip install 'sssd[serve]'") from None
+        raise SssdError(f"serving needs {missing.name}: pip install 'sssd[hf,serve]'") from None
     engine, tokenizer = _load(arguments)
     keys = [*arguments.api_key, *filter(None, os.environ.get("SSSD_API_KEYS", "").split(","))]
     local = arguments.host in _LOOPBACK

@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from sssd.server.engine import Engine
 from sssd.server.errors import ApiError, bad_request, closing, too_busy
 from sssd.server.protocol import Answer, ChatBody, CompletionBody, event, parse, predicted
-from sssd.server.requests import Request, Update
+from sssd.server.request import Request, Update
 
 _logger = logging.getLogger(__name__)
 

@@ -13,10 +13,14 @@ class RunningCache(TreeCache):
 
     Its tensors have room for more rows and slots than are in use, so that they are seldom copied, and are
     given back when the last row leaves.
+
+    Args:
+        max_rows: Most rows that there will be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_rows: int) -> None:
         super().__init__(0)
+        self.max_rows = max_rows
         self._tensors: dict[int, Any] = {}
         """By layer and part: [..., rows, heads, slots, dim]; one for all where layers are alike."""
 
@@ -56,7 +60,9 @@ class RunningCache(TreeCache):
 
     def clear(self) -> None:
         """Drops all rows and gives their memory back."""
-        self.lengths, self.layers, self.stack = [], [], None
+        self.lengths = []
+        self.layers: list[Any] = []
+        self.stack = None
         self._tensors = {}
 
     @property
@@ -71,7 +77,7 @@ class RunningCache(TreeCache):
             old_rows, old_slots = (0, 0) if held is None else (held.shape[-4], held.shape[-2])
             if old_rows >= rows and old_slots >= slots:
                 continue
-            new_rows = old_rows if old_rows >= rows else max(rows, 2 * old_rows)
+            new_rows = old_rows if old_rows >= rows else min(max(rows, 2 * old_rows), self.max_rows)
             new_slots = old_slots if old_slots >= slots else max(slots + _ROOM, 3 * old_slots // 2)
             # zeros: what lies beyond a row's length is weighted by zero, and must be a number
             larger = part.new_zeros(*part.shape[:-4], new_rows, part.shape[-3], new_slots, part.shape[-1])

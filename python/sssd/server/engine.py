@@ -25,7 +25,7 @@ from sssd.hf.profile import rule_of
 from sssd.hf.verify import TreeCache
 from sssd.server.cache import RunningCache
 from sssd.server.errors import ApiError, closing
-from sssd.server.requests import Request, Running, Update, Usage, prepare
+from sssd.server.request import Request, Running, Update, Usage, prepare
 
 _logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Engine:
             max_bytes=drafter_bytes,
             namespace_ttl=namespace_ttl,
         )
-        self.cache = RunningCache()
+        self.cache = RunningCache(max_running)
         with torch.inference_mode():
             self.passes = Passes(model, 0, fast_path=fast_path, cache=self.cache)
             self.rule = rule_of(model, self.passes) if max_nodes is None else None
@@ -99,7 +99,7 @@ class Engine:
     # --- from any thread
 
     def prepare(self, prompt: list[int], options: dict[str, Any]) -> Call:
-        """As :func:`sssd.server.requests.prepare`, for this model."""
+        """As :func:`sssd.server.request.prepare`, for this model."""
         return prepare(self.model, prompt, options)
 
     def submit(self, request: Request) -> None:
@@ -212,16 +212,18 @@ class Engine:
             row.prefilled = TreeCache(1, None, len(row.prompt), self.cache.alike)
             self._begin(row)
         cache = row.prefilled
-        start = cache.lengths[0]
+        start: int = cache.lengths[0]
         end = min(start + most, len(row.prompt))
         device = self.model.device
+        # as far as the model knows that
+        keep = {} if row.call.inputs.get("logits_to_keep") is None else {"logits_to_keep": 1}
         logits = self.model(
             input_ids=torch.tensor([row.prompt[start:end]], device=device),
             position_ids=torch.arange(start, end, device=device)[None],
             use_cache=True,
             return_dict=True,
-            logits_to_keep=1,
             **{cache_argument(self.model): cache},
+            **keep,
         ).logits[:, -1:]
         cache.lengths = [end]
         if end < len(row.prompt):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sssd.server.errors import bad_request
-from sssd.server.requests import Usage
+from sssd.server.request import Usage
 from sssd.server.text import Piece
 
 _HARMLESS = {

@@ -219,9 +219,11 @@ def test_draining_lets_requests_finish_and_ends_the_rest(engines, tokenizer):
 
 
 def test_who_cannot_be_served_is_refused(tokenizer):
-    from sssd.errors import UnsupportedModelError
+    from sssd.errors import InvalidArgumentError, UnsupportedModelError
 
     model = make_model()
+    with pytest.raises(InvalidArgumentError, match="at most 1024, got 8, 512 and 2000"):
+        Engine(model, tokenizer, max_nodes=2000)
     model.train()
     with pytest.raises(UnsupportedModelError, match="training mode"):
         Engine(model, tokenizer)

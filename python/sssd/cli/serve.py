@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-nodes", type=at_least(0), metavar="N", help="draft tree size (default: what pays here)"
     )
-    access = parser.add_argument_group("access")
+    _add_access_arguments(parser.add_argument_group("access"))
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_access_arguments(access: Any) -> None:
     access.add_argument(
         "--api-key",
         action="append",
@@ -54,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name by which it may be called; repeatable (default: any, on a loopback address localhost)",
     )
-    limits = parser.add_argument_group("limits")
+
+
+def _add_limits(limits: Any) -> None:
     for name, default, text in (
         ("--max-running", 8, "most requests in the batch"),
         ("--max-waiting", 64, "most requests beside them; more get status 429"),

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sssd._core import Datastore, DraftBatch, Drafter
-from sssd.errors import BatchError, InternalError, MemoryLimitError
+from sssd._core import MAX_NODES, Datastore, DraftBatch, Drafter
+from sssd.errors import BatchError, InternalError, InvalidArgumentError, MemoryLimitError
 from sssd.hf.choices import choices, most_probable
 from sssd.hf.contract import Call, cache_argument, check_model, frequency_limit, position_limit
 from sssd.hf.passes import Passes
@@ -50,6 +50,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: The model cannot verify draft trees.
+        InvalidArgumentError: A number is out of range.
         VocabularyMismatchError: The datastore has more token ids than the model.
     """
 
@@ -68,6 +69,11 @@ class Engine:
         fast_path: bool = True,
     ) -> None:
         check_model(model)
+        if max_running < 1 or prefill_tokens < 1 or not 0 <= (max_nodes or 0) <= MAX_NODES:
+            raise InvalidArgumentError(
+                f"max_running and prefill_tokens must be at least 1 and max_nodes at most {MAX_NODES}, "
+                f"got {max_running}, {prefill_tokens} and {max_nodes}"
+            )
         self.model, self.tokenizer = model, copy.deepcopy(tokenizer)
         self.max_running, self.prefill_tokens = max_running, prefill_tokens
         self.max_length = min(_longest(model), max_length or 1 << 30)

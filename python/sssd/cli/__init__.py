@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 COMMANDS = {
     "demo": "compare speculative with autoregressive decoding on a real model",
     "generate": "generate with a Hugging Face model and draft trees",
+    "serve": "serve a Hugging Face model by OpenAI's interface, with draft trees",
     "replay": "measure accepted tokens and draft times on recorded requests",
     "report": "replay recorded requests into a page that shows every tree",
     "profile": "measure what a verify pass costs on this machine",

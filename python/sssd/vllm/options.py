@@ -1,0 +1,112 @@
+"""What can be set: in a file, in the environment, or in vLLM's ``additional_config``."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sssd.errors import InvalidArgumentError
+
+VARIABLE = "SSSD_VLLM"
+"""The environment variable that holds the options as JSON, or names a file of them."""
+
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of :class:`sssd.vllm.Proposer`.
+
+    Attributes:
+        datastore: a datastore file, a corpus folder, or several files that are one store.
+        load: ``"mmap"`` or ``"ram"``, see ``Drafter``.
+        live_bytes: what each namespace may learn from finished requests.
+        max_bytes: what the drafter may hold in all. Requests beyond it are decoded without drafts.
+        threads: for the drafting of a step.
+        namespace_ttl: seconds after which a namespace that nobody uses is forgotten.
+        learn: whether later requests learn from finished ones.
+        stop: whether drafts that do not pay are left out, by the times of the engine's own steps.
+        curve: file of a cost curve to begin with (``python -m sssd profile``); by default by the model's
+            shape and the device's data sheet.
+        min_prob: the least probability of a drafted token where ``stop`` is off.
+    """
+
+    datastore: str | list[str] | None = None
+    load: str = "mmap"
+    live_bytes: int | str = "256M"
+    max_bytes: int | str = "2G"
+    threads: int = 1
+    namespace_ttl: float | None = 3600.0
+    learn: bool = True
+    stop: bool = True
+    curve: str | None = None
+    min_prob: float = 0.02
+
+    @classmethod
+    def read(cls, additional_config: Any = None) -> "Options":
+        """The options in force: ``additional_config["sssd"]``, and over them those of the environment.
+
+        Args:
+            additional_config: vLLM's, whatever it is.
+
+        Raises:
+            InvalidArgumentError: an option is unknown or no such value, or the file cannot be read.
+        """
+        held = additional_config.get("sssd") if isinstance(additional_config, Mapping) else None
+        values = {**_mapping(held, 'additional_config["sssd"]'), **_environment()}
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(values.keys() - known.keys()):
+            raise InvalidArgumentError(
+                f"sssd.vllm has no option {', '.join(unknown)}; those it has: {', '.join(known)}"
+            )
+        for name, value in values.items():
+            kind = known[name].type
+            _check(name, value, kind.__name__ if isinstance(kind, type) else str(kind))
+        return cls(**values)
+
+
+def _check(name: str, value: Any, kind: str) -> None:
+    """Refuses a value that is not what an option's annotation says."""
+    allowed = kind.split(" | ")
+    found = type(value).__name__
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        found = "list[str]"
+    found = {"NoneType": "None", "int": "int" if "int" in allowed else "float"}.get(found, found)
+    if found not in allowed:
+        raise InvalidArgumentError(f"the option {name} of sssd.vllm must be {kind}, got {value!r}")
+
+
+def _environment() -> Mapping[str, Any]:
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return {}
+    if text.startswith("{"):
+        return _parsed(text, f"the environment variable {VARIABLE}")
+    path = Path(text)
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InvalidArgumentError(f"{path}, named by {VARIABLE}, is too large for options")
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        message = f"{VARIABLE} must hold JSON or name a .json or .toml file that can be read: {problem}"
+        raise InvalidArgumentError(message) from problem
+    return _parsed(content, str(path), is_toml=path.suffix == ".toml")
+
+
+def _parsed(text: str, place: str, *, is_toml: bool = False) -> Mapping[str, Any]:
+    try:
+        value = tomllib.loads(text) if is_toml else json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise InvalidArgumentError(f"{place}: {problem}") from problem
+    return _mapping(value, place)
+
+
+def _mapping(value: Any, place: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError(f"{place} must be a table of options, got {type(value).__name__}")
+    return value

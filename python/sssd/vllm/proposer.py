@@ -1,0 +1,389 @@
+"""Drafts for vLLM's model runner, as its speculative method ``custom_class``."""
+
+import functools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sssd._core import Datastore, DraftBatch, Drafter, SizingRule
+from sssd.errors import BatchError
+from sssd.requests import Requests
+from sssd.vllm.curve import first_curve
+from sssd.vllm.options import Options
+
+logger = logging.getLogger("vllm.sssd")
+
+MOST_PREDICTED = 1 << 20
+"""Characters or tokens of a prediction that are looked at."""
+_MOST_NAME = 256
+
+
+@dataclass
+class Counts:
+    """What a :class:`Proposer` has done.
+
+    Attributes:
+        steps: calls.
+        drafted: tokens handed to vLLM.
+        failed: calls that met an error and drafted nothing.
+        ended: requests that are over.
+        seconds: time of all calls.
+    """
+
+    steps: int = 0
+    drafted: int = 0
+    failed: int = 0
+    ended: int = 0
+    seconds: float = 0.0
+
+
+class Proposer:
+    """What vLLM's runner asks for drafts after each pass: its ``custom_class``.
+
+    Nothing that goes wrong while drafting reaches the engine: it decodes on without drafts. Per request, in
+    ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP): ``sssd_prediction``, text or token ids that the
+    output is expected to resemble; ``sssd_namespace``, whose learned texts it shares, by default the name of
+    its LoRA adapter; ``sssd_off``.
+
+    Args:
+        vllm_config: vLLM's.
+
+    Attributes:
+        drafter: the ``Drafter``.
+        requests: its running sequences by vLLM's request ids.
+        counts: what was done so far.
+
+    Raises:
+        SssdError: an option, the datastore or the cost curve cannot be used.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        model = vllm_config.model_config
+        self.options = Options.read(vllm_config.additional_config)
+        self.k = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._max_length = int(model.max_model_len)
+        self._vocab_size = int(model.get_vocab_size())
+        self._model = model
+        self._is_first = _is_first_rank()
+        self.drafter = Drafter(
+            vocab_size=self._vocab_size,
+            end_token_ids=_end_tokens(model),
+            datastore=self._datastore(),
+            live_bytes=self.options.live_bytes,
+            max_bytes=self.options.max_bytes,
+            threads=self.options.threads,
+            namespace_ttl=self.options.namespace_ttl,
+        )
+        self.requests = Requests(self.drafter)
+        self.counts = Counts()
+        self._rule: SizingRule | None = None
+        self._rows = int(getattr(vllm_config.scheduler_config, "max_num_seqs", 64))
+        self._out = DraftBatch(self._rows, self._rows * self.k)
+        self._step: _Step | None = None
+        self._draft_seconds = 0.0
+        _watch_runner()
+
+    def load_model(self, *_args: Any, **_options: Any) -> None:
+        """Called by vLLM; there is no model to load."""
+
+    def clear(self) -> None:
+        """Forgets all requests and all that was learned."""
+        self.requests.clear()
+        self.drafter.clear()
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: Any,
+        token_ids_cpu: Any,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts for the rows of a batch.
+
+        Args:
+            sampled_token_ids: of each row what was sampled; nothing for rows whose prompt is not read yet.
+            num_tokens_no_spec: integers [rows or more], tokens of each row so far.
+            token_ids_cpu: integers [rows or more, width], these tokens.
+            slot_mappings: not looked at.
+
+        Returns:
+            Of each row at most k tokens.
+        """
+        started = time.perf_counter()
+        step, self._step = self._step, None
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        try:
+            if self._is_first:
+                self._propose(step, sampled_token_ids, num_tokens_no_spec, token_ids_cpu, drafts, started)
+        except Exception:
+            self._give_up()
+            drafts = [[] for _ in sampled_token_ids]
+        self._draft_seconds = time.perf_counter() - started
+        self.counts.steps += 1
+        self.counts.drafted += sum(map(len, drafts))
+        self.counts.seconds += self._draft_seconds
+        return drafts
+
+    def _propose(
+        self,
+        step: "_Step | None",
+        sampled: Sequence[Sequence[int]],
+        lengths: Any,
+        table: Any,
+        drafts: list[list[int]],
+        now: float,
+    ) -> None:
+        states: Mapping[str, Any] = step.states if step else {}
+        names = step.names if step else [f"row {place}" for place in range(len(sampled))]
+        ended = [name for name in self.requests if name not in (states if step else names)]
+        if step and self.options.stop:
+            self._observe(step, sampled, lengths, now)
+        ids: list[str | None] = [None] * len(sampled)
+        rows = [table[place, :0] for place in range(len(sampled))]
+        prompts = [0] * len(sampled)
+        for place, tokens in enumerate(sampled):
+            length = int(lengths[place])
+            if not tokens or length + 1 >= self._max_length:
+                continue
+            name = names[place]
+            if name not in self.requests and _extra(states.get(name)).get("sssd_off"):
+                continue
+            ids[place], rows[place] = name, table[place, :length]
+            prompts[place] = step.prompts[place] if step else length
+        self.counts.ended += len(ended)
+        batch = self._draft(ids, rows, prompts, ended, states)
+        if batch is None:
+            return
+        chains, counts = batch.chains(self.k)
+        for place, count in enumerate(counts.tolist()):
+            if count and ids[place] is not None:
+                room = self._max_length - 1 - len(rows[place])
+                drafts[place] = chains[place, : min(count, room)].tolist()
+
+    def _draft(
+        self,
+        ids: list[str | None],
+        rows: list[Any],
+        prompts: list[int],
+        ended: list[str],
+        states: Mapping[str, Any],
+    ) -> DraftBatch | None:
+        limits: dict[str, Any] = {"min_prob": self.options.min_prob}
+        if self.options.stop and self._rule is not None:
+            limits = {"rule": self._rule}
+        if len(ids) > self._rows:
+            self._rows = 2 * len(ids)
+            self._out = DraftBatch(self._rows, self._rows * self.k)
+        try:
+            return self.requests.step(
+                ids,
+                max_nodes=self.k,
+                rows=rows,
+                prompt_lengths=prompts,
+                options=lambda name: self._begin_options(states.get(name)),
+                ended=ended,
+                learn=self.options.learn,
+                shape="chain",
+                out=self._out,
+                **limits,
+            )
+        except BatchError as some:
+            logger.debug("sssd: some requests go on without drafts: %s", some)
+            return some.batch
+
+    def _observe(self, step: "_Step", sampled: Sequence[Sequence[int]], lengths: Any, now: float) -> None:
+        """Tells the rule what the pass that is over has cost, and what it brought."""
+        if self._rule is None:
+            self._rule = SizingRule(first_curve(self.options.curve, step.runner), max_nodes=self.k)
+        requests, nodes, tokens, context = 0, 0, 0, 0
+        for place, produced in enumerate(sampled):
+            drafted = step.drafted(place)
+            if produced and step.scheduled(place) == 1 + drafted:
+                requests, nodes, tokens = requests + 1, nodes + drafted, tokens + len(produced)
+                context += int(lengths[place])
+        if requests:
+            packed = self._rule.curve.packed
+            longest = max((step.drafted(place) for place in range(len(sampled))), default=0)
+            self._rule.observe(
+                batch=requests,
+                size=nodes if packed else longest,
+                context=context / requests,
+                seconds=None if step.started is None else now - step.started,
+                tokens=tokens,
+                draft_seconds=self._draft_seconds,
+                prefill_tokens=max(0, step.total - requests - nodes),
+            )
+
+    def _begin_options(self, state: Any) -> dict[str, Any]:
+        """What a request that has not been seen is begun with."""
+        extra, params = _extra(state), getattr(state, "sampling_params", None)
+        adapter = getattr(state, "lora_request", None)
+        namespace = extra.get("sssd_namespace", adapter.lora_name if adapter else "")
+        options: dict[str, Any] = {
+            "namespace": str(namespace)[:_MOST_NAME],
+            "prediction": self._prediction(extra.get("sssd_prediction")),
+            "max_length": self._max_length,
+        }
+        prompt, most = getattr(state, "num_prompt_tokens", None), getattr(params, "max_tokens", None)
+        if prompt is not None and most is not None:
+            options["max_length"] = min(self._max_length, int(prompt) + int(most))
+        if getattr(params, "ignore_eos", False):
+            options["end_token_ids"] = []
+        elif stops := getattr(params, "stop_token_ids", None):
+            own = {*self.drafter.end_token_ids.tolist(), *stops}
+            options["end_token_ids"] = sorted(token for token in own if 0 <= token < self._vocab_size)[:256]
+        return options
+
+    def _prediction(self, prediction: Any) -> Any:
+        """The tokens of a prediction; None where it is nothing that could be one."""
+        try:
+            if isinstance(prediction, str):
+                text = prediction[:MOST_PREDICTED]
+                return self._tokenizer(text, add_special_tokens=False)["input_ids"] or None
+            if isinstance(prediction, list | tuple) and prediction:
+                ids = np.asarray(prediction[:MOST_PREDICTED])
+                return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None
+        except Exception as problem:
+            logger.warning("sssd: a prediction is left out: %s", problem)
+        return None
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self._model.tokenizer or self._model.model,
+            revision=getattr(self._model, "tokenizer_revision", None),
+            trust_remote_code=bool(getattr(self._model, "trust_remote_code", False)),
+        )
+
+    def _datastore(self) -> Datastore | None:
+        held = self.options.datastore
+        if held is None or not self._is_first:
+            return None
+        from sssd.datastore import check_tokenizer
+
+        store = Datastore.open([Path(path) for path in ([held] if isinstance(held, str) else held)])
+        if any(file.fingerprint is not None for file in store.info.files):
+            check_tokenizer(store, self._tokenizer)
+        return store
+
+    def _give_up(self) -> None:
+        """Goes on without what was known of the running requests, which may be what failed."""
+        if self.counts.failed == 0:
+            logger.exception("sssd: a step goes without drafts; later failures are counted, not logged")
+        self.counts.failed += 1
+        self.requests = Requests(self.drafter)
+
+
+@dataclass
+class _Step:
+    """What the runner knows of the pass that is over."""
+
+    runner: Any
+    output: Any
+    started: float | None
+
+    @property
+    def states(self) -> Mapping[str, Any]:
+        """The state of each request that is not over; those that wait for memory among them."""
+        states: Mapping[str, Any] = self.runner.requests
+        return states
+
+    @property
+    def names(self) -> Sequence[str]:
+        names: Sequence[str] = self.runner.input_batch.req_ids
+        return names
+
+    @property
+    def prompts(self) -> list[int]:
+        return [int(count) for count in self.runner.input_batch.num_prompt_tokens[: len(self.names)]]
+
+    @property
+    def total(self) -> int:
+        return int(self.output.total_num_scheduled_tokens)
+
+    def drafted(self, place: int) -> int:
+        return len(self.output.scheduled_spec_decode_tokens.get(self.names[place], ()))
+
+    def scheduled(self, place: int) -> int:
+        return int(self.output.num_scheduled_tokens.get(self.names[place], 0))
+
+
+def _watch_runner() -> None:
+    """Has the model runner tell its proposer of each step: whose the rows are, and when the pass began.
+
+    ``custom_class`` is handed rows without names. Where the runner is another than is known, rows are told
+    apart by their place and contents.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    inner = getattr(GPUModelRunner, "propose_draft_token_ids", None)
+    execute = getattr(GPUModelRunner, "execute_model", None)
+    if inner is None or getattr(inner, "is_watched", False):
+        return
+
+    @functools.wraps(inner)
+    def propose(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(self.drafter, Proposer):
+            step = _Step(self, scheduler_output, getattr(self, "_sssd_started", None))
+            self.drafter._step = step if _is_known(step) else None
+        return inner(self, scheduler_output, *args, **options)
+
+    propose.is_watched = True  # type: ignore[attr-defined]
+    GPUModelRunner.propose_draft_token_ids = propose
+    if execute is not None:
+
+        @functools.wraps(execute)
+        def timed(self: Any, *args: Any, **options: Any) -> Any:
+            self._sssd_started = time.perf_counter()
+            return execute(self, *args, **options)
+
+        GPUModelRunner.execute_model = timed
+
+
+def _is_known(step: _Step) -> bool:
+    """Whether the runner has what a step is read from."""
+    parts = (
+        (step.runner, ("requests", "input_batch")),
+        (getattr(step.runner, "input_batch", None), ("req_ids", "num_prompt_tokens")),
+        (step.output, ("total_num_scheduled_tokens", "num_scheduled_tokens", "scheduled_spec_decode_tokens")),
+    )
+    return all(hasattr(part, name) for part, names in parts for name in names)
+
+
+def _is_first_rank() -> bool:
+    """Whether this worker's drafts are those that the scheduler takes: the others' are never looked at."""
+    try:
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        return int(get_tensor_model_parallel_rank()) == 0
+    except (ImportError, AssertionError):
+        return True
+
+
+def _extra(state: Any) -> Mapping[str, Any]:
+    """The request's own settings."""
+    extra = getattr(getattr(state, "sampling_params", None), "extra_args", None)
+    return extra if isinstance(extra, Mapping) else {}
+
+
+def _end_tokens(model: Any) -> list[int]:
+    """The tokens that end this model's texts."""
+    found: set[int] = set()
+    configs = [getattr(model, "hf_text_config", None), getattr(model, "hf_config", None)]
+    try:
+        configs.append(model.try_get_generation_config())
+    except Exception as problem:
+        logger.debug("sssd: no generation config: %s", problem)
+    for config in configs:
+        values = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
+        held = values.get("eos_token_id")
+        found.update([held] if isinstance(held, int) else held if isinstance(held, list | tuple) else [])
+    vocab_size = int(model.get_vocab_size())
+    return sorted(int(token) for token in found if isinstance(token, int) and 0 <= token < vocab_size)

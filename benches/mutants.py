@@ -391,11 +391,11 @@ ENGINE_MUTANTS = [
     Mutant(
         "a new namespace begins with what the default one has learned",
         f"{ENGINE}/src/tenants.rs",
-        "        let (name, number, namespace) = (Arc::<str>::from(name), held.made,",
+        "        let (number, namespace) = (held.made, Arc::new(namespace));",
         'if let Some(first) = held.by_name.get("")'
         "&& let Ok(bytes) = first.namespace.with_model(sssd_core::Model::to_bytes)"
         "{ let _ = namespace.set_weights(&bytes); }"
-        "let (name, number, namespace) = (Arc::<str>::from(name), held.made,",
+        "let (number, namespace) = (held.made, Arc::new(namespace));",
     ),
     Mutant(
         "names that differ in case are one",

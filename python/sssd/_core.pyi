@@ -161,7 +161,7 @@ class Drafter:
 
         Raises:
             InvalidTokenError: an id is not an integer, or an end token is outside the vocabulary.
-            InvalidArgumentError: ``max_length`` is negative, or there are more end tokens.
+            InvalidArgumentError: ``max_length`` is negative, there is no datastore of a name, or there are more end tokens.
             MemoryLimitError: the sequence or its namespace does not fit into the limits.
         """
     def extend_batch(

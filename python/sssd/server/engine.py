@@ -319,7 +319,7 @@ class Engine:
             return None
         try:
             trees = self.drafter.step(
-                [row.sequence for row in drafting],  # type: ignore[misc]
+                [row.sequence for row in drafting],
                 [token for row in drafting for token in row.news],
                 np.cumsum([0, *(len(row.news) for row in drafting)]),
                 self.max_nodes,

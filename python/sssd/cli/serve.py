@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sssd.cli.arguments import add_any_tokenizer_argument, at_least, open_datastore
-from sssd.errors import InvalidArgumentError, SssdError
+from sssd.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from sssd.server import Engine
@@ -92,15 +92,13 @@ def _add_limits(limits: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal comes."""
+    import uvicorn
+
     from sssd.cli.generate import prepare_torch
 
-    try:
-        import uvicorn
+    prepare_torch()
+    from sssd.server import Settings, create_app
 
-        prepare_torch()
-        from sssd.server import Settings, create_app
-    except ModuleNotFoundError as missing:
-        raise SssdError(f"serving needs {missing.name}: pip install 'sssd[hf,serve]'") from None
     engine, tokenizer = _load(arguments)
     keys = [*arguments.api_key, *filter(None, os.environ.get("SSSD_API_KEYS", "").split(","))]
     local = arguments.host in _LOOPBACK

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server over transformers, with drafts and continuous batching; ``docs/server.md``.
 
-For trial, teaching and small deployments on a CPU. ``pip install 'sssd[serve]'``.
+For trial, teaching and small deployments on a CPU. ``pip install 'sssd[hf,serve]'``.
 """
 
 from sssd.server.app import Settings, create_app

@@ -32,7 +32,8 @@ def documentation(core: ModuleType, name: str) -> str | None:
     while "." in last:
         first, _, last = last.partition(".")
         owner = getattr(owner, first)
-    said = getattr(vars(owner).get(last), "__doc__", None)
+    held = vars(owner).get(last)
+    said = getattr(getattr(held, "__func__", held), "__doc__", None)
     pythons = [getattr(getattr(kind, last, None), "__doc__", None) for kind in (object, list)]
     return inspect.cleandoc(said) if said and said not in pythons else None
 

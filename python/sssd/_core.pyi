@@ -334,24 +334,20 @@ class Drafter:
         """
     @staticmethod
     def load(folder: _StrPath, **options: Any) -> Drafter:
-        """staticmethod(function) -> method
+        """A drafter that knows what another one has saved.
 
-        Convert a function to be a static method.
+        Args:
+            folder: as given to ``save``.
+            options: of the new drafter, as in ``Drafter(...)``. ``vocab_size``, ``end_token_ids``, ``live_bytes`` and
+                ``soft_bytes`` are those of the saved one unless given; a datastore is always to be given. What does not fit
+                is left out.
 
-        A static method does not receive an implicit first argument.
-        To declare a static method, use this idiom:
-
-             class C:
-                 @staticmethod
-                 def f(arg1, arg2, argN):
-                     ...
-
-        It can be called either on the class (e.g. C.f()) or on an instance
-        (e.g. C().f()). Both the class and the instance are ignored, and
-        neither is passed implicitly as the first argument to the method.
-
-        Static methods in Python are similar to those found in Java or C++.
-        For a more advanced concept, see the classmethod builtin.
+        Raises:
+            OSError: the file cannot be read.
+            CorruptStateError: it is damaged or no saved state.
+            StateVersionError: another release wrote it.
+            VocabularyMismatchError: ``vocab_size`` is not that of the saved drafter.
+            As ``Drafter``.
         """
     def learn(self, token_ids: ArrayLike, *, namespace: str = "") -> None:
         """Learns a text that was decoded elsewhere, such as by another replica (``sssd.sharing``), as if a sequence that
@@ -834,24 +830,17 @@ class DraftBatch:
     ) -> Self: ...
     @staticmethod
     def from_trees(trees: Iterable[DraftTree | None], *, out: DraftBatch | None = None) -> DraftBatch:
-        """staticmethod(function) -> method
+        """A batch of trees that were made one by one, such as by a drafter of another kind.
 
-        Convert a function to be a static method.
+        Args:
+            trees: n ``DraftTree``, or None for none.
+            out: where to put them; by default a new ``DraftBatch``.
 
-        A static method does not receive an implicit first argument.
-        To declare a static method, use this idiom:
+        Returns:
+            ``out`` or the new ``DraftBatch``.
 
-             class C:
-                 @staticmethod
-                 def f(arg1, arg2, argN):
-                     ...
-
-        It can be called either on the class (e.g. C.f()) or on an instance
-        (e.g. C().f()). Both the class and the instance are ignored, and
-        neither is passed implicitly as the first argument to the method.
-
-        Static methods in Python are similar to those found in Java or C++.
-        For a more advanced concept, see the classmethod builtin.
+        Raises:
+            InvalidArgumentError: an item is neither, ``out`` has not room enough, or there are too many trees.
         """
     @property
     def token_ids(self) -> NDArray[np.int32]:
@@ -1147,24 +1136,8 @@ class SizingRule:
     ) -> Self: ...
     @staticmethod
     def options() -> dict[str, tuple[float, str]]:
-        """staticmethod(function) -> method
-
-        Convert a function to be a static method.
-
-        A static method does not receive an implicit first argument.
-        To declare a static method, use this idiom:
-
-             class C:
-                 @staticmethod
-                 def f(arg1, arg2, argN):
-                     ...
-
-        It can be called either on the class (e.g. C.f()) or on an instance
-        (e.g. C().f()). Both the class and the instance are ignored, and
-        neither is passed implicitly as the first argument to the method.
-
-        Static methods in Python are similar to those found in Java or C++.
-        For a more advanced concept, see the classmethod builtin.
+        """The constants by name: ``(default, unit and effect)``. What each is worth is in
+        ``benches/results/rule-constants.md``.
         """
     @property
     def curve(self) -> CostCurve:
@@ -1263,24 +1236,28 @@ class Datastore:
         fingerprint: bytes | None = None,
         tombstones: SequenceABC[_StrPath | None] | None = None,
     ) -> Datastore:
-        """staticmethod(function) -> method
+        """Opens one file, or several as one store, or the corpus in a folder (``sssd.corpus``) as it is now.
 
-        Convert a function to be a static method.
+        Args:
+            paths: a path or a sequence of paths.
+            tombstones: for each file the path of what ``write_tombstones`` has written for it, or None: its dead documents
+                are passed over. A corpus has its own.
+            load: ``"mmap"`` maps the files, whose memory is shared with other processes; they must not be changed in
+                place meanwhile (replacing them is safe). Drafts never wait for a disk: they leave out what is not in
+                memory, have it read in the background, and look up for 200 us at most (``docs/large-stores.md``).
+                With ``"mmap-wait"`` they wait, so that drafts depend on the files alone. ``"ram"`` reads
+                everything now.
+            vocab_size: the model's number of token ids, refused if the store's differs.
+            fingerprint: the model's ``tokenizer_fingerprint`` (32 bytes), refused if the store's differs.
 
-        A static method does not receive an implicit first argument.
-        To declare a static method, use this idiom:
-
-             class C:
-                 @staticmethod
-                 def f(arg1, arg2, argN):
-                     ...
-
-        It can be called either on the class (e.g. C.f()) or on an instance
-        (e.g. C().f()). Both the class and the instance are ignored, and
-        neither is passed implicitly as the first argument to the method.
-
-        Static methods in Python are similar to those found in Java or C++.
-        For a more advanced concept, see the classmethod builtin.
+        Raises:
+            OSError: a file cannot be read.
+            CorruptDatastoreError: a file is no datastore, truncated, damaged where opening looks, or has more than 64
+                segments with tokens; or tombstones are damaged.
+            DatastoreVersionError: a file has a format version that this release cannot read.
+            VocabularyMismatchError: vocabularies or tokenizers differ.
+            InvalidArgumentError: no path, an empty corpus, tombstones of another file, or an argument out of range.
+            MemoryError: there is no memory for it.
         """
     @property
     def info(self) -> DatastoreInfo:

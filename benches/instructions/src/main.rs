@@ -6,13 +6,12 @@
 //!
 //! TOKENS holds 32-bit words, little-endian: how many traces, then of each how many requests, then of each how many
 //! prompt and response tokens, and these. REQUESTS of each trace are replayed. Prints what was accepted, which must
-//! be equal for two builds that are compared. Before commit df4954a `MemoryPool` was called `Ledger`, and `Namespace`
-//! `Drafter`.
+//! be equal for two builds that are compared.
 
 use std::hint::black_box;
 use std::sync::Arc;
 
-use sssd_core::{Charge, Corpus, DraftTree, Knowledge, Limits, MemoryPool, Model, Namespace, Sequence};
+use sssd_core::{Common, Corpus, DraftTree, Limits, MemoryPool, Namespace, Reservation, Sequence};
 
 #[inline(never)]
 fn draft_once(sequence: &mut Sequence, limits: Limits) -> &DraftTree {
@@ -57,10 +56,11 @@ fn main() {
                 continue;
             }
             let pool = Arc::new(MemoryPool::new(usize::MAX));
-            let charge = || Charge::new(&pool, usize::MAX);
-            let knowledge = Knowledge::new(Model::default(), 0, 1 << 20);
-            let shared = Namespace::new(vec![128_009], store.clone(), knowledge, charge()).unwrap();
-            let mut sequence = Sequence::begin(&shared, &prompt, &[], charge()).unwrap();
+            let common = Arc::new(Common::new(vec![128_009], store.clone(), &pool));
+            let namespace = Namespace::new(&"".into(), &common, 0, 1 << 20, 0).unwrap();
+            let mut sequence = Sequence::new(&namespace, Reservation::new(&pool, usize::MAX)).unwrap();
+            sequence.prefill(&prompt).unwrap();
+            sequence.admit();
             extend_once(&mut sequence, &response[..1]);
             let mut at = 1;
             while at < response.len() {

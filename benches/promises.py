@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 COPIES = ROOT / "target/mutants"
 WORKERS = max(1, min(4, os.cpu_count() or 1))
 LONGEST = float(os.environ.get("SSSD_MUTANTS_LONGEST", "240"))
-"""Seconds that the test of a mutant may take: what hangs has been noticed. More where others keep the cores busy."""
+"""Seconds that the test of a mutant may take: what hangs has been noticed. More where the cores are busy."""
 SCORE = 0.95
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "show what a datastore holds",
     "verify": "compare every byte of a datastore with its checksums",
     "query": "show how often token ids occur and what follows them",
+    "doctor": "show which engines and extras are here, and what is missing",
     "completion": "print what completes commands and options in a shell",
 }
 """Modules of this package and what they do, in the order in which ``--help`` lists them."""

@@ -2,11 +2,12 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from rich.console import Console
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
         "cores": os.cpu_count(),
     }
     if arguments.json:
+        told = {**here, "findings": [asdict(finding) for finding in findings]}
+        sys.stdout.write(json.dumps(told, indent=1) + "\n")
         return
     said = "sssd {sssd}, Python {python}, {system}, {cores} cores".format(**here)
     Console().print(said, highlight=False, soft_wrap=True)

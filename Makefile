@@ -53,7 +53,9 @@ debug: install ## run the tests of the extension on a debug build, which checks 
 		--ignore tests/test_lock.py --ignore tests/test_gpu_bench.py --ignore tests/test_reading.py \
 		--ignore tests/test_reading_build.py --ignore tests/datastore/test_responsive.py \
 		--ignore tests/datastore/test_build_faults.py --ignore tests/serving/test_faults.py \
-		--ignore tests/serving/test_gil.py --ignore tests/sharing
+		--ignore tests/serving/test_gil.py --ignore tests/sharing \
+		--ignore tests/test_extras.py --ignore tests/test_site.py --ignore tests/test_report.py \
+		--ignore tests/test_pictures.py --ignore tests/test_doctor.py --ignore tests/engines
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything

@@ -253,6 +253,23 @@ def test_a_store_of_another_vocabulary_is_refused_at_the_start(make, tmp_path):
         make(datastore=str(path))
 
 
+def test_counters_stand_in_the_registry(make):
+    client = pytest.importorskip("prometheus_client")
+
+    def shown(name):
+        return client.REGISTRY.get_sample_value(f"sssd_vllm_{name}") or 0.0
+
+    before = shown("drafted_total"), shown("steps_total")
+    for _ in range(2):
+        runner = make(stop=False)
+        runner.add("a", PROMPT, most=200)
+        for _ in range(64):
+            runner.execute_model(["a"], 1000)
+        before = before[0] + runner.drafter.counts.drafted, before[1] + 64
+        assert (shown("drafted_total"), shown("steps_total")) == before
+    assert shown("memory_bytes") == runner.drafter.drafter.memory["used"]
+
+
 class TestOptions:
     def test_the_environment_goes_before_the_configuration(self, monkeypatch, tmp_path):
         assert Options.read({"sssd": {"threads": 3}}).threads == 3

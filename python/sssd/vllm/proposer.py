@@ -14,6 +14,7 @@ from sssd._core import Datastore, DraftBatch, Drafter, SizingRule
 from sssd.errors import BatchError
 from sssd.requests import Requests
 from sssd.vllm.curve import first_curve
+from sssd.vllm.metrics import EVERY, Counts, Metrics
 from sssd.vllm.options import Options
 
 logger = logging.getLogger("vllm.sssd")
@@ -21,25 +22,6 @@ logger = logging.getLogger("vllm.sssd")
 MOST_PREDICTED = 1 << 20
 """Characters or tokens of a prediction that are looked at."""
 _MOST_NAME = 256
-
-
-@dataclass
-class Counts:
-    """What a :class:`Proposer` has done.
-
-    Attributes:
-        steps: calls.
-        drafted: tokens handed to vLLM.
-        failed: calls that met an error and drafted nothing.
-        ended: requests that are over.
-        seconds: time of all calls.
-    """
-
-    steps: int = 0
-    drafted: int = 0
-    failed: int = 0
-    ended: int = 0
-    seconds: float = 0.0
 
 
 class Proposer:
@@ -81,6 +63,7 @@ class Proposer:
         )
         self.requests = Requests(self.drafter)
         self.counts = Counts()
+        self._metrics = Metrics(self.drafter)
         self._rule: SizingRule | None = None
         self._rows = int(getattr(vllm_config.scheduler_config, "max_num_seqs", 64))
         self._out = DraftBatch(self._rows, self._rows * self.k)
@@ -127,6 +110,8 @@ class Proposer:
         self.counts.steps += 1
         self.counts.drafted += sum(map(len, drafts))
         self.counts.seconds += self._draft_seconds
+        if self.counts.steps % EVERY == 0:
+            self._metrics.update(self.counts)
         return drafts
 
     def _propose(

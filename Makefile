@@ -80,6 +80,15 @@ vllm: install ## run sssd.vllm in vLLM on the CPU, in an environment of its own
 	SSSD_VLLM_MODEL=$$($(BIN)/python -c "from sssd.hf.smollm2 import folder; print(folder())") \
 		PYTHONPATH=python $(VLLM)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
 
+# SGLang needs CUDA: what its newest wheel says is tried, not run.
+SGLANG := $(abspath target/sglang)
+.PHONY: sglang
+sglang: install ## try sssd.sglang under the source of the newest SGLang
+	rm -rf $(SGLANG)
+	$(BIN)/pip download --no-deps --quiet --dest $(SGLANG)/wheel sglang
+	$(BIN)/python -m zipfile -e $(SGLANG)/wheel/*.whl $(SGLANG)/source
+	SSSD_SGLANG_SOURCE=$(SGLANG)/source $(BIN)/python -m pytest tests/engines/test_sglang.py
+
 # What `make nightly` runs beside the tests needs a nightly toolchain, and tools that this folder gets once.
 TOOLS := $(abspath target/tools)
 export PATH := $(TOOLS)/bin:$(PATH)

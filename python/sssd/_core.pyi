@@ -417,7 +417,10 @@ class Drafter:
     def live_tokens(self) -> int:
         """Tokens in the live store."""
     def reopen(
-        self, datastore: _Store | Mapping[str, _Store] | None = None, *, load: Literal["mmap", "ram"] = "mmap"
+        self,
+        datastore: _Store | Mapping[str, _Store] | None = None,
+        *,
+        load: Literal["mmap", "mmap-wait", "ram"] = "mmap",
     ) -> bool:
         """Opens the datastores anew, as they are now in the same places (of a corpus: its newest version), or others, and has
         drafts match them from the next one on, those of running sequences too. Each draft goes by one version; nobody

@@ -1,15 +1,13 @@
 """``sssd.vllm.Proposer`` in a runner that does what vLLM's does."""
 
-import json
-
 import fake_vllm
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sssd.errors import InvalidArgumentError, VocabularyMismatchError
-from sssd.vllm import Options, Proposer
+from sssd.errors import VocabularyMismatchError
+from sssd.vllm import Proposer
 
 PROMPT = [*range(10, 30), *range(10, 30)]
 
@@ -268,52 +266,3 @@ def test_counters_stand_in_the_registry(make):
         before = before[0] + runner.drafter.counts.drafted, before[1] + 64
         assert (shown("drafted_total"), shown("steps_total")) == before
     assert shown("memory_bytes") == runner.drafter.drafter.memory["used"]
-
-
-class TestOptions:
-    def test_the_environment_goes_before_the_configuration(self, monkeypatch, tmp_path):
-        assert Options.read({"sssd": {"threads": 3}}).threads == 3
-        monkeypatch.setenv("SSSD_VLLM", '{"threads": 4, "stop": false}')
-        assert Options.read({"sssd": {"threads": 3, "learn": False}}) == Options(
-            threads=4, stop=False, learn=False
-        )
-        for name, text in (
-            ("a.json", json.dumps({"datastore": ["x", "y"]})),
-            ("a.toml", 'datastore = ["x", "y"]'),
-        ):
-            (tmp_path / name).write_text(text)
-            monkeypatch.setenv("SSSD_VLLM", str(tmp_path / name))
-            assert Options.read(None).datastore == ["x", "y"]
-
-    @pytest.mark.parametrize(
-        "value",
-        [
-            {"threds": 2},
-            {"threads": "2"},
-            {"threads": True},
-            {"threads": None},
-            {"stop": 1},
-            {"datastore": [1]},
-            {"datastore": {}},
-            {"min_prob": "0.1"},
-            {"curve": 3},
-            [],
-            "text",
-        ],
-    )
-    def test_what_is_no_option_is_refused(self, value):
-        with pytest.raises(InvalidArgumentError, match=r"sssd"):
-            Options.read({"sssd": value})
-
-    @pytest.mark.parametrize("text", ["{", "{]", "[1]", "/no/such/file.json", "no toml = ="])
-    def test_unreadable_settings_are_refused(self, monkeypatch, tmp_path, text):
-        if "toml" in text:
-            (tmp_path / "a.toml").write_text(text)
-            text = str(tmp_path / "a.toml")
-        monkeypatch.setenv("SSSD_VLLM", text)
-        with pytest.raises(InvalidArgumentError):
-            Options.read(None)
-
-    @pytest.mark.parametrize("value", [0.5, 1])
-    def test_numbers_may_be_whole(self, value):
-        assert Options.read({"sssd": {"min_prob": value}}).min_prob == value

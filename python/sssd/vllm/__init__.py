@@ -7,7 +7,6 @@ Nothing here imports vLLM before vLLM asks for a :class:`Proposer`.
 """
 
 from sssd.vllm.middleware import Middleware
-from sssd.vllm.options import Options
 from sssd.vllm.proposer import Proposer
 
-__all__ = ["Middleware", "Options", "Proposer"]
+__all__ = ["Middleware", "Proposer"]

@@ -4,18 +4,18 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sssd._core import Datastore, DraftBatch, Drafter, SizingRule
+from sssd._core import Datastore, DraftBatch, SizingRule
 from sssd.errors import BatchError
+from sssd.options import Options
 from sssd.requests import Requests
 from sssd.vllm.curve import first_curve
 from sssd.vllm.metrics import EVERY, Counts, Metrics
-from sssd.vllm.options import Options
 
 logger = logging.getLogger("vllm.sssd")
 
@@ -46,20 +46,18 @@ class Proposer:
 
     def __init__(self, vllm_config: Any) -> None:
         model = vllm_config.model_config
-        self.options = Options.read(vllm_config.additional_config)
+        extra = vllm_config.additional_config
+        given = extra.get("sssd") if isinstance(extra, Mapping) else None
+        self.options = Options.read("SSSD_VLLM", given)
         self.k = int(vllm_config.speculative_config.num_speculative_tokens)
         self._max_length = int(model.max_model_len)
         self._vocab_size = int(model.get_vocab_size())
         self._model = model
         self._is_first = _is_first_rank()
-        self.drafter = Drafter(
-            vocab_size=self._vocab_size,
-            end_token_ids=_end_tokens(model),
-            datastore=self._datastore(),
-            live_bytes=self.options.live_bytes,
-            max_bytes=self.options.max_bytes,
-            threads=self.options.threads,
-            namespace_ttl=self.options.namespace_ttl,
+        if not self._is_first:
+            self.options = replace(self.options, datastore=None)
+        self.drafter = self.options.drafter(
+            self._datastore(), vocab_size=self._vocab_size, end_token_ids=_end_tokens(model)
         )
         self.requests = Requests(self.drafter)
         self.counts = Counts()
@@ -249,7 +247,7 @@ class Proposer:
 
     def _datastore(self) -> Datastore | None:
         held = self.options.datastore
-        if held is None or not self._is_first:
+        if held is None:
             return None
         from sssd.datastore import check_tokenizer
 

@@ -1,4 +1,4 @@
-"""What can be set: in a file, in the environment, or in vLLM's ``additional_config``."""
+"""What can be set where an engine makes the drafter: in a file, the environment, or its configuration."""
 
 import json
 import os
@@ -6,19 +6,17 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from sssd._core import Drafter
 from sssd.errors import InvalidArgumentError
-
-VARIABLE = "SSSD_VLLM"
-"""The environment variable that holds the options as JSON, or names a file of them."""
 
 _MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of :class:`sssd.vllm.Proposer`.
+    """Options of the adapters for engines.
 
     Attributes:
         datastore: a datastore file, a corpus folder, or several files that are one store.
@@ -35,7 +33,7 @@ class Options:
     """
 
     datastore: str | list[str] | None = None
-    load: str = "mmap"
+    load: Literal["mmap", "mmap-wait", "ram"] = "mmap"
     live_bytes: int | str = "256M"
     max_bytes: int | str = "2G"
     threads: int = 1
@@ -46,26 +44,47 @@ class Options:
     min_prob: float = 0.02
 
     @classmethod
-    def read(cls, additional_config: Any = None) -> "Options":
-        """The options in force: ``additional_config["sssd"]``, and over them those of the environment.
+    def read(cls, variable: str, given: Any = None) -> "Options":
+        """The options in force: what is given, and over it what the environment says.
 
         Args:
-            additional_config: vLLM's, whatever it is.
+            variable: the environment variable that holds options as JSON, or names a .json or .toml file.
+            given: a mapping of the engine's configuration; None for nothing.
 
         Raises:
             InvalidArgumentError: an option is unknown or no such value, or the file cannot be read.
         """
-        held = additional_config.get("sssd") if isinstance(additional_config, Mapping) else None
-        values = {**_mapping(held, 'additional_config["sssd"]'), **_environment()}
+        values = {**_mapping(given, "the options of sssd"), **_environment(variable)}
         known = {field.name: field for field in fields(cls)}
         if unknown := sorted(values.keys() - known.keys()):
+            names = ", ".join(map(str, unknown))
             raise InvalidArgumentError(
-                f"sssd.vllm has no option {', '.join(unknown)}; those it has: {', '.join(known)}"
+                f"there is no option {names} for engines; there are {', '.join(known)}"
             )
         for name, value in values.items():
-            kind = known[name].type
+            kind = "str" if name == "load" else known[name].type  # the drafter knows which
             _check(name, value, kind.__name__ if isinstance(kind, type) else str(kind))
         return cls(**values)
+
+    def drafter(self, datastore: Any = None, **options: Any) -> Drafter:
+        """A drafter with these limits.
+
+        Args:
+            datastore: as in ``Drafter(datastore=...)``; by default the option.
+            options: what else ``Drafter`` takes.
+
+        Raises:
+            What ``Drafter`` raises.
+        """
+        return Drafter(
+            datastore=self.datastore if datastore is None else datastore,
+            load=self.load,
+            live_bytes=self.live_bytes,
+            max_bytes=self.max_bytes,
+            threads=self.threads,
+            namespace_ttl=self.namespace_ttl,
+            **options,
+        )
 
 
 def _check(name: str, value: Any, kind: str) -> None:
@@ -76,22 +95,22 @@ def _check(name: str, value: Any, kind: str) -> None:
         found = "list[str]"
     found = {"NoneType": "None", "int": "int" if "int" in allowed else "float"}.get(found, found)
     if found not in allowed:
-        raise InvalidArgumentError(f"the option {name} of sssd.vllm must be {kind}, got {value!r}")
+        raise InvalidArgumentError(f"the option {name} of sssd must be {kind}, got {value!r}")
 
 
-def _environment() -> Mapping[str, Any]:
-    text = os.environ.get(VARIABLE, "").strip()
-    if not text:
+def _environment(variable: str) -> Mapping[str, Any]:
+    text = os.environ.get(variable, "").strip()
+    if text in ("", "0", "1"):
         return {}
     if text.startswith("{"):
-        return _parsed(text, f"the environment variable {VARIABLE}")
+        return _parsed(text, f"the environment variable {variable}")
     path = Path(text)
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise InvalidArgumentError(f"{path}, named by {VARIABLE}, is too large for options")
+            raise InvalidArgumentError(f"{path}, named by {variable}, is too large for options")
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        message = f"{VARIABLE} must hold JSON or name a .json or .toml file that can be read: {problem}"
+        message = f"{variable} must hold JSON or name a .json or .toml file that can be read: {problem}"
         raise InvalidArgumentError(message) from problem
     return _parsed(content, str(path), is_toml=path.suffix == ".toml")
 

@@ -36,9 +36,9 @@ _MOST_NAME = 256
 class NgramCorpus:
     """Has the interface of SGLang's class of that name; its trees have exactly ``draft_token_num`` nodes.
 
-    What goes wrong while drafting is logged once and costs drafts: trees are then a root with padding. Per
-    request, in ``custom_params`` of its sampling parameters: ``sssd_prediction``, token ids that the output is
-    expected to resemble, and ``sssd_namespace``, by default the id of its LoRA adapter.
+    What goes wrong while drafting is logged once and costs drafts: trees are then a root with padding.
+    Per request, in ``custom_params`` of its sampling parameters: ``sssd_prediction``, token ids that the
+    output is expected to resemble, and ``sssd_namespace``, by default the id of its LoRA adapter.
 
     Args:
         max_trie_depth: tokens of each request that :meth:`batch_get` is handed.

@@ -149,6 +149,15 @@ def test_trees_are_what_the_worker_verifies(how, overlap):
     assert corpus.drafter.live_tokens > 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_requests_that_run_already_are_taken_over_whole(overlap):
+    requests = [request(f"r{number}", text, 46) for number, text in enumerate(texts(5, 6))]
+    decode(NgramCorpus(draft_token_num=WIDTH, max_trie_depth=TAIL), requests, 3, overlap=overlap)
+    corpus = NgramCorpus(draft_token_num=WIDTH, max_trie_depth=TAIL)
+    assert decode(corpus, requests, 200, overlap=overlap) > 4
+    assert (corpus.failed, corpus.rebuilt) == (0, 0)
+
+
 def test_requests_that_were_not_seen_begin_with_their_ends():
     corpus = NgramCorpus(draft_token_num=WIDTH)
     for total in (5, 6, 50, 51, 3):

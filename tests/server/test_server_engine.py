@@ -188,7 +188,7 @@ def test_a_failing_pass_ends_its_requests_and_not_the_engine(engines, model, tok
 
 
 def test_without_memory_requests_are_decoded_without_drafts(engines, model, tokenizer):
-    engine = engines(model, tokenizer, max_nodes=4, drafter_bytes="400K", max_running=4)
+    engine = engines(model, tokenizer, max_nodes=4, drafter_bytes="40K", max_running=4)
     clients = [
         Client(engine, [5, 6, 7] * 60, {"max_new_tokens": 40, "do_sample": False}, namespace=str(i))
         for i in range(12)

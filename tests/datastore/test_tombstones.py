@@ -200,8 +200,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def test_writing_reports_and_leaves_the_old_file_when_interrupted(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    path = build(tmp_path / "store", rng.integers(0, 5000, size=(500, 5000)), 5000)
-    target = bury(path, [False] * 500)
+    # enough for a while of writing
+    path = build(tmp_path / "store", rng.integers(0, 5000, size=(1600, 5000)), 5000)
+    target = bury(path, [False] * 1600)
     before = target.read_bytes()
     store, seen = Datastore.open(path), []
 
@@ -210,7 +211,7 @@ def test_writing_reports_and_leaves_the_old_file_when_interrupted(tmp_path: Path
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        write_tombstones(store, [True] * 500, target, progress=stop)
+        write_tombstones(store, [True] * 1600, target, progress=stop)
     assert target.read_bytes() == before
     assert seen[0][0] <= seen[0][1]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["store", "store.dead"]

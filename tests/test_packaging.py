@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_is_stripped(wheel: Path) -> None:
-    assert wheel.stat().st_size < 1_500_000  # nine times that with symbols
+    assert wheel.stat().st_size < 2_000_000  # several times that with symbols
 
 
 @pytest.mark.slow

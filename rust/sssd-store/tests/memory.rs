@@ -161,7 +161,8 @@ fn max_memory_holds() {
         let summary = builder.finish(&Progress::default()).unwrap();
         let peak = (HELD.get().1 - before) as u64;
         println!("{limit} allowed, {peak} taken, {} segments", summary.segments);
-        // a limit that is not used would make segments that are too small
-        assert!(peak <= limit && peak > limit / 3, "{peak} of {limit}");
+        // another segment has room beside it; a limit that is not used would make segments that are too small
+        let half = limit / 2 + (8 << 20);
+        assert!(peak <= half && peak > limit / 3, "{peak} of {limit}");
     }
 }

@@ -89,6 +89,14 @@ sglang: install ## try sssd.sglang under the source of the newest SGLang
 	$(BIN)/python -m zipfile -e $(SGLANG)/wheel/*.whl $(SGLANG)/source
 	SSSD_SGLANG_SOURCE=$(SGLANG)/source $(BIN)/python -m pytest tests/engines/test_sglang.py
 
+MLX := $(VENV)-mlx
+.PHONY: mlx
+mlx: install ## run sssd.mlx in mlx-lm on the CPU, in an environment of its own
+	test -x $(MLX)/bin/pytest || { $(PYTHON) -m venv $(MLX) && \
+		$(MLX)/bin/pip install 'mlx[cpu]' mlx-lm pytest pytest-timeout; }
+	SSSD_MLX_MODEL=$$($(BIN)/python -c "from sssd.hf.smollm2 import folder; print(folder())") \
+		PYTHONPATH=python $(MLX)/bin/python -W ignore -m pytest -W ignore tests/engines/test_mlx.py
+
 # What `make nightly` runs beside the tests needs a nightly toolchain, and tools that this folder gets once.
 TOOLS := $(abspath target/tools)
 export PATH := $(TOOLS)/bin:$(PATH)

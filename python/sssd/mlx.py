@@ -1,6 +1,7 @@
 """sssd in mlx-lm; ``docs/mlx.md``.
 
-mlx_lm.stream_generate(model, tokenizer, prompt, draft_model=sssd.mlx.DraftModel(vocab_size), num_draft_tokens=8)
+    draft_model = sssd.mlx.DraftModel(vocab_size)
+    mlx_lm.stream_generate(model, tokenizer, prompt, draft_model=draft_model, num_draft_tokens=6)
 """
 
 from typing import Any

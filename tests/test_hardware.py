@@ -298,6 +298,14 @@ class TestSizingRule:
         assert rule.allocate([None], 0) == [0]
         assert rule.allocate([], 0) == []
 
+    def test_a_second_is_worth_what_plain_decoding_makes_of_it_at_least(self):
+        rule = self.settled(curve())
+        for _ in range(200):  # drafts that take long and bring nothing
+            rule.observe(batch=1, size=8, context=0, seconds=curve().time(1, 9, 0), tokens=1)
+        costs, rate = rule.costs(1, 0)
+        assert rule.speedup < 0.9
+        assert rate >= 0.999 / costs.seconds[0]
+
     @pytest.mark.parametrize("most", [0, 1, 5])
     def test_limits_hold(self, most):
         rule = self.settled(curve(), max_nodes=most)

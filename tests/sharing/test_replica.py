@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -196,6 +196,7 @@ def test_what_is_lost_is_sent_again():
     assert (sender.metrics["published"], sender.metrics["dropped"], sender.metrics["failing"]) == (1, 0, 0)
 
 
+@example([1024, 0])
 @given(st.lists(st.integers(0, 3000)))
 def test_a_window_takes_each_number_once(numbers):
     window, seen, highest = Window(), set(), -1

@@ -1,7 +1,7 @@
 """sssd in mlx-lm; ``docs/mlx.md``.
 
-    draft_model = sssd.mlx.DraftModel(vocab_size)
-    mlx_lm.stream_generate(model, tokenizer, prompt, draft_model=draft_model, num_draft_tokens=6)
+draft_model = sssd.mlx.DraftModel(vocab_size)
+mlx_lm.stream_generate(model, tokenizer, prompt, draft_model=draft_model, num_draft_tokens=6)
 """
 
 from typing import Any

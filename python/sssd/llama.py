@@ -104,7 +104,7 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
             if self.failed == 0:
                 logger.warning("sssd: a step goes without drafts; later failures are counted: %s", problem)
             self.failed += 1
-            self._forget()
+            self._drop(learn=False)
             ids = np.empty(0, np.intc)
         self._size = len(ids)
         self.drafted += len(ids)
@@ -114,13 +114,7 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
 
     def end(self) -> None:
         """Ends the text: later ones learn from it at once, not only when the next begins."""
-        sequence, self._sequence = self._sequence, None
-        self._returned = None
-        if sequence is not None:
-            if self.learn:
-                sequence.finish()
-            else:
-                sequence.close()
+        self._drop(learn=self.learn)
 
     def _follow(self, ids: NDArray[np.intc], now: float) -> None:
         sequence = self._sequence
@@ -133,7 +127,7 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
                 new = len(ids) - len(held)
                 if common == len(held) and 0 < new <= self._size + 1:
                     self._observe(new, len(ids), now)
-                self.accepted += sequence.follow(ids, compare=None)
+                self.accepted += sequence.follow(ids)
                 return
             self.end()
         self._sequence = self.drafter.begin(ids, namespace=self.namespace)
@@ -156,8 +150,8 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
         chain = self._sequence.draft(self.max_tokens, shape="chain", rule=self._rule)
         return chain.token_ids.astype(np.intc)
 
-    def _forget(self) -> None:
+    def _drop(self, *, learn: bool) -> None:
         sequence, self._sequence = self._sequence, None
         self._returned = None
         if sequence is not None:
-            sequence.close()
+            (sequence.finish if learn else sequence.close)()

@@ -8,9 +8,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from sssd._core import Drafter
 from sssd.errors import InvalidArgumentError
 
+MOST_PREDICTED = 1 << 20
+"""Characters or tokens of a prediction that are looked at."""
+_MOST_NAME = 256
 _MOST_BYTES = 1 << 20
 
 
@@ -85,6 +90,27 @@ class Options:
             namespace_ttl=self.namespace_ttl,
             **options,
         )
+
+
+def request_options(extra: Any, namespace: str = "") -> dict[str, Any]:
+    """What a request's own settings come to, which anybody may have written, for ``Drafter.begin``.
+
+    Args:
+        extra: a mapping with ``sssd_namespace`` and ``sssd_prediction`` (token ids), both of which may be
+            missing; what is none of these is left out.
+        namespace: where none is named.
+    """
+    held = extra if isinstance(extra, Mapping) else {}
+    options: dict[str, Any] = {"namespace": str(held.get("sssd_namespace", namespace))[:_MOST_NAME]}
+    prediction = held.get("sssd_prediction")
+    if isinstance(prediction, list | tuple) and prediction:
+        try:
+            ids = np.asarray(prediction[:MOST_PREDICTED])
+        except ValueError:  # lists of several lengths
+            return options
+        if ids.ndim == 1 and ids.dtype.kind in "iu":
+            options["prediction"] = ids
+    return options
 
 
 def _check(name: str, value: Any, kind: str) -> None:

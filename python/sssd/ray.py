@@ -4,12 +4,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from sssd.corpus import Added, Corpus
 from sssd.datastore import build as build_datastore
 from sssd.errors import CorpusError, EmptyCorpusError, InvalidArgumentError, SssdError
 from sssd.reading.options import ReadOptions
@@ -28,7 +28,7 @@ def build(
     source: str | None = None,
     merge: bool = True,
     **options: Any,
-) -> Any:
+) -> Added:
     """Adds a dataset to a corpus: its shards are tokenized and sorted by themselves, wherever Ray has room,
     and taken into the corpus at the end, all at once.
 
@@ -47,7 +47,7 @@ def build(
     Raises:
         As :func:`build_segments` and ``sssd.corpus.Corpus.adopt``.
     """
-    corpus = import_module("sssd.corpus").Corpus(folder)
+    corpus = Corpus(folder)
     work = Path(folder).resolve() / f".ray-{uuid.uuid4().hex}"
     try:
         segments = build_segments(dataset, work, shards=shards, **options)

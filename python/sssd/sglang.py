@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sssd._core import DatastoreBuilder, DraftBatch
 from sssd.errors import BatchError, InvalidArgumentError, MemoryLimitError
-from sssd.options import Options
+from sssd.options import Options, request_options
 from sssd.requests import Requests
 
 logger = logging.getLogger("sglang.sssd")
@@ -30,7 +30,6 @@ VARIABLE = "SSSD_SGLANG"
 
 _VOCAB_SIZE = 1 << 20
 """Token ids of external corpora, whose vocabulary SGLang does not tell."""
-_MOST_NAME = 256
 
 
 class NgramCorpus:
@@ -138,8 +137,8 @@ class NgramCorpus:
             return self.requests.step(names, new, offsets, self.draft_token_num - 1, out=self._out)
         except BatchError as some:
             logger.debug("sssd: some requests go on without drafts: %s", some)
-            for place in some.failures:
-                self.requests.keep([name for name in self.requests if name != names[place]], learn=False)
+            for failed in filter(None, (names[place] for place in some.failures)):
+                self.requests.abort(failed)
             if some.batch is None:
                 raise
             return some.batch
@@ -172,16 +171,8 @@ class NgramCorpus:
 
     def _begin_options(self, name: str) -> dict[str, Any]:
         request = self._seen.get(name)
-        params = getattr(getattr(request, "sampling_params", None), "custom_params", None)
-        extra = params if isinstance(params, Mapping) else {}
-        namespace = extra.get("sssd_namespace", getattr(request, "lora_id", None) or "")
-        options: dict[str, Any] = {"namespace": str(namespace)[:_MOST_NAME]}
-        prediction = extra.get("sssd_prediction")
-        if isinstance(prediction, list | tuple) and prediction:
-            ids = np.asarray(prediction)
-            if ids.ndim == 1 and ids.dtype.kind in "iu":
-                options["prediction"] = ids
-        return options
+        extra = getattr(getattr(request, "sampling_params", None), "custom_params", None)
+        return request_options(extra, getattr(request, "lora_id", None) or "")
 
     def erase_match_state(self, req_ids: Iterable[str]) -> None:
         """Ends requests; later ones learn from them."""
@@ -227,7 +218,6 @@ class NgramCorpus:
             for chunk in chunks:
                 tokens += len(chunk)
                 if tokens > left:
-                    builder.close()
                     raise InvalidArgumentError(
                         f"the external corpora may have {left} tokens more, not {tokens}"
                     )

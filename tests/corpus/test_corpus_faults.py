@@ -5,11 +5,10 @@
 
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -121,17 +120,6 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("gcc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("needs gcc and a system that preloads libraries")
-    library = tmp_path_factory.mktemp("shim") / "fault.so"
-    source = Path(__file__).parent.with_name("datastore") / "fault.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return library
-
-
 def run(folder: Path, code: str, *arguments: str, preload: Path | None = None) -> list[str]:
     environment = {**os.environ, "LD_PRELOAD": str(preload)} if preload else None
     command = [sys.executable, "-c", SETUP + code, str(folder), *arguments]
@@ -154,24 +142,16 @@ def test_a_writer_killed_at_any_moment_leaves_old_or_new(folder: Path, kind: str
     logging.getLogger(__name__).info("%s: %s", kind, outcomes)
 
 
-def test_a_full_disk_leaves_the_corpus_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_corpus_as_it_was(small_disk: Callable[[str], Path]) -> None:
     from folders import VOCABULARY, held, records
 
     from sssd.corpus import Corpus
 
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=False).returncode:
-        pytest.skip("this system does not let root mount a small disk")
-    try:
-        corpus = Corpus(tmp_path / "corpus")
-        corpus.add(records(*range(30)), vocab_size=VOCABULARY)
-        before = held(corpus)
-        with pytest.raises(OSError, match="No space left"):
-            corpus.add([[{"ids": [serial % 12, 1, 2] * 40_000} for serial in range(3)]])
-        assert held(corpus) == before
-        assert corpus.add(records(90)).documents == 1
-        assert corpus.verify() == []
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
+    corpus = Corpus(small_disk("256k") / "corpus")
+    corpus.add(records(*range(30)), vocab_size=VOCABULARY)
+    before = held(corpus)
+    with pytest.raises(OSError, match="No space left"):
+        corpus.add([[{"ids": [serial % 12, 1, 2] * 40_000} for serial in range(3)]])
+    assert held(corpus) == before
+    assert corpus.add(records(90)).documents == 1
+    assert corpus.verify() == []

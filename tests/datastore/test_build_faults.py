@@ -4,7 +4,6 @@ Afterwards the old file or the new one is there, whole; an error has left no tem
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,17 +69,6 @@ for call, name in enumerate(calls):
     assert whole() == (5 if kind == "build" else 1)
 print(failed)
 """
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("gcc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("needs gcc and a system that preloads libraries")
-    library = tmp_path_factory.mktemp("shim") / "fault.so"
-    source = Path(__file__).with_name("fault.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return library
 
 
 def run(shim: Path, folder: Path, kind: str, code: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,24 +124,17 @@ def test_a_failing_write_is_an_error_and_leaves_no_file(tmp_path: Path, limit: i
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=False).returncode:
-        pytest.skip("this system does not let root mount a small disk")
-    try:
-        path = tmp_path / "store"
-        with (
-            pytest.raises(OSError, match="No space left") as raised,
-            DatastoreBuilder(path, vocab_size=1000) as builder,
-        ):
-            builder.add(np.random.default_rng(0).integers(0, 1000, TOKENS))
-        assert raised.value.errno == errno.ENOSPC
-        assert raised.value.filename == str(path)
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
+def test_a_full_disk_is_an_error_and_leaves_no_file(small_disk: Callable[[str], Path]) -> None:
+    folder = small_disk("1m")
+    path = folder / "store"
+    with (
+        pytest.raises(OSError, match="No space left") as raised,
+        DatastoreBuilder(path, vocab_size=1000) as builder,
+    ):
+        builder.add(np.random.default_rng(0).integers(0, 1000, TOKENS))
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.filename == str(path)
+    assert list(folder.iterdir()) == []
 
 
 def test_finishing_syncs_the_file_before_the_rename_and_the_folder_after(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from sssd import Datastore, Drafter
+from sssd.corpus import Corpus
 from sssd.datastore import build as build_datastore
 from sssd.errors import CorpusError, EmptyCorpusError, InvalidArgumentError
 from sssd.sharing import MAX_RECORD_BYTES, Replica
@@ -142,7 +143,7 @@ def test_bad_rows_are_named_and_nothing_is_returned(tmp_path):
 
 
 def test_a_corpus_takes_all_segments_or_none(tmp_path):
-    corpus = pytest.importorskip("sssd.corpus", reason="needs sssd.corpus").Corpus(tmp_path)
+    corpus = Corpus(tmp_path)
     dataset = ray.data.from_items(words(103))
     added = build(dataset, tmp_path, shards=6, vocab_size=100, source="today", merge=False)
     assert (added.documents, len(corpus.manifest.segments)) == (103, 6)

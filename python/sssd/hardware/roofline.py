@@ -95,6 +95,12 @@ DEVICES = {
 }
 """Data sheets (SXM parts, dense bfloat16), times the share of them that was seen in practice."""
 
+
+def known_device(name: str) -> Device | None:
+    """The data sheet of a device by the name that it has for its system, None if there is none."""
+    return next((device for known, device in DEVICES.items() if name.startswith(known)), None)
+
+
 LLAMA_3_8B = ModelShape("Llama-3-8B", 7.505e9, 32, 32, 8, 128)
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -23,6 +23,7 @@ from transformers.generation import (
     GenerationMode,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.generation import logits_process as processors
@@ -118,6 +119,18 @@ class Call:
     synced_gpus: bool = False
     mode_inputs: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def end_ids(self) -> set[int]:
+        """Tokens that end a row."""
+        ends = (criterion for criterion in self.criteria if type(criterion) is EosTokenCriteria)
+        return {token for criterion in ends for token in criterion.eos_token_id.tolist()}
+
+    @property
+    def other_criteria(self) -> StoppingCriteriaList:
+        """What ends rows beside end tokens and the length."""
+        plain = (EosTokenCriteria, MaxLengthCriteria)
+        return StoppingCriteriaList(one for one in self.criteria if type(one) not in plain)
 
     @property
     def mode(self) -> GenerationMode:

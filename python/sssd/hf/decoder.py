@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 from sssd._core import Datastore, DraftBatch, Drafter, DraftTree, Pace, Sequence, SizingRule
 from sssd.errors import BatchError
@@ -66,18 +65,9 @@ class Decoder:
         returned = self.config.return_dict_in_generate
         self.record_scores = bool(returned and self.config.output_scores)
         self.record_logits = bool(returned and self.config.output_logits)
-        self.criteria = StoppingCriteriaList(
-            criterion
-            for criterion in call.criteria
-            if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
-        )
+        self.criteria = call.other_criteria
         self.max_length = call.criteria.max_length
-        self.end_ids = {
-            token
-            for criterion in call.criteria
-            if type(criterion) is EosTokenCriteria
-            for token in criterion.eos_token_id.tolist()
-        }
+        self.end_ids = call.end_ids
         # Without an end token, transformers lets a stopped row run on until the last one stops.
         self.rows_end_alone = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
         self.picks_alone = (

@@ -20,7 +20,7 @@ from platformdirs import user_cache_path
 from sssd._core import DraftBatch, DraftTree, SizingRule
 from sssd.errors import CostCurveError, InvalidArgumentError
 from sssd.hardware.curve import CostCurve, DraftCost
-from sssd.hardware.roofline import DEVICES, Device, ModelShape, roofline
+from sssd.hardware.roofline import DEVICES, Device, ModelShape, known_device, roofline
 from sssd.hf.contract import cache_argument, check_model
 from sssd.hf.fast import available_bytes
 from sssd.hf.passes import STATIC_DEVICES, Passes
@@ -262,7 +262,7 @@ def rule_of(model: Any, passes: Passes) -> SizingRule:
 def estimate(model: Any, passes: Passes) -> CostCurve:
     """A roofline of the model on its device, for want of measurements."""
     name = _device_name(model)
-    device = next((figures for known, figures in DEVICES.items() if name.startswith(known)), None)
+    device = known_device(name)
     if device is None:
         device = DEVICES["cpu"] if model.device.type == "cpu" else Device(name, 100e12, 1e12, 100.0)
     curve = roofline(device, ModelShape.of(model), packed=False, draft=_DRAFT)

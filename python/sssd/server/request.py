@@ -6,7 +6,6 @@ from time import monotonic
 from typing import Any
 
 import torch
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from sssd._core import Sequence
 from sssd.hf.contract import Call
@@ -141,17 +140,8 @@ class Running:
         self.finish: str | None = None
         self.first = 0.0
         self.max_length = call.criteria.max_length
-        self.end_ids = {
-            token
-            for criterion in call.criteria
-            if type(criterion) is EosTokenCriteria
-            for token in criterion.eos_token_id.tolist()
-        }
-        self._others = [
-            criterion
-            for criterion in call.criteria
-            if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
-        ]
+        self.end_ids = call.end_ids
+        self._others = call.other_criteria
         self._picks = bool(call.processors) or call.config.do_sample
         self._generator: Any = None
         if call.config.do_sample:

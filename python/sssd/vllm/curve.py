@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from sssd.hardware import CostCurve
-from sssd.hardware.roofline import DEVICES, ModelShape, roofline
+from sssd.hardware.roofline import DEVICES, Device, ModelShape, known_device, roofline
 
 logger = logging.getLogger("vllm.sssd")
 
@@ -47,12 +47,10 @@ def _shape(runner: Any) -> ModelShape:
     )
 
 
-def _device(runner: Any) -> Any:
+def _device(runner: Any) -> Device:
     """The data sheet that fits best; a fast GPU if none does."""
     if getattr(getattr(runner, "device", None), "type", "cpu") == "cpu":
         return DEVICES["cpu"]
     import torch
 
-    name = torch.cuda.get_device_name(runner.device)
-    found = [device for known, device in DEVICES.items() if known.removeprefix("NVIDIA ") in name]
-    return found[0] if found else DEVICES["NVIDIA A100"]
+    return known_device(torch.cuda.get_device_name(runner.device)) or DEVICES["NVIDIA A100"]

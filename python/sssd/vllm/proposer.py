@@ -8,20 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sssd._core import Datastore, DraftBatch, SizingRule
 from sssd.errors import BatchError
-from sssd.options import Options
+from sssd.options import MOST_PREDICTED, Options, request_options
 from sssd.requests import Requests
 from sssd.vllm.curve import first_curve
 from sssd.vllm.metrics import EVERY, Counts, Metrics
 
 logger = logging.getLogger("vllm.sssd")
-
-MOST_PREDICTED = 1 << 20
-"""Characters or tokens of a prediction that are looked at."""
-_MOST_NAME = 256
 
 
 class Proposer:
@@ -128,7 +122,6 @@ class Proposer:
             self._observe(step, sampled, lengths, now)
         ids: list[str | None] = [None] * len(sampled)
         rows = [table[place, :0] for place in range(len(sampled))]
-        prompts = [0] * len(sampled)
         for place, tokens in enumerate(sampled):
             length = int(lengths[place])
             if not tokens or length + 1 >= self._max_length:
@@ -137,8 +130,8 @@ class Proposer:
             if name not in self.requests and _extra(states.get(name)).get("sssd_off"):
                 continue
             ids[place], rows[place] = name, table[place, :length]
-            prompts[place] = step.prompts[place] if step else length
         self.counts.ended += len(ended)
+        prompts = step.prompts if step else lengths
         batch = self._draft(ids, rows, prompts, ended, states)
         if batch is None:
             return
@@ -152,7 +145,7 @@ class Proposer:
         self,
         ids: list[str | None],
         rows: list[Any],
-        prompts: list[int],
+        prompts: Any,
         ended: list[str],
         states: Mapping[str, Any],
     ) -> DraftBatch | None:
@@ -183,18 +176,17 @@ class Proposer:
         """Tells the rule what the pass that is over has cost, and what it brought."""
         if self._rule is None:
             self._rule = SizingRule(first_curve(self.options.curve, step.runner), max_nodes=self.k)
-        requests, nodes, tokens, context = 0, 0, 0, 0
+        requests, nodes, longest, tokens, context = 0, 0, 0, 0, 0
         for place, produced in enumerate(sampled):
             drafted = step.drafted(place)
+            longest = max(longest, drafted)
             if produced and step.scheduled(place) == 1 + drafted:
                 requests, nodes, tokens = requests + 1, nodes + drafted, tokens + len(produced)
                 context += int(lengths[place])
         if requests:
-            packed = self._rule.curve.packed
-            longest = max((step.drafted(place) for place in range(len(sampled))), default=0)
             self._rule.observe(
                 batch=requests,
-                size=nodes if packed else longest,
+                size=nodes if self._rule.curve.packed else longest,
                 context=context / requests,
                 seconds=None if step.started is None else now - step.started,
                 tokens=tokens,
@@ -206,12 +198,10 @@ class Proposer:
         """What a request that has not been seen is begun with."""
         extra, params = _extra(state), getattr(state, "sampling_params", None)
         adapter = getattr(state, "lora_request", None)
-        namespace = extra.get("sssd_namespace", adapter.lora_name if adapter else "")
-        options: dict[str, Any] = {
-            "namespace": str(namespace)[:_MOST_NAME],
-            "prediction": self._prediction(extra.get("sssd_prediction")),
-            "max_length": self._max_length,
-        }
+        if isinstance(text := extra.get("sssd_prediction"), str):
+            extra = {**extra, "sssd_prediction": self._tokens(text)}
+        options = request_options(extra, adapter.lora_name if adapter else "")
+        options["max_length"] = self._max_length
         prompt, most = getattr(state, "num_prompt_tokens", None), getattr(params, "max_tokens", None)
         if prompt is not None and most is not None:
             options["max_length"] = min(self._max_length, int(prompt) + int(most))
@@ -222,18 +212,15 @@ class Proposer:
             options["end_token_ids"] = sorted(token for token in own if 0 <= token < self._vocab_size)[:256]
         return options
 
-    def _prediction(self, prediction: Any) -> Any:
-        """The tokens of a prediction; None where it is nothing that could be one."""
+    def _tokens(self, prediction: str) -> list[int]:
+        """The tokens of a prediction; none where they cannot be had."""
         try:
-            if isinstance(prediction, str):
-                text = prediction[:MOST_PREDICTED]
-                return self._tokenizer(text, add_special_tokens=False)["input_ids"] or None
-            if isinstance(prediction, list | tuple) and prediction:
-                ids = np.asarray(prediction[:MOST_PREDICTED])
-                return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None
+            found = self._tokenizer(prediction[:MOST_PREDICTED], add_special_tokens=False)
+            ids: list[int] = found["input_ids"]
         except Exception as problem:
             logger.warning("sssd: a prediction is left out: %s", problem)
-        return None
+            return []
+        return ids
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -251,7 +238,8 @@ class Proposer:
             return None
         from sssd.datastore import check_tokenizer
 
-        store = Datastore.open([Path(path) for path in ([held] if isinstance(held, str) else held)])
+        paths = [Path(path) for path in ([held] if isinstance(held, str) else held)]
+        store = Datastore.open(paths)
         if any(file.fingerprint is not None for file in store.info.files):
             check_tokenizer(store, self._tokenizer)
         return store
@@ -284,8 +272,9 @@ class _Step:
         return names
 
     @property
-    def prompts(self) -> list[int]:
-        return [int(count) for count in self.runner.input_batch.num_prompt_tokens[: len(self.names)]]
+    def prompts(self) -> Any:
+        """Tokens of each row that are its prompt, integers [rows or more]."""
+        return self.runner.input_batch.num_prompt_tokens
 
     @property
     def total(self) -> int:

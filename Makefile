@@ -23,7 +23,7 @@ help: ## show the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: demo
-demo: install ## decode real prompts with and without sssd, token by token
+demo: install ## decode real prompts with and without sssd, side by side
 	$(BIN)/python -m sssd demo
 
 # Tests of models keep one core busy each, and measure nothing: two run side by side.

@@ -137,6 +137,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_empty_draft_has_one_reason() {
+        for (allowed, found, priced, why) in [
+            ((4, 4), None, false, Undrafted::Indexing),
+            ((0, 0), None, true, Undrafted::Indexing),
+            ((0, 0), Some(0), false, Undrafted::Budget),
+            ((4, 0), Some(0), false, Undrafted::Budget),
+            ((4, 4), Some(3), false, Undrafted::Budget),
+            ((4, 0), Some(0), true, Undrafted::Unprofitable),
+            ((4, 4), Some(3), true, Undrafted::Unprofitable),
+            ((4, 4), Some(0), true, Undrafted::NoMatch),
+        ] {
+            assert_eq!(Undrafted::why(allowed, found, priced), why, "{allowed:?} {found:?} {priced}");
+        }
+        assert!(Undrafted::ALL.iter().enumerate().all(|(at, &why)| why as usize == at));
+    }
+
+    #[test]
     fn values_are_counted_by_powers_of_two() {
         let histogram = Histogram::default();
         for value in [0, 1, 2, 3, 4, u64::MAX >> 1] {

@@ -55,7 +55,8 @@ debug: install ## run the tests of the extension on a debug build, which checks 
 		--ignore tests/datastore/test_build_faults.py --ignore tests/serving/test_faults.py \
 		--ignore tests/serving/test_gil.py --ignore tests/sharing \
 		--ignore tests/test_extras.py --ignore tests/test_site.py --ignore tests/test_report.py \
-		--ignore tests/test_pictures.py --ignore tests/test_doctor.py --ignore tests/engines
+		--ignore tests/test_pictures.py --ignore tests/test_doctor.py --ignore tests/test_table.py \
+		--ignore tests/engines
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything

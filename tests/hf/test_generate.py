@@ -288,6 +288,32 @@ def test_streamers_get_what_the_model_would_send(model, batch, custom_generate):
     assert mine.events == theirs.events
 
 
+class Told(Streamed):
+    """A streamer that wants to know what had been drafted."""
+
+    def put_output(self, value, accepted):
+        self.put(value)
+        self.accepted = [*getattr(self, "accepted", ()), accepted]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("custom_generate", [False, True])
+def test_streamers_that_ask_are_told_what_had_been_drafted(model, batch, custom_generate):
+    ids, mask = (PROMPT, None) if batch == 1 else (BATCH, BATCH_MASK)
+    options = {**GREEDY, **({} if mask is None else {"attention_mask": mask})}
+    drafter = scripted(plain(model, ids, **({} if mask is None else {"attention_mask": mask})), mask)
+    told = Told()
+    options |= {"streamer": told, "drafter": drafter, "max_nodes": 8, "return_dict_in_generate": True}
+    if custom_generate:
+        result = model.generate(ids, custom_generate=hf.generate, **options)
+    else:
+        result = hf.generate(model, ids, **options)
+    assert told.accepted == result.accepted_mask.T.tolist()
+    assert any(map(any, told.accepted))
+    output = result.sequences[:, ids.shape[1] :].T.tolist()
+    assert told.events == [ids.tolist(), *output, "end"]
+
+
 def test_tokens_are_streamed_in_the_step_that_accepts_them(model):
     drafter, streamer = scripted(plain(model, PROMPT)), Streamed()
     draft = drafter.draft

@@ -1,6 +1,7 @@
 """The ``openai`` client's own calls against the server: every text is that of ``model.generate``."""
 
 import json
+import re
 import urllib.request
 
 import openai
@@ -214,6 +215,6 @@ def test_the_page_and_what_is_asked_about_the_server(address):
     pytest.importorskip("prometheus_client")
     with urllib.request.urlopen(f"{address}/metrics") as answer:
         text = answer.read().decode()
-    assert 'sssd_server_requests_total{outcome="length"}' in text
+    assert re.search(r'sssd_server_requests_total{model="[^"]+",outcome="length"}', text)
     assert "sssd_server_output_tokens_total" in text
     assert "sssd_accepted_bucket" in text

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from sssd.server.text import Piece, TextStream
+from sssd.hf.text import Piece, TextStream
 
 
 def by_bytes():

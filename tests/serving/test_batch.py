@@ -263,20 +263,6 @@ def test_what_is_done_is_counted():
     assert 0 < metrics["batch_seconds"]["sum"] < 60
 
 
-def test_prometheus_reads_the_counts():
-    client = pytest.importorskip("prometheus_client")
-    from sssd.metrics import Collector
-
-    drafter = private()
-    drafter.step(begin(drafter, 4), [1, 2, 3, 4], range(5), 8)
-    registry = client.CollectorRegistry()
-    registry.register(Collector(drafter))
-    text = client.generate_latest(registry).decode()
-    assert "sssd_begun_total 4.0" in text
-    assert 'sssd_batch_sequences_bucket{le="+Inf"} 1.0' in text
-    assert 'sssd_source_drafted_total{source="' in text
-
-
 def test_one_batch_object_serves_one_batch_at_a_time():
     drafter, out = private(), DraftBatch(4, 64)
     sequences = [begin(drafter, 4) for _ in range(4)]

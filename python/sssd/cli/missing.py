@@ -9,6 +9,7 @@ EXTRAS = {
     "fsspec": "corpus",
     "backports": "corpus",
     "prometheus_client": "prometheus",
+    "opentelemetry": "opentelemetry",
     "torch": "hf",
     "transformers": "hf",
     "gguf": "hf",

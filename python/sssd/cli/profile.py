@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sssd.cli.generate import prepare_torch
+from sssd.cli.decoding import prepare_torch
 from sssd.cli.output import progress_bar, show, status
 
 _MOST = 1_000_000

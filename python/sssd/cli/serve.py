@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sssd.cli.arguments import add_any_tokenizer_argument, at_least, open_datastore
-from sssd.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from sssd.server import Engine
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal comes."""
     import uvicorn
 
-    from sssd.cli.generate import prepare_torch
+    from sssd.cli.decoding import prepare_torch
 
     prepare_torch()
     from sssd.server import Settings, create_app
@@ -139,22 +138,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> "tuple[Engine, Any]":
     """The engine over the model, and the tokenizer."""
-    from transformers import AutoTokenizer
-
+    from sssd.cli.decoding import load_tokenizer
     from sssd.hf.profile import load_model
     from sssd.server import Engine
 
     model = load_model(arguments.model, arguments.dtype, arguments.device)
-    folder = arguments.model
-    if folder == "smollm2":
-        from sssd.hf import smollm2
-
-        folder = smollm2.folder()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidArgumentError(f"{folder} holds no tokenizer that can be loaded: {reason}") from None
+    tokenizer = load_tokenizer(arguments.model)
     engine = Engine(
         model,
         tokenizer,

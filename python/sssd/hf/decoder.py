@@ -439,8 +439,9 @@ class Decoder:
             return
         running = [len(row.tokens) for row in self.rows if not self._ended(row)]
         end = min(running) if running else self._new_tokens()
-        for column in self._columns(self.streamed, end).unbind(1):
-            self.streamer.put(column)
+        for place, column in enumerate(self._columns(self.streamed, end).unbind(1), self.streamed):
+            drafted = [place < len(row.tokens) and row.drafted_tokens[place] for row in self.rows]
+            self.streamer.put_output(column, drafted)
         self.streamed = max(end, self.streamed)
         if not running:
             self.streamer.end()

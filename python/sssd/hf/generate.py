@@ -132,7 +132,9 @@ def generate(
         generation_config: As in ``model.generate``.
         logits_processor: As in ``model.generate``. Called on the walk only, with each token's own prefix.
         stopping_criteria: As in ``model.generate``. Evaluated after every token; nothing follows a stop.
-        streamer: As in ``model.generate``: one ``put`` per token, and ``end`` whatever happens.
+        streamer: As in ``model.generate``: one ``put`` per token, and ``end`` whatever happens. One with a
+            method ``put_output(token_ids, accepted)`` is given verified output by that: int64 [B], and a list
+            of B that says which had been drafted.
         **kwargs: Everything else that ``model.generate`` takes.
 
     Returns:
@@ -190,6 +192,13 @@ class _Stream:
 
     def put(self, value: Any) -> None:
         self.streamer.put(value)
+
+    def put_output(self, value: Any, accepted: list[bool]) -> None:
+        put = getattr(self.streamer, "put_output", None)
+        if put is None:
+            self.streamer.put(value)
+        else:
+            put(value, accepted)
 
     def end(self) -> None:
         self.ended = True

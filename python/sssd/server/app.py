@@ -132,7 +132,7 @@ class _Server:
         except ModuleNotFoundError:
             message = "metrics need prometheus-client: pip install 'sssd[prometheus]'"
             raise ApiError(501, message, code="not_installed") from None
-        body, kind = await asyncio.to_thread(render, self.engine)
+        body, kind = await asyncio.to_thread(render, self.engine, self.settings.model_name)
         return Response(body, media_type=kind)
 
     async def models(self, request: HttpRequest) -> Response:

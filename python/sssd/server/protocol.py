@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sssd.hf.text import Piece
 from sssd.server.errors import bad_request
 from sssd.server.request import Usage
-from sssd.server.text import Piece
 
 _HARMLESS = {
     "metadata",

@@ -9,8 +9,8 @@ import torch
 
 from sssd._core import Sequence
 from sssd.hf.contract import Call
+from sssd.hf.text import Piece, TextStream
 from sssd.server.errors import ApiError
-from sssd.server.text import Piece, TextStream
 
 _LEAST = -9999.0
 """The log probability of what cannot be."""

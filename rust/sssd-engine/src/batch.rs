@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK, make_room};
 
+use crate::metrics::Undrafted;
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
 use crate::sizing::{Allocation, Pace, Sizing};
@@ -98,6 +99,8 @@ struct Slot {
     tree_bytes: usize,
     /// The draft that `tree` is a copy of.
     draft: u64,
+    /// Nodes that the caller allowed.
+    allowed: usize,
     /// Nodes that it was to grow to.
     target: usize,
     /// Nodes that it was given.
@@ -202,6 +205,17 @@ impl Work {
         self.slots().filter_map(|slot| lock(slot).outcome)
     }
 
+    /// Why the requests without a draft have none, if drafts were asked for.
+    pub(crate) fn undrafted(&self) -> impl Iterator<Item = Undrafted> {
+        let slots = self.slots().zip(&self.plans).filter(|_| self.draft);
+        slots.filter_map(|(slot, plan)| {
+            let slot = lock(slot);
+            let found = slot.drafted.map(|(nodes, _)| nodes);
+            (slot.tree.is_empty() && slot.failure.is_none())
+                .then(|| Undrafted::why((slot.allowed, plan.limits.max_nodes), found, self.sizing.is_some()))
+        })
+    }
+
     /// Bytes of its buffers.
     pub(crate) fn memory_bytes(&self) -> usize {
         fn bytes<T>(items: &Vec<T>) -> usize {
@@ -225,10 +239,11 @@ impl Work {
         while self.slots.len() < self.requests.len() {
             self.slots.push(Mutex::default());
         }
-        for slot in &mut self.slots[..self.requests.len()] {
+        for (item, slot) in self.slots[..self.requests.len()].iter_mut().enumerate() {
             let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
             slot.tree.clear();
             (slot.failure, slot.outcome, slot.nodes, slot.drafted) = (None, None, 0, None);
+            slot.allowed = self.plans.get(item).map_or(0, |plan| plan.limits.max_nodes);
         }
         self.stage = Stage::First;
         self.todo.clear();

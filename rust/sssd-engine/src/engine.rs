@@ -10,7 +10,7 @@ use sssd_core::{
 };
 
 use crate::batch::Step;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Undrafted};
 use crate::request::{Interrupted, PIECE, Request, RequestError};
 use crate::sizing::{Allocation, Sizing};
 use crate::state::{Identity, Record, StateError, StateReader, StateWriter};
@@ -409,6 +409,7 @@ impl Engine {
     ) -> Result<DraftTree, RequestError> {
         let start = Instant::now();
         let ruled = matches!(sizing, Some(Sizing::Rule(_)));
+        let (allowed, mut found) = (limits.max_nodes, None);
         let mut pace = if ruled { *request.pace() } else { None };
         if let Some(sizing) = sizing {
             sizing.begin_step(std::iter::once((&mut limits, &mut pace)));
@@ -416,6 +417,7 @@ impl Engine {
         self.common.look_at_store();
         let drafted = request.with_ready(|sequence| {
             sequence.start_draft(limits, limits.max_nodes);
+            found = Some(sequence.tree().len());
             let Some(sizing) = sizing else { return sequence.end_draft(limits.max_nodes).clone() };
             let mut trees = Allocation::default();
             trees.push(&sequence.tree().probs);
@@ -427,6 +429,9 @@ impl Engine {
             *request.pace() = pace;
         }
         let tree = self.noted(drafted)?.unwrap_or_default();
+        if tree.is_empty() {
+            self.metrics.empty_draft(Undrafted::why((allowed, limits.max_nodes), found, sizing.is_some()));
+        }
         Metrics::time(&self.metrics.draft_ns, start.elapsed());
         Ok(tree)
     }
@@ -455,6 +460,7 @@ impl Engine {
             Metrics::count(&self.metrics.tokens, work.tokens.len() as u64);
             self.metrics.outcomes(work.outcomes());
         }
+        work.undrafted().for_each(|why| self.metrics.empty_draft(why));
         let failed = work.failures().filter(|failure| matches!(failure.error, RequestError::Failed(_)));
         Metrics::count(&self.metrics.failed, failed.count() as u64);
     }

@@ -18,7 +18,7 @@ mod thread_pool;
 
 pub use batch::{Drafted, Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
-pub use metrics::{Histogram, Metrics};
+pub use metrics::{Histogram, Metrics, Undrafted};
 pub use request::{Interrupted, PIECE, Request, RequestError, panic_reason, shared_prefix};
 pub use sizing::{
     Allocation, CostCurve, CostError, CurveError, DraftCost, Layout, Pace, PassCosts, RuleOptions, Sizing,

@@ -40,6 +40,48 @@ impl Histogram {
     }
 }
 
+/// Why a request that was asked for a draft got an empty one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Undrafted {
+    /// The caller allowed no node, or all went to other requests.
+    Budget,
+    /// By the rule or the costs no node pays.
+    Unprofitable,
+    /// Its prompt is still being read in the background.
+    Indexing,
+    /// No source knew a continuation, or the text is over.
+    NoMatch,
+}
+
+impl Undrafted {
+    /// All of them, in the order of [`Metrics::undrafted`].
+    pub const ALL: [Self; 4] = [Self::Budget, Self::Unprofitable, Self::Indexing, Self::NoMatch];
+
+    /// Its name for those who read counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Budget => "budget",
+            Self::Unprofitable => "unprofitable",
+            Self::Indexing => "indexing",
+            Self::NoMatch => "no_match",
+        }
+    }
+
+    /// Why nothing was drafted although no error was met.
+    ///
+    /// `allowed` are the nodes that the caller allowed, and those that the rule left of them; `found` those that were there
+    /// before the draft was cut, if the prompt was read; `priced` whether a rule or costs have cut it.
+    pub(crate) fn why(allowed: (usize, usize), found: Option<usize>, priced: bool) -> Self {
+        match (allowed, found) {
+            (_, None) => Self::Indexing,
+            ((0, _), _) => Self::Budget,
+            ((_, 1..), Some(0)) => Self::NoMatch,
+            _ if priced => Self::Unprofitable,
+            _ => Self::Budget,
+        }
+    }
+}
+
 /// What a drafter has done.
 #[derive(Debug, Default)]
 pub struct Metrics {
@@ -61,6 +103,8 @@ pub struct Metrics {
     pub step_ns: Histogram,
     /// Requests of each batch call.
     pub batch: Histogram,
+    /// Empty drafts, in the order of [`Undrafted::ALL`].
+    pub undrafted: [AtomicU64; Undrafted::ALL.len()],
 }
 
 impl Metrics {
@@ -77,6 +121,11 @@ impl Metrics {
         }
     }
 
+    /// Counts a draft that is empty.
+    pub(crate) fn empty_draft(&self, why: Undrafted) {
+        Self::count(&self.undrafted[why as usize], 1);
+    }
+
     /// Adds a time.
     pub fn time(histogram: &Histogram, time: Duration) {
         histogram.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
@@ -86,6 +135,23 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_empty_draft_has_one_reason() {
+        for (allowed, found, priced, why) in [
+            ((4, 4), None, false, Undrafted::Indexing),
+            ((0, 0), None, true, Undrafted::Indexing),
+            ((0, 0), Some(0), false, Undrafted::Budget),
+            ((4, 0), Some(0), false, Undrafted::Budget),
+            ((4, 4), Some(3), false, Undrafted::Budget),
+            ((4, 0), Some(0), true, Undrafted::Unprofitable),
+            ((4, 4), Some(3), true, Undrafted::Unprofitable),
+            ((4, 4), Some(0), true, Undrafted::NoMatch),
+        ] {
+            assert_eq!(Undrafted::why(allowed, found, priced), why, "{allowed:?} {found:?} {priced}");
+        }
+        assert!(Undrafted::ALL.iter().enumerate().all(|(at, &why)| why as usize == at));
+    }
 
     #[test]
     fn values_are_counted_by_powers_of_two() {

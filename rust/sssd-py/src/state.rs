@@ -8,7 +8,7 @@ use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use sssd_core::MemoryFull;
-use sssd_engine::{Histogram, Interrupted, StateError, StateReader};
+use sssd_engine::{Histogram, Interrupted, StateError, StateReader, Undrafted};
 
 use crate::boundary::{self as argument, LONG, call, call_long, memory_full, request_error};
 use crate::datastore::PyDatastoreBuilder;
@@ -42,10 +42,13 @@ impl PyDrafter {
     /// Counters and histograms since the drafter was made, as plain numbers.
     ///
     /// Counters: ``begun``, ``finished``, ``failed`` sequences; ``tokens`` appended. ``datastore_lost``: 1 if a file of the
-    /// mapped datastore was changed in place, so that drafts go without the store, else 0. Histograms, each ``{"bounds":
-    /// [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is known, and how many were
-    /// ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and ``batch_sequences`` of each batch call.
-    /// ``counts[i]`` values are at most ``bounds[i]`` and above the bound before; the last bound is infinite.
+    /// mapped datastore was changed in place, so that drafts go without the store, else 0. ``undrafted``: empty drafts by
+    /// reason: ``budget`` (no node was allowed, or all went to others), ``unprofitable`` (by the rule or the costs),
+    /// ``indexing`` (a prompt is read in the background), ``no_match`` (no continuation was known, or the text is over).
+    /// Histograms, each ``{"bounds": [...], "counts": [...], "sum": number}``: ``nodes`` of each draft whose outcome is
+    /// known, and how many were ``accepted``; ``draft_seconds`` of each single draft; ``batch_seconds`` and
+    /// ``batch_sequences`` of each batch call. ``counts[i]`` values are at most ``bounds[i]`` and above the bound before;
+    /// bounds are always the same, the last one is infinite.
     ///
     /// A name for an exporter: ``sssd.metrics``.
     #[getter]
@@ -62,6 +65,11 @@ impl PyDrafter {
             "datastore_lost",
             py.detach(|| u64::from(store.is_some_and(|store| !store.is_readable()))),
         )?;
+        let undrafted = PyDict::new(py);
+        for (why, counter) in Undrafted::ALL.iter().zip(&metrics.undrafted) {
+            undrafted.set_item(why.name(), count(counter))?;
+        }
+        out.set_item("undrafted", undrafted)?;
         out.set_item("nodes", histogram(py, &metrics.nodes, 1.0)?)?;
         out.set_item("accepted", histogram(py, &metrics.accepted, 1.0)?)?;
         out.set_item("draft_seconds", histogram(py, &metrics.draft_ns, 1e9)?)?;
@@ -250,16 +258,12 @@ impl From<MemoryFull> for Freeze {
 
 fn histogram<'py>(py: Python<'py>, histogram: &Histogram, unit: f64) -> PyResult<Bound<'py, PyDict>> {
     let (counts, sum) = histogram.read();
-    let used = counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1);
-    // bucket i holds values below 2^i
-    let bound = |at: usize| ((1u64 << at) - 1) as f64 / unit;
-    let bounds = PyList::new(py, (0..used).map(bound))?;
-    bounds.append(f64::INFINITY)?;
-    let counts = PyList::new(py, &counts[..used])?;
-    counts.append(0)?;
+    // bucket i holds values below 2^i, the last one all others
+    let last = Histogram::BUCKETS - 1;
+    let bound = |at: usize| if at < last { ((1u64 << at) - 1) as f64 / unit } else { f64::INFINITY };
     let out = PyDict::new(py);
-    out.set_item("bounds", bounds)?;
-    out.set_item("counts", counts)?;
+    out.set_item("bounds", PyList::new(py, (0..=last).map(bound))?)?;
+    out.set_item("counts", PyList::new(py, counts)?)?;
     out.set_item("sum", sum as f64 / unit)?;
     Ok(out)
 }

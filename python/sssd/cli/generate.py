@@ -16,8 +16,10 @@ from rich.text import Text
 
 from sssd import SssdError
 from sssd._core import Datastore
-from sssd.cli.arguments import add_any_tokenizer_argument, at_least, open_datastore
+from sssd.cli.arguments import add_datastore_arguments, at_least, open_datastore
+from sssd.cli.output import status
 from sssd.errors import InvalidArgumentError
+from sssd.mini import MINI, is_installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="weight dtype, e.g. float32 or bfloat16 (default: the folder's)"
     )
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
-    parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
-    )
-    add_any_tokenizer_argument(parser)
+    add_datastore_arguments(parser, "mini, if sssd[mini] is installed")
     add_generation_arguments(parser)
 
 
@@ -88,12 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_new_tokens,
         arguments.max_nodes,
         arguments.compare,
-        open_datastore(arguments.datastore, tokenizer, arguments.any_tokenizer),
+        _datastore(arguments, tokenizer),
     )
     console = Console()
     console.print(outcome.text())
     console.print(table([outcome]))
     return report_differences([outcome], tokenizer.decode, console)
+
+
+def _datastore(arguments: argparse.Namespace, tokenizer: Any) -> Datastore | None:
+    names = arguments.datastore
+    if names is None and is_installed():
+        with status(Console(stderr=True), "the mini store (tokenized the first time, which takes seconds)"):
+            return open_datastore([MINI], tokenizer, arguments.any_tokenizer)
+    return open_datastore(names, tokenizer, arguments.any_tokenizer)
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

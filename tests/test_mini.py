@@ -11,13 +11,14 @@ import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 
 import pytest
 
 from sssd import Datastore, DatastoreBuilder, Drafter, mini
 from sssd.cli import main
-from sssd.errors import InvalidArgumentError, UsageError
+from sssd.errors import InvalidArgumentError, OutputError
 from sssd.mini import attach, build_mini, mini_store
 from sssd.options import Options
 from sssd.reading import tokenizer_fingerprint
@@ -50,6 +51,7 @@ def tokenizer(tmp_path):
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     path = tmp_path / "tokenizer.json"
     made.save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "w40"}')
     return path
 
 
@@ -73,8 +75,8 @@ def drafts(sequence):
 
 def test_a_store_is_built_once_for_a_tokenizer(texts, tokenizer, made):
     path = mini_store(tokenizer)
-    assert contents(path) == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
-    assert mini_store(tokenizers.Tokenizer.from_file(str(tokenizer))) == path
+    assert contents(path) == [[1, 2, 3, 4, 5, 6, 40], [7, 8, 9, 10, 11, 40]]
+    assert mini_store(tokenizer.parent) == path
     assert made == [path]
     other = tokenizers.Tokenizer.from_file(str(tokenizer))
     other.add_tokens(["more"])
@@ -82,6 +84,8 @@ def test_a_store_is_built_once_for_a_tokenizer(texts, tokenizer, made):
     texts.DIGEST = "1" * 64  # another release of the text
     assert mini_store(tokenizer) != path
     assert len(made) == 3
+    unended = mini_store(tokenizers.Tokenizer.from_file(str(tokenizer)))
+    assert contents(unended) == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
 
 
 def test_only_the_owner_reads_it_and_nothing_else_is_left(texts, tokenizer):
@@ -139,14 +143,16 @@ def test_two_processes_build_one(texts, tokenizer, tmp_path):
     assert said.count("tokenizing the mini store") == 1
 
 
-def test_drafts_match_it_from_when_it_is_ready(texts, tokenizer, caplog):
+def test_drafts_match_it_from_when_it_is_ready(texts, tokenizer, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "sssd.mini")
+    go, make = Event(), mini._make
+    monkeypatch.setattr(mini, "_make", lambda *arguments: (go.wait(30), make(*arguments)))
     first, second = Drafter(vocab_size=41), Drafter(vocab_size=41)
     sequence = first.begin([0, 1, 2])
     assert drafts(sequence) == []
-    waiting = [attach(one, tokenizer) for one in (first, second)]
-    for thread in filter(None, waiting):
-        thread.join()
+    (thread,) = {attach(one, tokenizer) for one in (first, second)}
+    go.set()
+    thread.join()
     assert drafts(sequence)[:2] == [3, 4]
     assert drafts(second.begin([7, 8]))[:1] == [9]
     third = Drafter(vocab_size=41)
@@ -163,10 +169,7 @@ def test_a_call_may_give_the_tokenizer(texts, tokenizer):
 
 
 def test_nobody_waits_for_it(texts, tokenizer, monkeypatch):
-    from threading import Event
-
-    go = Event()
-    make = mini._make
+    go, make = Event(), mini._make
     monkeypatch.setattr(mini, "_make", lambda *arguments: (go.wait(30), make(*arguments)))
     drafter = Drafter(vocab_size=41)
     thread = attach(drafter, tokenizer)
@@ -245,6 +248,8 @@ def test_commands_write_its_text_and_build_it(texts, tokenizer, tmp_path, capsys
     loaded = tokenizers.Tokenizer.from_file(str(tokenizer))
     built = build_mini(store, tokenizer=loaded, force=True)
     assert built.summary.tokens == 11
+    with pytest.raises(OutputError):
+        build_mini(store, tokenizer=loaded)
     with Datastore.open(store) as opened:
         assert opened.info.files[0].fingerprint == tokenizer_fingerprint(loaded)
 
@@ -267,7 +272,6 @@ def test_commands_take_it_for_a_datastore(texts, tokenizer, tmp_path, monkeypatc
     assert "--tokenizer" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main([*replay, "--datastore", "./mini"]) == 1  # a file, which is not there
-    assert issubclass(UsageError, Exception)
 
 
 class TestPackage:

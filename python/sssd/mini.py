@@ -7,7 +7,6 @@ in the background, and kept in the user's cache.
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +26,6 @@ MINI: Final = "mini"
 _WAIT_SECONDS = 120.0
 """How long one process waits for another's store, before it makes its own."""
 _LOOK_SECONDS = 0.1
-_NICE = 10
-"""Of the thread that makes a store: what the engine does goes first."""
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -61,7 +58,6 @@ def build_mini(
     output: str | os.PathLike[str],
     *,
     tokenizer: Any,
-    end_token_id: int | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -69,7 +65,8 @@ def build_mini(
     """Builds the mini store of a tokenizer.
 
     Args:
-        output, tokenizer, end_token_id, force, threads, progress: as for :func:`sssd.datastore.build`.
+        output, tokenizer, force, threads, progress: as for :func:`sssd.datastore.build`. Documents end with
+            the token that ends the model's texts, if the tokenizer, or a file beside it, says which.
 
     Raises:
         InvalidArgumentError: the package with the text is not installed, or an argument is out of range.
@@ -80,7 +77,7 @@ def build_mini(
         [records()],
         output,
         tokenizer=loaded,
-        end_token_id=end_token_id,
+        end_token_id=loaded.end_token_id,
         force=force,
         threads=threads,
         progress=progress,
@@ -100,7 +97,7 @@ def mini_store(tokenizer: Any) -> Path:
     digest = _texts().DIGEST
     loaded = load_tokenizer(tokenizer, "none")
     folder = cache_folder() / "mini"
-    path = folder / f"{loaded.fingerprints[0].hex()[:32]}-{digest[:16]}.sssd"
+    path = folder / f"{loaded.fingerprints[0].hex()[:32]}-{loaded.end_token_id}-{digest[:16]}.sssd"
     if _is_usable(path, loaded):
         return path
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,9 +152,6 @@ def _key(tokenizer: str | Path | Callable[[], Any]) -> Any:
 
 def _serve(key: Any, tokenizer: str | Path | Callable[[], Any]) -> None:
     """Makes a store, and has those who wait use it."""
-    with suppress(AttributeError, OSError):  # on Linux it is for this thread alone
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
     path = None
     try:
         path = mini_store(tokenizer() if callable(tokenizer) else tokenizer)
@@ -222,13 +216,15 @@ def _make(path: Path, tokenizer: LoadedTokenizer) -> None:
 
 
 class _OneByOne(LoadedTokenizer):
-    """Tokenizes on one thread: the others are the engine's, and a process may be forked without a warning."""
+    """Tokenizes text by text: on one thread, as the others are the engine's, and without the GIL, which only
+    calls with several texts give back.
+    """
 
     def __init__(self, tokenizer: LoadedTokenizer) -> None:
         self.__dict__.update(tokenizer.__dict__)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+        return [super(_OneByOne, self).encode_batch([text])[0] for text in texts]
 
 
 @contextmanager

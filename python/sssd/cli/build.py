@@ -15,6 +15,7 @@ from sssd.datastore import Built, build, check_output
 from sssd.errors import OutputError, UsageError
 from sssd.mini import records
 from sssd.reading.options import ReadReport, shown
+from sssd.reading.tokenizer import load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError(
             _old_order(arguments.inputs) if arguments.inputs else "give the file to write with -o"
         )
-    inputs: list[Any] = [*arguments.inputs, *([records()] if arguments.mini else [])]
+    inputs: list[Any] = list(arguments.inputs)
+    if arguments.mini:
+        inputs.append(records())
+        if arguments.tokenizer is not None and arguments.end_token is None:  # as in the cache
+            arguments.end_token = load_tokenizer(arguments.tokenizer, "none").end_token_id
     if arguments.take is not None:
         check_output(Path(arguments.output), force=arguments.force)
         inputs = [[{"input_ids": document.ids} for document in selected(arguments, inputs)]]

@@ -274,6 +274,7 @@ def test_commands_take_it_for_a_datastore(texts, tokenizer, tmp_path, monkeypatc
     assert main([*replay, "--datastore", "./mini"]) == 1  # a file, which is not there
 
 
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="an sdist has no packages")
 class TestPackage:
     """`packages/mini` itself."""
 

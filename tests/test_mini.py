@@ -90,6 +90,10 @@ def test_a_store_is_built_once_for_a_tokenizer(texts, tokenizer, made):
 
 def test_only_the_owner_reads_it_and_nothing_else_is_left(texts, tokenizer):
     path = mini_store(tokenizer)
+    path.unlink()
+    for name in (f"{path.stem}.1.tmp", f".{path.stem}.1.tmp.a.tmp"):  # of a process that was killed
+        (path.parent / name).touch()
+    assert mini_store(tokenizer) == path
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert sorted(file.suffix for file in path.parent.iterdir()) == [".lock", ".sssd"]
@@ -178,6 +182,19 @@ def test_nobody_waits_for_it(texts, tokenizer, monkeypatch):
     go.set()
     thread.join()
     assert drafter.datastore is not None
+
+
+def test_a_forked_child_makes_its_own(texts, tokenizer, monkeypatch):
+    drafter = Drafter(vocab_size=41)
+    go, make = Event(), mini._make
+    monkeypatch.setattr(mini, "_make", lambda *arguments: (go.wait(30), make(*arguments)))
+    thread = attach(drafter, tokenizer)
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a child
+    other = attach(Drafter(vocab_size=41), tokenizer)
+    assert other is not thread
+    go.set()
+    thread.join()
+    other.join()
 
 
 def test_a_datastore_stays(texts, tokenizer, tmp_path):

@@ -30,7 +30,7 @@ _LOOK_SECONDS = 0.1
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _ready: dict[Any, Path | None] = {}
-"""By tokenizer file and time of its last change: the store, None where there can be none."""
+"""By process, tokenizer file and time of its last change: the store, None where there can be none."""
 _waiting: dict[Any, tuple[threading.Thread, list[Drafter]]] = {}
 """The thread that makes a store, and the drafters that wait for it."""
 _said: set[str] = set()
@@ -85,7 +85,8 @@ def build_mini(
 
 
 def mini_store(tokenizer: Any) -> Path:
-    """The file of a tokenizer's mini store, which is built if it is not there: some ten seconds, once.
+    """The file of a tokenizer's mini store, which is built if it is not there: some ten seconds of a
+    core, once.
 
     Args:
         tokenizer: as for :func:`sssd.datastore.build`.
@@ -103,6 +104,8 @@ def mini_store(tokenizer: Any) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone(path.with_suffix(".lock")):
         if not _is_usable(path, loaded):
+            for left in folder.glob(f"*{path.stem}*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
             _make(path, loaded)
     return path
 
@@ -145,9 +148,10 @@ def _key(tokenizer: str | Path | Callable[[], Any]) -> Any:
         return id(tokenizer)
     path = Path(tokenizer)
     file = path / "tokenizer.json" if path.is_dir() else path
+    changed = 0
     with suppress(OSError):
-        return str(file), file.stat().st_mtime_ns
-    return str(file), 0
+        changed = file.stat().st_mtime_ns
+    return os.getpid(), str(file), changed  # a forked child has no thread that it could wait for
 
 
 def _serve(key: Any, tokenizer: str | Path | Callable[[], Any]) -> None:
@@ -245,4 +249,5 @@ def _alone(path: Path) -> Iterator[None]:
             time.sleep(_LOOK_SECONDS)
         yield
     finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child has the file open too
         os.close(lock)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from types import ModuleType
@@ -343,7 +344,8 @@ class TestPackage:
         recorded = gathering.Recorded(ROOT / "../shared/traces/dev")
         (planted,) = recorded_answer(gathering)
         assert recorded.shared(gathering.windows(planted.encode(), 1)).max() == 1
-        for record in mini.records():
+        step = 1 if "SSSD_FULL_TESTS" in os.environ else 16
+        for record in islice(mini.records(), 0, None, step):
             shared = recorded.shared(gathering.windows(record["text"].encode(), 1))
             assert shared.max() <= gathering.MOST_SHARED
 

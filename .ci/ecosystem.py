@@ -26,7 +26,7 @@ def requirements(which: str) -> list[str]:
     extras = {
         name: lines
         for name, lines in project["optional-dependencies"].items()
-        if name not in ("all", "demo", "docs", "redis", "ray", "serve")
+        if name not in ("all", "demo", "docs", "mini", "redis", "ray", "serve")
     }
     wanted = {*project["dependencies"], *(line for lines in extras.values() for line in lines)}
     if which == "oldest":

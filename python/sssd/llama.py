@@ -5,6 +5,8 @@ Llama(path, draft_model=sssd.llama.DraftModel(end_token_ids=[2]))
 
 import logging
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from sssd._core import Drafter, Sequence, SizingRule
 from sssd.errors import SssdError
 from sssd.hardware import CostCurve
+from sssd.mini import MINI, attach
 
 logger = logging.getLogger("llama_cpp.sssd")
 
@@ -46,7 +49,9 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
         end_token_ids: tokens that end a text.
         vocab_size: number of token ids; any if None.
         max_tokens: the longest draft.
-        datastore: as in ``Drafter``.
+        datastore: as in ``Drafter``; by default the mini store (``docs/mini.md``) of ``tokenizer``.
+        tokenizer: the model's, for the mini store alone: a tokenizer.json or its folder, or a call that loads
+            a tokenizer. There is no mini store without.
         drafter: a drafter of one's own; the arguments before are then its affair.
         learn: whether later texts learn from earlier ones.
         curve: cost of a pass by its tokens, to begin with.
@@ -68,15 +73,19 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
         end_token_ids: Any = None,
         vocab_size: int | None = None,
         max_tokens: int = 24,
-        datastore: Any = None,
+        datastore: Any = MINI,
+        tokenizer: str | Path | Callable[[], Any] | None = None,
         drafter: Drafter | None = None,
         learn: bool = True,
         curve: CostCurve | None = None,
         namespace: str = "",
     ) -> None:
+        named = None if datastore == MINI else datastore
         self.drafter = drafter or Drafter(
-            vocab_size=vocab_size, end_token_ids=end_token_ids, datastore=datastore, threads=1
+            vocab_size=vocab_size, end_token_ids=end_token_ids, datastore=named, threads=1
         )
+        if datastore == MINI and drafter is None and tokenizer is not None:
+            attach(self.drafter, tokenizer)
         self.max_tokens, self.learn, self.namespace = max_tokens, learn, namespace
         self.drafted = self.accepted = self.failed = 0
         self._rule = SizingRule(curve or linear(0.3), max_nodes=max_tokens)

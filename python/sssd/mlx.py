@@ -4,12 +4,15 @@ draft_model = sssd.mlx.DraftModel(vocab_size)
 mlx_lm.stream_generate(model, tokenizer, prompt, draft_model=draft_model, num_draft_tokens=6)
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from sssd._core import Drafter, Sequence
 from sssd.errors import InvalidArgumentError, SssdError
+from sssd.mini import MINI, attach
 
 _SURE = 1e4
 """The logit of a drafted token; those of the others are 0."""
@@ -48,7 +51,9 @@ class DraftModel:
     Args:
         vocab_size: width of the model's logits.
         end_token_ids: tokens that end a text.
-        datastore: as in ``Drafter``.
+        datastore: as in ``Drafter``; by default the mini store (``docs/mini.md``) of ``tokenizer``.
+        tokenizer: the model's, for the mini store alone: a tokenizer.json or its folder, or a call that loads
+            a tokenizer. There is no mini store without.
         drafter: a drafter of one's own, in place of these two.
         learn: whether later texts learn from earlier ones.
         max_tokens: the longest chain.
@@ -68,16 +73,20 @@ class DraftModel:
         vocab_size: int,
         *,
         end_token_ids: Any = None,
-        datastore: Any = None,
+        datastore: Any = MINI,
+        tokenizer: str | Path | Callable[[], Any] | None = None,
         drafter: Drafter | None = None,
         learn: bool = True,
         max_tokens: int = 32,
     ) -> None:
         if vocab_size < 1 or max_tokens < 1:
             raise InvalidArgumentError("vocab_size and max_tokens must be at least 1")
+        named = None if datastore == MINI else datastore
         self.drafter = drafter or Drafter(
-            vocab_size=vocab_size, end_token_ids=end_token_ids, datastore=datastore, threads=1
+            vocab_size=vocab_size, end_token_ids=end_token_ids, datastore=named, threads=1
         )
+        if datastore == MINI and drafter is None and tokenizer is not None:
+            attach(self.drafter, tokenizer)
         self.vocab_size, self.learn, self.max_tokens = vocab_size, learn, max_tokens
         self.layers = [self]
         self.failed = 0

@@ -12,6 +12,7 @@ import numpy as np
 
 from sssd._core import Drafter
 from sssd.errors import InvalidArgumentError
+from sssd.mini import MINI
 
 MOST_PREDICTED = 1 << 20
 """Characters or tokens of a prediction that are looked at."""
@@ -24,7 +25,8 @@ class Options:
     """Options of the adapters for engines.
 
     Attributes:
-        datastore: a datastore file, a corpus folder, or several files that are one store.
+        datastore: a datastore file, a corpus folder, or several files that are one store; ``"mini"`` for the
+            mini store of the model's tokenizer (``docs/mini.md``), None for none.
         load: ``"mmap"`` or ``"ram"``, see ``Drafter``.
         live_bytes: what each namespace may learn from finished requests.
         max_bytes: what the drafter may hold in all. Requests beyond it are decoded without drafts.
@@ -37,7 +39,7 @@ class Options:
         min_prob: the least probability of a drafted token where ``stop`` is off.
     """
 
-    datastore: str | list[str] | None = None
+    datastore: str | list[str] | None = MINI
     load: Literal["mmap", "mmap-wait", "ram"] = "mmap"
     live_bytes: int | str = "256M"
     max_bytes: int | str = "2G"
@@ -75,14 +77,16 @@ class Options:
         """A drafter with these limits.
 
         Args:
-            datastore: as in ``Drafter(datastore=...)``; by default the option.
+            datastore: as in ``Drafter(datastore=...)``; by default the option, but for the mini store, which
+                needs a tokenizer.
             options: what else ``Drafter`` takes.
 
         Raises:
             What ``Drafter`` raises.
         """
+        named = None if self.datastore == MINI else self.datastore
         return Drafter(
-            datastore=self.datastore if datastore is None else datastore,
+            datastore=named if datastore is None else datastore,
             load=self.load,
             live_bytes=self.live_bytes,
             max_bytes=self.max_bytes,

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from sssd._core import DatastoreBuilder, DraftBatch
 from sssd.errors import BatchError, InvalidArgumentError, MemoryLimitError
+from sssd.mini import MINI, attach
 from sssd.options import Options, request_options
 from sssd.requests import Requests
 
@@ -67,7 +69,8 @@ class NgramCorpus:
         self.draft_token_num, self.tail = draft_token_num, max_trie_depth
         self.external_corpus_max_tokens = external_corpus_max_tokens
         held = self.options.datastore
-        self._stores: dict[str, Any] = {} if held is None else {"": held}
+        self._stores: dict[str, Any] = {} if held is None or held == MINI else {"": held}
+        self._wants_mini = held == MINI
         self.drafter = self.options.drafter(self._stores or None)
         self.requests = Requests(self.drafter)
         self.failed = self.rebuilt = 0
@@ -85,6 +88,16 @@ class NgramCorpus:
             requests: SGLang's, with ``rid``, ``origin_input_ids_unpadded`` and ``output_ids``.
         """
         self._seen = {request.rid: request for request in requests}
+        if self._wants_mini:
+            self._attach_mini()
+
+    def _attach_mini(self) -> None:
+        """Once a request tells the model's tokenizer, a copy of which is loaded anew: this one is in use."""
+        found = (getattr(request, "tokenizer", None) for request in self._seen.values())
+        name = next((tokenizer.name_or_path for tokenizer in found if tokenizer is not None), None)
+        if name is not None:
+            self._wants_mini = False
+            attach(self.drafter, partial(_load_tokenizer, name))
 
     def batch_get(
         self, req_ids: Sequence[str], batch_tokens: Sequence[Sequence[int]], total_lens: Sequence[int]
@@ -242,8 +255,15 @@ class NgramCorpus:
         return dict(self._tokens)
 
     def _open(self, stores: dict[str, Any]) -> None:
-        self.drafter.reopen(stores)
+        held = self.drafter.datastores
+        self.drafter.reopen({"": held[""], **stores} if "" in held else stores)
         self._stores = stores
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
 
 
 def _see_requests(original: Any, worker: Any, batch: Any) -> Any:

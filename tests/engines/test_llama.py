@@ -148,3 +148,14 @@ def test_any_texts_in_turn(llama, turns):
         text, _ = decode(model, target, prompt, 40)
         assert text == plain(target, prompt, len(text) - len(prompt))
     assert model.failed == 0
+
+
+def test_the_mini_store_needs_a_tokenizer(llama, monkeypatch):
+    attached = []
+    monkeypatch.setattr(llama, "attach", lambda drafter, tokenizer: attached.append((drafter, tokenizer)))
+    llama.DraftModel(vocab_size=64)
+    llama.DraftModel(vocab_size=64, tokenizer="tokenizer.json", datastore=None)
+    llama.DraftModel(drafter=Drafter(vocab_size=64), tokenizer="tokenizer.json")
+    assert attached == []
+    model = llama.DraftModel(vocab_size=64, tokenizer="tokenizer.json")
+    assert attached == [(model.drafter, "tokenizer.json")]

@@ -270,3 +270,35 @@ def test_the_interface_is_that_of_the_source():
     assert "NgramCorpus" in {
         alias.name for node in worker.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
+
+
+def test_the_mini_store_is_that_of_the_requests_tokenizer(monkeypatch, tmp_path):
+    import sssd.sglang
+
+    attached = []
+    monkeypatch.setattr(sssd.sglang, "attach", lambda drafter, load: attached.append((drafter, load)))
+    monkeypatch.setattr(sssd.sglang, "_load_tokenizer", lambda name: f"loaded {name}")
+    corpus = NgramCorpus(draft_token_num=WIDTH)
+    corpus.see([SimpleNamespace(rid="a", tokenizer=None)])
+    assert attached == []
+    for _ in range(2):
+        corpus.see([SimpleNamespace(rid="b", tokenizer=SimpleNamespace(name_or_path="model"))])
+    ((drafter, load),) = attached
+    assert drafter == corpus.drafter
+    assert load() == "loaded model"
+    monkeypatch.setenv("SSSD_SGLANG", '{"datastore": null}')
+    NgramCorpus(draft_token_num=WIDTH).see([SimpleNamespace(rid="b", tokenizer=load)])
+    assert len(attached) == 1
+
+
+def test_external_corpora_stand_beside_the_mini_store(tmp_path):
+    from sssd import DatastoreBuilder
+
+    with DatastoreBuilder(tmp_path / "mini.sssd", vocab_size=64) as builder:
+        builder.add([1, 2, 3])
+    corpus = NgramCorpus(draft_token_num=WIDTH)
+    corpus.drafter.reopen(tmp_path / "mini.sssd")
+    corpus.load_external_corpus_named("more", [[4, 5, 6]])
+    assert set(corpus.drafter.datastores) == {"", "more"}
+    corpus.remove_external_corpus("more")
+    assert set(corpus.drafter.datastores) == {""}

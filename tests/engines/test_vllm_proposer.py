@@ -277,3 +277,15 @@ def test_counters_stand_in_the_registry(make):
         before = before[0] + runner.drafter.counts.drafted, before[1] + 64
         assert (shown("drafted_total"), shown("steps_total")) == before
     assert shown("memory_bytes") == runner.drafter.drafter.memory["used"]
+
+
+def test_the_mini_store_is_that_of_the_models_tokenizer(make, monkeypatch):
+    import sssd.vllm.proposer as module
+
+    attached = []
+    monkeypatch.setattr(module, "attach", lambda drafter, load: attached.append((drafter, load)))
+    proposer = make().drafter
+    assert attached == [(proposer.drafter, proposer._load_tokenizer)]
+    assert proposer.drafter.datastore is None
+    make(datastore=None)
+    assert len(attached) == 1

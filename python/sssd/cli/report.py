@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"sssd {__version__}; {sum(row['requests'] for row in rows) // len(arguments.budgets):,} requests of "
         f"{len(rows) // len(arguments.budgets)} traces, each on its own; "
         + (
-            "datastore: " + ", ".join(path.name for path in arguments.datastore)
+            "datastore: " + ", ".join(Path(name).name for name in arguments.datastore)
             if datastore
             else "no datastore"
         )

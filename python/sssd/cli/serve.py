@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sssd.cli.arguments import add_any_tokenizer_argument, at_least, open_datastore
+from sssd.cli.arguments import add_datastore_arguments, at_least, open_datastore
+from sssd.mini import MINI
 
 if TYPE_CHECKING:
     from sssd.server import Engine
@@ -26,10 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=at_least(0), default=8000, help="0 takes a free one (default: 8000)")
-    parser.add_argument(
-        "--datastore", type=Path, action="append", metavar="FILE", help="datastore file; repeatable"
-    )
-    add_any_tokenizer_argument(parser)
+    add_datastore_arguments(parser, "mini, if sssd[mini] is installed")
     parser.add_argument("--model-name", metavar="NAME", help="what clients call it (default: the folder's)")
     parser.add_argument(
         "--dtype", default="auto", help="weight dtype, e.g. float32 or bfloat16 (default: the folder's)"
@@ -147,7 +145,9 @@ def _load(arguments: argparse.Namespace) -> "tuple[Engine, Any]":
     engine = Engine(
         model,
         tokenizer,
-        datastore=open_datastore(arguments.datastore, tokenizer, arguments.any_tokenizer),
+        datastore=MINI
+        if arguments.datastore is None
+        else open_datastore(arguments.datastore, tokenizer, arguments.any_tokenizer),
         max_running=arguments.max_running,
         max_length=arguments.max_length,
         max_nodes=arguments.max_nodes,

@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from sssd._core import Datastore
+from sssd._core import Datastore, Drafter
 from sssd.datastore import check_tokenizer as refuse_others
+from sssd.mini import attach
 from sssd.reading.tokenizer import LoadedTokenizer, load_tokenizer
 
 
@@ -29,6 +30,12 @@ def open_datastore(source: Any, model: Any, tokenizer: Any, *, check_tokenizer: 
     if check_tokenizer:
         compare_tokenizer([store], model, tokenizer)
     return store
+
+
+def attach_mini(drafter: Drafter, model: Any) -> None:
+    """Has a drafter match the mini store of the tokenizer.json beside a model; without one, none."""
+    if (file := _file_beside(model)) is not None:
+        attach(drafter, file)
 
 
 def compare_tokenizer(stores: Iterable[Datastore], model: Any, tokenizer: Any) -> None:

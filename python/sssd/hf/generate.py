@@ -12,9 +12,10 @@ from sssd._core import Drafter, SizingRule
 from sssd.errors import InvalidArgumentError, UnsupportedModelError
 from sssd.hardware.curve import CostCurve
 from sssd.hf.contract import Call, LoopSignature, cache_argument, warn_once, why_not
-from sssd.hf.corpus import compare_tokenizer, open_datastore
+from sssd.hf.corpus import attach_mini, compare_tokenizer, open_datastore
 from sssd.hf.decoder import Decoder
 from sssd.hf.profile import rule_of
+from sssd.mini import MINI
 
 _CACHE_FIELD = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -68,7 +69,7 @@ class _Options:
             raise InvalidArgumentError(f"cost must be a sssd.hardware.CostCurve, not {type(cost).__name__}")
         if cost is not None and nodes is not None:
             raise InvalidArgumentError("give max_nodes or cost, not both")
-        if self.drafter is not None and self.datastore is not None:
+        if self.drafter is not None and self.datastore not in (None, MINI):
             raise InvalidArgumentError("give drafter or datastore, not both; a drafter can hold a datastore")
         if self.on_unsupported not in ("fallback", "raise"):
             raise InvalidArgumentError(
@@ -85,7 +86,7 @@ def generate(
     cost: CostCurve | None = None,
     fast_path: bool = True,
     on_unsupported: Literal["fallback", "raise"] = "fallback",
-    datastore: Any = None,
+    datastore: Any = MINI,
     check_tokenizer: bool = True,
     generation_config: Any = None,
     logits_processor: Any = None,
@@ -125,7 +126,9 @@ def generate(
             on a CPU holds a second, reordered copy of the weights.
         on_unsupported: ``"fallback"`` decodes what cannot be verified plainly, ``"raise"`` refuses it.
         datastore: A corpus to match as well, for a new drafter: a path, several paths, or an open
-            ``sssd.Datastore``. Not together with ``drafter``.
+            ``sssd.Datastore``; None for none. By default the mini store (``docs/mini.md``) of the
+            tokenizer.json beside the model, from when it is ready. No other together with ``drafter``, whose
+            stores are its own.
         check_tokenizer: Whether ``datastore``, or those of ``drafter``, must have been built with the model's
             tokenizer: ``tokenizer``, if given, or the tokenizer.json beside the model. Without either,
             nothing is compared.
@@ -263,9 +266,14 @@ def _decode_with_drafts(call: Call, options: _Options) -> Any:
         given = call.mode_inputs.get("tokenizer")
         if isinstance(options.drafter, Drafter) and options.check_tokenizer:
             compare_tokenizer(options.drafter.datastores.values(), call.model, given)
+        is_mini = isinstance(store, str) and store == MINI
+        if is_mini:
+            store = None
         if store is not None:
             store = open_datastore(store, call.model, given, check_tokenizer=options.check_tokenizer)
         decoder.begin(options.drafter, stack, store)
+        if is_mini and options.drafter is None and options.max_nodes != 0 and decoder.drafter is not None:
+            attach_mini(decoder.drafter, call.model)
         decoder.run(options.max_nodes, rule)
         sequences, fields = decoder.result()
     if not call.config.return_dict_in_generate:

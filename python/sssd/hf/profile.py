@@ -3,10 +3,10 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from os import getpid
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from platformdirs import user_cache_path
 
 from sssd._core import DraftBatch, DraftTree, SizingRule
+from sssd.caching import cache_folder
 from sssd.errors import CostCurveError, InvalidArgumentError
 from sssd.hardware.curve import CostCurve, DraftCost
 from sssd.hardware.roofline import DEVICES, Device, ModelShape, known_device, roofline
@@ -95,7 +95,7 @@ def profile(
         attention=_attention(model, fast_path),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{getpid()}.tmp")
     curve.save(temporary)
     temporary.replace(path)
     _rules.pop(model, None)
@@ -218,8 +218,7 @@ def cache_file(model: Any, fast_path: bool = True) -> Path:
         "torch": torch.__version__,
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = Path(os.environ["SSSD_CACHE"]) if os.environ.get("SSSD_CACHE") else user_cache_path("sssd")
-    return folder / "curves" / f"{type(model).__name__}-{digest}.json"
+    return cache_folder() / "curves" / f"{type(model).__name__}-{digest}.json"
 
 
 def load_cached(path: Path) -> CostCurve | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -57,17 +58,25 @@ class LoadedTokenizer:
             pads is copied.
         name: for messages.
         template: the model's chat template, if it has one.
+        end_token: the token that ends the model's texts; by default what one of transformers says.
 
     Raises:
         InvalidArgumentError: it is no such tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, name: str, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        template: ChatTemplate | None = None,
+        end_token: str | None = None,
+    ) -> None:
         for method in ("encode", "decode", "get_vocab"):
             if not hasattr(tokenizer, method):
                 kind = type(tokenizer).__name__
                 raise InvalidArgumentError(f"a tokenizer of tokenizers or transformers is needed, not {kind}")
         self.name, self.template = name, template
+        self._end_token = end_token or getattr(tokenizer, "eos_token", None)
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._fast = hasattr(backend, "encode_batch_fast") or hasattr(backend, "encode_batch")
         if self._fast and (backend.truncation is not None or backend.padding is not None):
@@ -84,6 +93,11 @@ class LoadedTokenizer:
     def vocab_size(self) -> int:
         """The largest id and one."""
         return 1 + max(self.get_vocab().values(), default=0)
+
+    @cached_property
+    def end_token_id(self) -> int | None:
+        """The id of the token that ends the model's texts, None if that is not known."""
+        return None if self._end_token is None else self.get_vocab().get(self._end_token)
 
     @cached_property
     def fingerprints(self) -> tuple[bytes, bytes]:
@@ -137,7 +151,10 @@ def load_tokenizer(source: Any, chat_template: str | None = None) -> LoadedToken
         raise InvalidArgumentError(
             f"{shown(file)} is no tokenizer of the library tokenizers ({error})"
         ) from None
-    return LoadedTokenizer(tokenizer, shown(path), _template_of(file.parent, chat_template))
+    end_token = None
+    with suppress(InvalidArgumentError):  # the file beside it that says so cannot be read
+        end_token = template_tokens(file.parent).get("eos_token")
+    return LoadedTokenizer(tokenizer, shown(path), _template_of(file.parent, chat_template), end_token)
 
 
 def _template_of(source: Any, chosen: str | None) -> ChatTemplate | None:

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from threading import Condition, Thread
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from sssd.hf.contract import Call, cache_argument, check_model, frequency_limit,
 from sssd.hf.passes import Passes
 from sssd.hf.profile import rule_of
 from sssd.hf.verify import TreeCache
+from sssd.mini import MINI, attach, is_installed
 from sssd.server.cache import RunningCache
 from sssd.server.errors import ApiError, closing
 from sssd.server.request import Request, Running, Update, Usage, prepare
@@ -36,7 +37,8 @@ class Engine:
     Args:
         model: A model that ``sssd.hf.generate`` can verify.
         tokenizer: Its tokenizer; a copy of it is used.
-        datastore: A corpus to match as well.
+        datastore: A corpus to match as well; by default the mini store (``docs/mini.md``) of the tokenizer,
+            from when it is ready; None for none.
         max_running: Most requests in a pass.
         max_length: Most tokens of a request, prompt and output; by default what the model has positions for.
         max_nodes: Nodes of each draft tree; by default as many as pay.
@@ -59,7 +61,7 @@ class Engine:
         model: Any,
         tokenizer: Any,
         *,
-        datastore: Datastore | None = None,
+        datastore: Datastore | Literal["mini"] | None = MINI,
         max_running: int = 8,
         max_length: int | None = None,
         max_nodes: int | None = None,
@@ -82,10 +84,13 @@ class Engine:
         self.drafter = Drafter(
             vocab_size=self.vocab_size,
             end_token_ids=[] if ends is None else np.unique(ends),
-            datastore=datastore,
+            datastore=None if datastore == MINI else datastore,
             max_bytes=drafter_bytes,
             namespace_ttl=namespace_ttl,
         )
+        if datastore == MINI and is_installed():
+            copied = copy.deepcopy(tokenizer)
+            attach(self.drafter, lambda: copied)
         self.cache = RunningCache(max_running)
         with torch.inference_mode():
             self.passes = Passes(model, 0, fast_path=fast_path, cache=self.cache)

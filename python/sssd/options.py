@@ -37,6 +37,10 @@ class Options:
         curve: file of a cost curve to begin with (``python -m sssd profile``); by default by the model's
             shape and the device's data sheet.
         min_prob: the least probability of a drafted token where ``stop`` is off.
+        commit_tokens: running requests hand on what they have said every so many tokens, to others of their
+            namespace, as samples of one prompt want it (``docs/rollouts.md``); 0: only when they finish.
+        keep_policies: what is learned is forgotten after so many versions of the policy, as ``sssd_policy``
+            of requests says; None: never.
     """
 
     datastore: str | list[str] | None = MINI
@@ -49,6 +53,8 @@ class Options:
     stop: bool = True
     curve: str | None = None
     min_prob: float = 0.02
+    commit_tokens: int = 0
+    keep_policies: int | None = None
 
     @classmethod
     def read(cls, variable: str, given: Any = None) -> "Options":

@@ -202,13 +202,13 @@ class Requests:
     def _refuse(self, request_id: str) -> None:
         """Leaves a request without drafts until it has ended: every try may take long."""
         self._refused.add(request_id)
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._remove(request_id)
         if sequence is not None:
             sequence.close()
 
     def _end(self, request_id: str, learn: bool) -> None:
         self._refused.discard(request_id)
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._remove(request_id)
         if sequence is None:
             return
         try:
@@ -228,8 +228,11 @@ class Requests:
 
     def _take(self, request_id: str) -> Sequence:
         sequence = self[request_id]
-        del self._sequences[request_id]
+        self._remove(request_id)
         return sequence
+
+    def _remove(self, request_id: str) -> Sequence | None:
+        return self._sequences.pop(request_id, None)
 
     def _check_new(self, request_id: str) -> None:
         if request_id in self._sequences:

@@ -1,8 +1,6 @@
-"""``sssd.llama.DraftModel`` in a loop that decodes as llama-cpp-python's does."""
+"""``sssd.llama.DraftModel`` in a loop like llama-cpp-python's, ``TreeDecoder`` over a cache like its."""
 
-import sys
-from types import ModuleType
-
+import fake_llama
 import fake_vllm
 import numpy as np
 import pytest
@@ -10,23 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sssd import Drafter
+from sssd.errors import InvalidArgumentError
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """The module, over an empty base class where llama-cpp-python is not there."""
+    """The module, over a llama-cpp-python of tables."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        try:
-            import llama_cpp.llama_speculative  # noqa: F401
-        except ImportError:
-            base = ModuleType("llama_cpp.llama_speculative")
-            base.LlamaDraftModel = object
-            monkeypatch.setitem(sys.modules, "llama_cpp", ModuleType("llama_cpp"))
-            monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", base)
-        import sssd.llama
-
-        yield sssd.llama
-        sys.modules.pop("sssd.llama", None)
+        yield fake_llama.install(monkeypatch)
 
 
 class Clock:
@@ -34,7 +23,7 @@ class Clock:
 
     def __init__(self, monkeypatch, llama, slope):
         self.now, self.slope = 0.0, slope
-        monkeypatch.setattr(llama.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(llama.draft_model.time, "perf_counter", lambda: self.now)
 
     def run(self, tokens):
         self.now += 0.02 * (1 + self.slope * (tokens - 1))
@@ -152,10 +141,93 @@ def test_any_texts_in_turn(llama, turns):
 
 def test_the_mini_store_needs_a_tokenizer(llama, monkeypatch):
     attached = []
-    monkeypatch.setattr(llama, "attach", lambda drafter, tokenizer: attached.append((drafter, tokenizer)))
+    monkeypatch.setattr(llama.draft_model, "attach", lambda drafter, tokenizer: attached.append((drafter, tokenizer)))
     llama.DraftModel(vocab_size=64)
     llama.DraftModel(vocab_size=64, tokenizer="tokenizer.json", datastore=None)
     llama.DraftModel(drafter=Drafter(vocab_size=64), tokenizer="tokenizer.json")
     assert attached == []
     model = llama.DraftModel(vocab_size=64, tokenizer="tokenizer.json")
     assert attached == [(model.drafter, "tokenizer.json")]
+
+
+def test_trees_are_verified_and_nothing_else_is_left_in_the_cache(llama):
+    target = fake_vllm.Target(4)
+    model = fake_llama.Llama(target)
+    decoder = llama.TreeDecoder(model, end_token_ids=[], curve=llama.linear(0.01))
+    text = plain(target, PROMPT, 100)
+    assert [*decoder.generate(PROMPT, max_tokens=100)] == text[len(PROMPT) :]
+    assert fake_llama.sequences(decoder) == {0: text[:-1]}
+    passes = decoder.passes
+    assert [*decoder.generate(PROMPT, max_tokens=100)] == text[len(PROMPT) :]
+    assert decoder.passes - passes < 25
+    assert decoder.drafted > decoder.accepted > 75
+    assert decoder.failed == 0
+    assert fake_llama.most_leaves(decoder) > 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 5),
+    max_nodes=st.integers(1, 40),
+    max_leaves=st.integers(1, 9),
+    turns=st.lists(
+        st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(0, 60)),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_whatever_the_trees_every_text_is_the_targets(llama, seed, max_nodes, max_leaves, turns):
+    """Few tokens, so that much is drafted and much is wrong; texts share beginnings; some end early."""
+    target = fake_vllm.Target(seed, 10)
+    decoder = llama.TreeDecoder(
+        fake_llama.Llama(target, vocab_size=10),
+        max_nodes=max_nodes,
+        max_leaves=max_leaves,
+        end_token_ids=[3],
+        curve=llama.linear(0.001),
+    )
+    for prompt, most in turns:
+        wanted = plain(target, prompt, min(most, fake_llama.LENGTH - len(prompt)))[len(prompt) :]
+        if 3 in wanted:
+            wanted = wanted[: wanted.index(3) + 1]
+        assert [*decoder.generate(prompt, max_tokens=most)] == wanted
+        assert fake_llama.sequences(decoder).keys() <= {0}
+    assert decoder.failed == 0
+    assert fake_llama.most_leaves(decoder) <= max_leaves
+
+
+def test_a_text_ends_with_the_context_and_bad_prompts_are_refused(llama):
+    target = fake_vllm.Target(1)
+    decoder = llama.TreeDecoder(fake_llama.Llama(target), end_token_ids=[])
+    text = plain(target, PROMPT, fake_llama.LENGTH - len(PROMPT))
+    assert [*decoder.generate(PROMPT)] == text[len(PROMPT) :]
+    for prompt in ([], [1] * fake_llama.LENGTH):
+        with pytest.raises(InvalidArgumentError):
+            next(decoder.generate(prompt))
+    for sizes in ((0, 4), (512, 4), (8, 0), (8, 1000)):
+        with pytest.raises(InvalidArgumentError):
+            llama.TreeDecoder(fake_llama.Llama(target), max_nodes=sizes[0], max_leaves=sizes[1])
+
+
+def test_a_pass_that_fails_leaves_a_clean_cache(llama):
+    target = fake_vllm.Target(1)
+    decoder = llama.TreeDecoder(fake_llama.Llama(target), end_token_ids=[], curve=llama.linear(0.01))
+    text = decoder.generate(PROMPT, max_tokens=50)
+    first = [next(text) for _ in range(10)]
+    decoder._context.fails = True
+    with pytest.raises(RuntimeError, match="llama_decode"):
+        list(text)
+    decoder._context.fails = False
+    assert fake_llama.sequences(decoder) == {}
+    assert [*decoder.generate(PROMPT, max_tokens=10)] == first
+
+
+def test_texts_go_on_without_memory_for_drafts(llama, caplog):
+    target = fake_vllm.Target(1)
+    drafter = Drafter(vocab_size=64, max_bytes="200K", live_bytes=0, soft_bytes=0)
+    decoder = llama.TreeDecoder(fake_llama.Llama(target, length=6000), drafter=drafter, end_token_ids=[])
+    prompt = (np.arange(5000) % 64).tolist()
+    for _ in range(2):
+        assert [*decoder.generate(prompt, max_tokens=5)] == plain(target, prompt, 5)[5000:]
+    assert decoder.failed == 2
+    assert len(caplog.records) == 1

@@ -289,3 +289,31 @@ def test_the_mini_store_is_that_of_the_models_tokenizer(make, monkeypatch):
     assert proposer.drafter.datastore is None
     make(datastore=None)
     assert len(attached) == 1
+
+
+def test_samples_of_a_prompt_draft_what_running_ones_have_said(make):
+    """By the settings of docs/rollouts.md: the second one begins when the first is half done."""
+
+    def passes(**options):
+        runner = make(stop=False, **options)
+        runner.add("a", PROMPT, most=200, sssd_namespace="p", sssd_policy=1)
+        decode(runner, "a", 100)
+        runner.add("b", PROMPT, most=200, sssd_namespace="p", sssd_policy=1)
+        runner.execute_model(["a", "b"], 1000)
+        return decode(runner, "b", 80)
+
+    assert passes(commit_tokens=8) < passes() / 2
+
+
+def test_texts_of_old_policies_are_forgotten(make):
+    runner = make(stop=False, keep_policies=2)
+    for number, policy in enumerate([1, 1, 2, 3, "no number", 3, 6]):
+        name = f"request {number}"
+        runner.add(name, PROMPT, sssd_namespace="p", sssd_policy=policy)
+        decode(runner, name, 20)
+        runner.end(name)
+        runner.execute_model([], 1000)
+        texts = runner.drafter.requests._groups["p"].texts
+        assert {held for held, _ in texts} == {1: {1}, 2: {1, 2}, 3: {2, 3}, 6: {6}}[
+            policy if isinstance(policy, int) else 3
+        ]

@@ -13,6 +13,7 @@ from sssd import Datastore, Drafter
 from sssd.corpus import Corpus
 from sssd.datastore import build as build_datastore
 from sssd.errors import CorpusError, EmptyCorpusError, InvalidArgumentError
+from sssd.rollout import Rollouts
 from sssd.sharing import MAX_RECORD_BYTES, Replica
 
 ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'sssd[ray]'")
@@ -192,6 +193,19 @@ def test_what_a_replica_has_finished_other_processes_draft():
     ray.kill(ray.get_actor("one", namespace="sssd"))
     ray.get(late.finish.remote([60, 61, 62, 63, 64, 65]))
     wait_until(lambda: ray.get(workers[1].draft.remote([60, 61, 62])) == [63, 64, 65])
+
+
+def test_rollouts_draft_what_other_workers_have_finished():
+    drafters = [Drafter(vocab_size=100) for _ in range(2)]
+    workers = [
+        Rollouts(drafter, Replica(drafter, RayLog("rollouts"), namespaces={"p"})) for drafter in drafters
+    ]
+    workers[0].begin("a", TEXT[:10], group="p").extend(TEXT[10:])
+    workers[0].finish("a")
+    asked = drafters[1].begin(TEXT[10:15], namespace="p")
+    wait_until(lambda: asked.draft().token_ids.tolist()[:3] == TEXT[15:18])
+    for worker in workers:
+        worker.replica.close()
 
 
 def test_the_log_is_bounded_and_gives_out_the_rest():

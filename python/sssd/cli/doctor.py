@@ -104,8 +104,10 @@ def examine(engine: Engine) -> Finding:
     else:
         verdict = f"{engine.adapter} works with it"
     if engine.name == "vLLM" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        usable = False
-        verdict = "VLLM_USE_V2_MODEL_RUNNER=1 is set: that runner takes no custom_class; unset it"
+        usable = os.environ.get("SSSD_VLLM_V2", "") not in ("", "0")
+        verdict = "VLLM_USE_V2_MODEL_RUNNER=1 is set: that runner takes no custom_class; " + (
+            "SSSD_VLLM_V2 puts it in, which is experimental" if usable else "unset it"
+        )
     return Finding(engine.name, version, usable, verdict)
 
 

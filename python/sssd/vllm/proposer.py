@@ -13,6 +13,7 @@ from sssd.errors import BatchError
 from sssd.mini import MINI, attach
 from sssd.options import MOST_PREDICTED, Options, request_options
 from sssd.requests import Requests
+from sssd.rollout import Rollouts
 from sssd.vllm.curve import first_curve
 from sssd.vllm.metrics import EVERY, Counts, Metrics
 
@@ -25,7 +26,7 @@ class Proposer:
     Nothing that goes wrong while drafting reaches the engine: it decodes on without drafts. Per request, in
     ``SamplingParams.extra_args`` (``vllm_xargs`` over HTTP): ``sssd_prediction``, text or token ids that the
     output is expected to resemble; ``sssd_namespace``, whose learned texts it shares, by default the name of
-    its LoRA adapter; ``sssd_off``.
+    its LoRA adapter; ``sssd_policy``, the version of the policy that is trained; ``sssd_off``.
 
     Args:
         vllm_config: vLLM's.
@@ -56,7 +57,7 @@ class Proposer:
         )
         if self.options.datastore == MINI:
             attach(self.drafter, self._load_tokenizer)
-        self.requests = Requests(self.drafter)
+        self.requests = self._new_requests()
         self.counts = Counts()
         self._metrics = Metrics(self.drafter)
         self._rule: SizingRule | None = None
@@ -68,6 +69,12 @@ class Proposer:
 
     def load_model(self, *_args: Any, **_options: Any) -> None:
         """Called by vLLM; there is no model to load."""
+
+    def _new_requests(self) -> Requests:
+        commit_tokens, keep_policies = self.options.commit_tokens, self.options.keep_policies
+        if commit_tokens or keep_policies is not None:
+            return Rollouts(self.drafter, commit_tokens=commit_tokens, keep_policies=keep_policies)
+        return Requests(self.drafter)
 
     def clear(self) -> None:
         """Forgets all requests and all that was learned."""
@@ -203,6 +210,9 @@ class Proposer:
         adapter = getattr(state, "lora_request", None)
         if isinstance(text := extra.get("sssd_prediction"), str):
             extra = {**extra, "sssd_prediction": self._tokens(text)}
+        policy = extra.get("sssd_policy")
+        if isinstance(self.requests, Rollouts) and isinstance(policy, int) and policy > self.requests.policy:
+            self.requests.policy = policy
         options = request_options(extra, adapter.lora_name if adapter else "")
         options["max_length"] = self._max_length
         prompt, most = getattr(state, "num_prompt_tokens", None), getattr(params, "max_tokens", None)
@@ -255,7 +265,7 @@ class Proposer:
         if self.counts.failed == 0:
             logger.exception("sssd: a step goes without drafts; later failures are counted, not logged")
         self.counts.failed += 1
-        self.requests = Requests(self.drafter)
+        self.requests = self._new_requests()
 
 
 @dataclass

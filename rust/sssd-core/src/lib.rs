@@ -1,7 +1,4 @@
-//! Draft trees for training-free speculative decoding.
-//!
-//! Pure algorithms: no Python, no files, no threads, no unsafe code. The way of the data is
-//! tokens -> index -> predictor -> draft tree -> (verified by the caller) -> tokens.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod index;

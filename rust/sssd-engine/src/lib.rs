@@ -1,7 +1,4 @@
-//! Many requests at once, on the critical path of a serving engine: batches on a few threads, budgets shared by
-//! probability, memory within limits, knowledge kept apart by namespace, and saved.
-//!
-//! No Python here, and no prediction: that is `sssd-core`.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod batch;

@@ -1,8 +1,4 @@
-//! The sssd datastore: documents of tokens with their suffix array in one mapped, checksummed file.
-//!
-//! [`Builder`] writes a file, [`Datastore`] opens one or more and answers the predictor's questions through
-//! [`sssd_core::Corpus`]. The bytes are described in `docs/format.md`, the promises in `docs/guarantees.md`.
-//! This is the only crate of the workspace with `unsafe` code: the memory map, what of it is in memory, and the prefetch.
+#![doc = include_str!("../README.md")]
 
 mod builder;
 mod bytes;

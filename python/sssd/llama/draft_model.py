@@ -1,7 +1,4 @@
-"""sssd in llama-cpp-python; ``docs/llama.md``.
-
-Llama(path, draft_model=sssd.llama.DraftModel(end_token_ids=[2]))
-"""
+"""What llama-cpp-python takes for a draft model: chains in its own loop."""
 
 import logging
 import time

@@ -12,6 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from sssd.hardware.curve import CostCurve
 
+_Given = DraftTree | ArrayLike | Iterable[ArrayLike]
+_GivenProbs = ArrayLike | Iterable[ArrayLike]
+_Allowed = ArrayLike | Callable[[tuple[int, ...]], ArrayLike | None]
+
 __all__ = [
     "MAX_NODES",
     "SOURCES",
@@ -219,6 +223,9 @@ class Drafter:
         rate: float | None = None,
         rule: SizingRule | None = None,
         shape: Literal["tree", "chain"] = "tree",
+        given: Iterable[_Given | None] | DraftBatch | None = None,
+        given_probs: Iterable[_GivenProbs | None] | None = None,
+        allowed: Iterable[_Allowed | None] | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """Drafts for many sequences in one call. The GIL is released, and the drafter's threads share the work.
@@ -272,6 +279,9 @@ class Drafter:
         topk_probs: ArrayLike | None = None,
         feedback_ids: ArrayLike | None = None,
         feedback_probs: ArrayLike | None = None,
+        given: Iterable[_Given | None] | DraftBatch | None = None,
+        given_probs: Iterable[_GivenProbs | None] | None = None,
+        allowed: Iterable[_Allowed | None] | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """One engine step in one call: the target's probabilities after the last drafts, ``extend_batch`` or
@@ -589,6 +599,9 @@ class Sequence:
         rate: float | None = None,
         rule: SizingRule | None = None,
         shape: Literal["tree", "chain"] = "tree",
+        given: _Given | None = None,
+        given_probs: _GivenProbs | None = None,
+        allowed: _Allowed | None = None,
     ) -> DraftTree:
         """Drafts continuations of the sequence.
 

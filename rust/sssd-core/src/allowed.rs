@@ -31,7 +31,11 @@ enum Rule {
     Unknown,
     Anything,
     /// The tokens of a mask: its words, and how many tokens it allows.
-    Mask { start: usize, end: usize, count: usize },
+    Mask {
+        start: usize,
+        end: usize,
+        count: usize,
+    },
 }
 
 /// What may follow at a place: everything, or the tokens of some words.
@@ -114,6 +118,16 @@ impl Allowed {
         self.places.get(&(place, token)).copied().unwrap_or(u32::MAX)
     }
 
+    /// Whether the rules allow every token of a path.
+    pub fn permits(&self, path: &[Token]) -> bool {
+        let mut place = ALLOWED_ROOT;
+        path.iter().all(|&token| {
+            let allowed = self.allows(place, token);
+            place = self.next(place, token);
+            allowed
+        })
+    }
+
     /// Whether the rule of a place is to be asked for.
     pub(crate) fn is_unknown(&self, place: u32) -> bool {
         self.asks && matches!(self.rules.get(place as usize), None | Some(Rule::Unknown))
@@ -175,6 +189,7 @@ mod tests {
         // nothing is known between, and nothing may follow the end
         assert!(allowed.allows(two, 7) && !allowed.allows(end, 7) && allowed.count(end) == Some(0));
         assert!(!allowed.is_unknown(two));
+        assert!(allowed.permits(&[2, 95]) && !allowed.permits(&[3, 95]) && !allowed.permits(&[2, 95, 4]));
         allowed.set_asks(true);
         assert!(allowed.is_unknown(two) && !allowed.is_unknown(end) && allowed.is_unknown(u32::MAX));
         allowed.insert(&[2], Mask::Anything).unwrap();

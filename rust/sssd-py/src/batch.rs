@@ -158,8 +158,19 @@ impl PyDrafter {
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
         let said = Said { given, given_probs, allowed };
-        let asked =
-            Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, rule, shape, said, out };
+        let asked = Asked {
+            max_nodes,
+            total_nodes,
+            min_nodes,
+            max_depth,
+            min_prob,
+            cost,
+            rate,
+            rule,
+            shape,
+            said,
+            out,
+        };
         let drafted = self.run(sequences, None, Some(&asked), &mut |_| ())?;
         drafted.ok_or_else(|| unreachable(sequences.py()))
     }
@@ -222,8 +233,19 @@ impl PyDrafter {
             feedback_probs,
         };
         let said = Said { given, given_probs, allowed };
-        let asked =
-            Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, rule, shape, said, out };
+        let asked = Asked {
+            max_nodes,
+            total_nodes,
+            min_nodes,
+            max_depth,
+            min_prob,
+            cost,
+            rate,
+            rule,
+            shape,
+            said,
+            out,
+        };
         let drafted = self.run(sequences, Some(&produced), Some(&asked), &mut |_| ())?;
         drafted.ok_or_else(|| unreachable(sequences.py()))
     }
@@ -428,11 +450,7 @@ impl PyDrafter {
 }
 
 /// What is said of each sequence, if anything is.
-fn rows<'py>(
-    said: Option<&Bound<'py, PyAny>>,
-    name: &str,
-    n: usize,
-) -> PyResult<Vec<Bound<'py, PyAny>>> {
+fn rows<'py>(said: Option<&Bound<'py, PyAny>>, name: &str, n: usize) -> PyResult<Vec<Bound<'py, PyAny>>> {
     let Some(said) = said else { return Ok(Vec::new()) };
     let wrong = |got: String| {
         let message = format!("{name} must hold one item for each of {n} sequences, got {got}");

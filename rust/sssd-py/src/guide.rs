@@ -135,7 +135,8 @@ fn push_chain(
 /// As many probabilities as a chain has tokens.
 fn floats(probs: &Bound<'_, PyAny>, count: usize) -> PyResult<Vec<f32>> {
     let py = probs.py();
-    let wrong = |got: String| refuse(py, format!("given_probs must hold {count} floats for its chain, got {got}"));
+    let wrong =
+        |got: String| refuse(py, format!("given_probs must hold {count} floats for its chain, got {got}"));
     let array = py.import("numpy")?.call_method1("asarray", (probs, "float32"));
     let array = array.map_err(|problem| wrong(problem.to_string()))?;
     let array = array.cast::<PyArray1<f32>>().map_err(|_| wrong(probs.get_type().to_string()))?;
@@ -228,15 +229,14 @@ pub fn ask(
     }
 }
 
-fn answer(
-    py: Python<'_>,
-    step: &Arc<Step>,
-    callables: &Callables,
-    vocab_size: Option<u32>,
-) -> PyResult<()> {
+fn answer(py: Python<'_>, step: &Arc<Step>, callables: &Callables, vocab_size: Option<u32>) -> PyResult<()> {
     // copied, for the callables may do what they like
     let places = step.lock().places().0.to_vec();
     for (item, path) in &places {
+        // a path that what was answered meanwhile forbids is none
+        if !step.lock().places().1.get(*item).is_some_and(|guide| guide.allowed.permits(path)) {
+            continue;
+        }
         let rule = match callables.get(*item).and_then(Option::as_ref) {
             Some(callable) => callable.bind(py).call1((PyTuple::new(py, path)?,))?,
             None => py.None().into_bound(py),

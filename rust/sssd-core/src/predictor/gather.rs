@@ -6,7 +6,9 @@ use crate::index::{Index, NONE};
 use crate::predictor::arena::{Candidate, Sample, Scratch};
 use crate::predictor::inputs::Inputs;
 use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
-use crate::sources::{ALIGNED, Evidence, LOWER, LookedUp, MAX_LENGTH, NO_CLASS, REQUEST, SOURCES, lower, request};
+use crate::sources::{
+    ALIGNED, Evidence, LOWER, LookedUp, MAX_LENGTH, NO_CLASS, REQUEST, SOURCES, lower, request,
+};
 
 /// Less probable nodes are not worth a look-up of short contexts. (At every node: +0.3 % at 64 nodes, 1.7 times the time;
 /// at nodes of at least 0.02: +0.2 %, a tenth more time. A bound that follows `max_nodes` breaks the promise that trees

@@ -30,15 +30,15 @@ const MEMORY: f32 = 120.0;
 const FEATURES: usize = 4;
 type Features = [f32; FEATURES];
 /// What the regression starts with, and how much that weighs (as information).
-const WEIGHTS: Features = [1.0, 0.9, 0.35, 0.1];
-const PRECISION: Features = [4.0, 30.0, 60.0, 60.0];
+const WEIGHTS: Features = [2.2, 1.0, 0.5, 0.0];
+const PRECISION: Features = [1.2, 9.0, 18.0, 18.0];
 /// What is left of the information after each outcome.
 const FADING: f32 = 0.995;
 /// Of the probability that the sources leave unsaid, what a token that they do not name gets of it.
-const UNNAMED: f32 = 0.02;
+const UNNAMED: f32 = 0.03;
 /// The log-odds of the combination against the sources: at the start, at most, and what is left of them at each outcome.
-const LEAD: f32 = 1.0;
-const MOST_LEAD: f32 = 5.0;
+const LEAD: f32 = 1.5;
+const MOST_LEAD: f32 = 7.0;
 const LEAD_FADING: f32 = 0.98;
 /// Siblings never sum to more.
 const MOST: f32 = 0.998;
@@ -144,7 +144,8 @@ impl Trust {
         cell.share += (outcome - cell.share) / cell.count;
         let said = |prob: f32| (if came { prob } else { 1.0 - prob }).max(0.01).ln();
         let gain = said(heard.combined) - said(heard.own);
-        self.lead = (self.lead * LEAD_FADING + LEAD * (1.0 - LEAD_FADING) + gain).clamp(-MOST_LEAD, MOST_LEAD);
+        self.lead =
+            (self.lead * LEAD_FADING + LEAD * (1.0 - LEAD_FADING) + gain).clamp(-MOST_LEAD, MOST_LEAD);
         self.learn_weights(&heard.features, outcome);
     }
 
@@ -231,7 +232,8 @@ pub fn mix(
     heard: &mut Vec<Heard>,
 ) {
     let first = heard.len();
-    let total: f32 = candidates[start..].iter().map(|child| child.path).sum::<f32>() / above.max(f32::MIN_POSITIVE);
+    let total: f32 =
+        candidates[start..].iter().map(|child| child.path).sum::<f32>() / above.max(f32::MIN_POSITIVE);
     let rest = (1.0 - total).max(0.0);
     let (mut named, mut claimed) = (0.0, 0.0);
     for (rank, (token, prob)) in given.children(place).take(SIBLINGS).enumerate() {

@@ -1,9 +1,9 @@
 //! What one draft is made from, and what it may come to.
 
 use crate::Token;
-use crate::index::Index;
 use crate::allowed::Allowed;
 use crate::given::Given;
+use crate::index::Index;
 use crate::predictor::correct::Calibration;
 use crate::predictor::guest::Trust;
 use crate::predictor::weights::Model;

@@ -27,12 +27,7 @@ pub fn occurrences_of(index: &Index, context: &[Token], act: impl FnMut(u32, usi
 }
 
 /// Goes along the chains of each length from `newest` back.
-fn along(
-    index: &Index,
-    context: &[Token],
-    newest: impl Fn(usize) -> u32,
-    mut act: impl FnMut(u32, usize),
-) {
+fn along(index: &Index, context: &[Token], newest: impl Fn(usize) -> u32, mut act: impl FnMut(u32, usize)) {
     let (mut found, mut steps) = (0, STEPS * SAMPLES);
     let mut longer = MAX_LENGTH + 1;
     for order in (0..ORDERS.len()).rev() {

@@ -3,12 +3,12 @@
 Usage: given.py TRACE.jsonl ... [--topk smollm2-topk.jsonl.xz] [--json FILE] [--budgets 8,16] [--requests 40]
 
 Guests, all made from the recording:
-  q/TELLS     a chain of 8 tokens, each right with a confidence drawn around q (after a wrong one, at random), that tells
-              its confidences as they are, too large (their fourth root), or not at all
-  mtp         with recorded top-k: the runner-ups of the position before, two tokens deep, with their probabilities
-  racer       with recorded top-k, RACER's rule as its paper describes it (arXiv 2604.14885): the longest of the last 9 to
-              1 tokens that occurred before goes on as it did, to 10 tokens in all, and tokens are followed by the last
-              top 8 that the target held probable after them
+  q/TELLS  a chain of 8 tokens, each right with a confidence drawn around q, none after a wrong one; it tells
+           its confidences as they are (honest), too large (bold: their fourth root), or not at all (silent)
+  mtp      with recorded top-k: the runner-ups of the position before, two tokens deep, with probabilities
+  racer    with recorded top-k, RACER's rule as its paper describes it (arXiv 2604.14885): the longest of the
+           last 9 to 1 tokens that occurred before goes on as it did, to 10 tokens in all, and tokens are
+           followed by the last top 8 that the target held probable after them
 The hybrid drafts ours where the last four tokens have occurred before, else the guest's.
 """
 
@@ -50,10 +50,7 @@ def known_quality(request: Request, quality: float, tells: str) -> Guest:
 
     def propose(position: int, nodes: int) -> DraftTree:
         depth = min(DEPTH, nodes)
-        if quality:
-            confidence = random.beta(4 * quality, 4 * (1 - quality), DEPTH)
-        else:
-            confidence = np.full(DEPTH, 0.5)
+        confidence = random.beta(4 * quality, 4 * (1 - quality), DEPTH) if quality else np.full(DEPTH, 0.5)
         right = random.random(DEPTH) < (confidence if quality else 0.0)
         wrong = text[random.integers(0, len(text), DEPTH)]
         truth = np.zeros(DEPTH, np.int64)
@@ -71,7 +68,8 @@ def known_quality(request: Request, quality: float, tells: str) -> Guest:
 def multi_token_head(request: Request) -> Guest:
     """The runner-ups of the position before, twice."""
     ids, probs = request.topk_ids, request.topk_probs
-    assert ids is not None and probs is not None
+    assert ids is not None
+    assert probs is not None
 
     def propose(position: int, nodes: int) -> DraftTree:
         row = [
@@ -107,7 +105,9 @@ def racer(request: Request) -> Guest:
     read = [0, 0]
 
     def update(position: int) -> None:
-        text.extend(int(token) for token in request.response_ids[len(text) - len(request.prompt_ids) : position])
+        text.extend(
+            int(token) for token in request.response_ids[len(text) - len(request.prompt_ids) : position]
+        )
         for end in range(read[0], len(text)):
             for length in range(1, min(9, end) + 1):
                 seen[tuple(text[end - length : end])] = end
@@ -165,7 +165,9 @@ class Counts:
         return self.expected[way] / max(self.accepted[way], 1)
 
 
-def run(way: str, guest: Guest | None, request: Request, nodes: int, drafter: Drafter, counts: Counts) -> None:
+def run(
+    way: str, guest: Guest | None, request: Request, nodes: int, drafter: Drafter, counts: Counts
+) -> None:
     """Replays one request one way."""
     response = request.response_ids
     text = list(request.prompt_ids) + list(response)
@@ -214,12 +216,21 @@ def measure(
         for label, make in guests.items():
             counts = Counts(alone.steps.copy(), alone.accepted.copy(), alone.expected.copy())
             counts.steps = defaultdict(int, counts.steps)
-            counts.accepted, counts.expected = defaultdict(int, counts.accepted), defaultdict(float, counts.expected)
+            counts.accepted, counts.expected = (
+                defaultdict(int, counts.accepted),
+                defaultdict(float, counts.expected),
+            )
             for request in requests:
                 for way in ("guest", "both", "hybrid"):
                     run(way, make(request), request, nodes, fresh(), counts)
             ours, guest, both, hybrid = (counts.per_step(way) for way in ("ours", "guest", "both", "hybrid"))
-            row = {"trace": name, "budget": nodes, "guest": label, "accepted_ours": ours, "accepted_guest": guest}
+            row = {
+                "trace": name,
+                "budget": nodes,
+                "guest": label,
+                "accepted_ours": ours,
+                "accepted_guest": guest,
+            }
             row |= {"accepted_both": both, "accepted_hybrid": hybrid}
             row |= {"over_better": both / max(ours, guest, 1e-9), "over_hybrid": both / max(hybrid, 1e-9)}
             row |= {"over_ours": both / max(ours, 1e-9), "expected_over_accepted": counts.calibration("both")}

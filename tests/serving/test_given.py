@@ -56,7 +56,8 @@ class TestGiven:
         padded = np.array([[50, 51, -1, -1]], np.int32)
         rows = begin().draft(16, given=padded, given_probs=np.array([[0.5, 0.8, 0, 0]], np.float32))
         tree = begin().draft(16, given=DraftTree([50, 51], [-1, 0], [0.5, 0.4]))
-        assert same(chain, rows) and same(chain, tree)
+        assert same(chain, rows)
+        assert same(chain, tree)
         silent = begin().draft(16, given=DraftTree([50, 51], [-1, 0]))
         assert same(silent, begin().draft(16, given=[[50], [50, 51]]))
         assert not same(silent, chain)
@@ -110,7 +111,9 @@ class TestGiven:
         def accepted(guest):
             sequence, found, position = begin(text[:60]), 0, 60
             while position < len(text):
-                tree = sequence.draft(8, **(dict(given=[90, 91, 92], given_probs=[0.9] * 3) if guest else {}))
+                tree = sequence.draft(
+                    8, **({"given": [90, 91, 92], "given_probs": [0.9] * 3} if guest else {})
+                )
                 path = []
                 while position + len(path) < len(text) and (*path, text[position + len(path)]) in paths(tree):
                     path.append(text[position + len(path)])
@@ -150,8 +153,11 @@ class TestGiven:
         sequence = begin(data.draw(st.lists(token, min_size=1, max_size=60)))
         for _ in range(data.draw(st.integers(1, 5))):
             chains = data.draw(st.lists(st.lists(token, max_size=6), max_size=6))
-            probs = [data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(c), max_size=len(c))) for c in chains]
-            said = dict(given=chains, given_probs=probs) if data.draw(st.booleans()) else dict(given=chains)
+            probs = [
+                data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(c), max_size=len(c)))
+                for c in chains
+            ]
+            said = {"given": chains, "given_probs": probs} if data.draw(st.booleans()) else {"given": chains}
             shape = data.draw(st.sampled_from(["tree", "chain"]))
             large = sequence.draft(24, min_prob=0, shape=shape, **said)
             small = sequence.draft(7, min_prob=0, shape=shape, **said)
@@ -173,7 +179,8 @@ class TestAllowed:
         words = np.packbits(np.append(mask, np.zeros(28, bool)), bitorder="little").view(np.uint32)
         for allowed in (mask, words, words.view(np.int32), [t for t in range(100) if t != 3]):
             tree = begin().draft(16, given=[[3], [7]], allowed=allowed)
-            assert all(path[0] != 3 for path in paths(tree)) and (7,) in paths(tree)
+            assert all(path[0] != 3 for path in paths(tree))
+            assert (7,) in paths(tree)
             sound(tree)
         assert len(begin().draft(16, allowed=[])) == 0
 
@@ -204,13 +211,18 @@ class TestAllowed:
                 return ids
             mask = np.zeros(100, bool)
             mask[ids] = True
-            return mask if kind == 1 else np.packbits(np.append(mask, np.zeros(28, bool)), bitorder="little").view("i4")
+            return (
+                mask
+                if kind == 1
+                else np.packbits(np.append(mask, np.zeros(28, bool)), bitorder="little").view("i4")
+            )
 
         sequence = begin(text)
         given = [[1, 2, 3], [4, 5], [6]]
         tree = sequence.draft(nodes, min_prob=0, given=given, allowed=rule)
         assert all(fits(path[:-1], path[-1]) for path in paths(tree))
-        assert len(set(asked)) == len(asked) and asked[0] == ()
+        assert len(set(asked)) == len(asked)
+        assert asked[0] == ()
         # what is not asked for ahead of need is bounded
         assert len(asked) <= 16 * (len(tree) + 2)
         sound(tree)
@@ -239,30 +251,37 @@ class TestAllowed:
             thread = threading.Thread(target=lambda: (sequence.token_ids, sequence.extend([]), done.set()))
             thread.start()
             thread.join(20)
-            return None
+            return
 
         sequence.draft(8, allowed=rule)
         assert done.is_set()
 
     def test_bad_masks_are_refused(self):
         sequence = begin()
-        for allowed in (np.ones(99, bool), np.ones(3, np.uint32), np.ones(100), "text", 7, np.ones((2, 100), bool)):
+        for allowed in (
+            np.ones(99, bool),
+            np.ones(3, np.uint32),
+            np.ones(100),
+            "text",
+            7,
+            np.ones((2, 100), bool),
+        ):
             with pytest.raises(InvalidArgumentError):
                 sequence.draft(8, allowed=allowed)
         with pytest.raises(InvalidTokenError):
             sequence.draft(8, allowed=[100])
+        sequence.close()
         with pytest.raises(ClosedError):
-            sequence.close()
             sequence.draft(8, allowed=lambda path: None)
 
 
 def said_of(row):
     return [
         {},
-        dict(given=[50, 51]),
-        dict(given=[[60], [61, 62]], given_probs=[[0.3], [0.6, 0.9]]),
-        dict(allowed=lambda path: [70 + len(path)] if len(path) < 5 else None),
-        dict(given=DraftTree([80], [-1], [0.9]), allowed=np.arange(100) > 40),
+        {"given": [50, 51]},
+        {"given": [[60], [61, 62]], "given_probs": [[0.3], [0.6, 0.9]]},
+        {"allowed": lambda path: [70 + len(path)] if len(path) < 5 else None},
+        {"given": DraftTree([80], [-1], [0.9]), "allowed": np.arange(100) > 40},
     ][row]
 
 
@@ -279,43 +298,57 @@ class TestBatch:
         batch = drafter.draft_batch(sequences, 8, **columns, **options)
         assert batch.offsets[-1] <= options.get("total_nodes", 15 * 8)
         for tree, twin, row in zip(batch, twins, said, strict=True):
+            # what was cut teaches what a draft of that size does
             alone = twin.draft(8, **row, **shape)
             assert same(tree, alone.first(len(tree)))
             assert "total_nodes" in options or len(tree) == len(alone)
+            twin.cut_draft(len(tree))
+            twin.extend([5])
         batch = drafter.step(sequences, [5] * 15, range(16), 8, **columns, **options)
         for tree, twin, row in zip(batch, twins, said, strict=True):
-            twin.cut_draft(len(tree)) if False else twin.extend([5])
-            assert len(tree) or "total_nodes" in options
+            assert same(tree, twin.draft(8, **row, **shape).first(len(tree)))
         for sequence in sequences:
             sequence.check_integrity()
 
-    def test_a_rule_shares_them_out(self):
+    def test_prices_share_them_out(self):
         curve = CostCurve([1, 64], [1, 4096], [0], [[[1.0], [1.0 + 0.001 * 4095]]] * 2, packed=True)
         drafter = Drafter(vocab_size=100, threads=1)
         sequences = [drafter.begin(TEXT) for _ in range(4)]
-        rule = SizingRule(curve)
-        given = [[50, 51], None, None, None]
-        batch = drafter.draft_batch(sequences, 16, cost=curve, given=given)
-        assert GIVEN in batch[0].sources and GIVEN not in batch[1].sources
-        batch = drafter.draft_batch(sequences, rule=rule, given=given)
-        tree = drafter.begin(TEXT).draft(16, rule=SizingRule(curve), allowed=lambda path: [77])
+        batch = drafter.draft_batch(sequences, 16, cost=curve, given=[[50, 51], None, None, None])
+        assert GIVEN in batch[0].sources
+        assert GIVEN not in batch[1].sources
+        tree = drafter.begin(TEXT).draft(16, cost=curve, allowed=lambda path: [77])
         assert set(tree.token_ids.tolist()) == {77}
+
+    def test_a_rule_takes_them(self):
+        curve = CostCurve([1, 64], [1, 4096], [0], [[[1.0], [1.0 + 0.001 * 4095]]] * 2, packed=True)
+        rule, drafter = SizingRule(curve), Drafter(vocab_size=100, threads=1)
+        sequence, drafted = drafter.begin([1]), 0
+        for step in range(200):
+            forced = 10 + step % 80
+            tree = sequence.draft(rule=rule, given=[forced], allowed=lambda path, forced=forced: [forced])
+            assert set(tree.token_ids.tolist()) <= {forced}
+            drafted += len(tree)
+            sequence.extend([forced] * (1 + len(tree)))
+            rule.observe(batch=1, size=len(tree), context=step + 1, seconds=1.0, tokens=1 + len(tree))
+        assert drafted > 0
 
     def test_a_batch_is_a_guest(self):
         drafter = Drafter(vocab_size=100, threads=1)
         batch = drafter.draft_batch([drafter.begin([5, 6, 7, 5]), drafter.begin([8, 9, 8])], 4)
         drafted = drafter.draft_batch([drafter.begin([1]), drafter.begin([2])], 8, given=batch)
-        assert (6, 7) in paths(drafted[0]) and (9, 8) in paths(drafted[1])
+        assert (6, 7) in paths(drafted[0])
+        assert (9, 8) in paths(drafted[1])
 
     def test_bad_rows_change_nothing(self):
         drafter = Drafter(vocab_size=100, threads=1)
         sequences = [drafter.begin(TEXT), drafter.begin(TEXT)]
         for said in (
-            dict(given=[[5]]),
-            dict(given=[[5], [6], [7]]),
-            dict(given=[[5], [100]]),
-            dict(given=7),
-            dict(allowed=[None, np.ones(3, bool)]),
+            {"given": [[5]]},
+            {"given": [[5], [6], [7]]},
+            {"given": [[5], [100]]},
+            {"given": 7},
+            {"allowed": [None, np.ones(3, bool)]},
         ):
             with pytest.raises((InvalidArgumentError, InvalidTokenError)):
                 drafter.step(sequences, [3, 3], [0, 1, 2], 8, **said)
@@ -338,4 +371,5 @@ class TestBatch:
         sequences[0].close()
         with pytest.raises(BatchError) as raised:
             drafter.draft_batch(sequences, 8, given=[[50], [50]], allowed=[lambda path: None] * 2)
-        assert list(raised.value.failures) == [0] and (50,) in paths(raised.value.batch[1])
+        assert list(raised.value.failures) == [0]
+        assert (50,) in paths(raised.value.batch[1])

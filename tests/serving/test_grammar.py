@@ -1,4 +1,4 @@
-"""A JSON schema cuts drafts before they cost a node, and forced tokens extend them: an example with llguidance."""
+"""A JSON schema cuts drafts before they cost a node, and forced tokens extend them: with llguidance."""
 
 import json
 
@@ -43,7 +43,7 @@ def rule(state, tokenizer):
 
 
 def replay(answer, grammar, tokenizer, draft):
-    """Decodes ``answer`` with drafts of 12 nodes, and returns the steps and whether every node fits the grammar."""
+    """Decodes ``answer`` with drafts, and returns the steps; every node has to fit the grammar."""
     drafter = Drafter(vocab_size=tokenizer.vocab_size, threads=1)
     sequence = drafter.begin(tokenizer.tokenize_str('Say it as {"town": "Oslo", "unit": "C"}.\n'))
     state = matcher(tokenizer)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use sssd_core::{Limits, MAX_NODES, make_room};
-use sssd_engine::{Guide, Plan, Request, Work};
+use sssd_engine::{Failure, Guide, Plan, Request, Work};
 
 use crate::boundary::{
     LONG, call, call_cancelled, int, is_chain, node_budget, not_negative, optional_int, probability,
@@ -307,17 +307,7 @@ impl PyDrafter {
         if failures.is_empty() {
             return Ok(out);
         }
-        let raised = PyDict::new(py);
-        for failure in &failures {
-            raised.set_item(failure.index, request_error(py, &failure.error).value(py))?;
-        }
-        let places: Vec<_> = failures.iter().map(|failure| failure.index.to_string()).collect();
-        let message =
-            format!("sequences {} of the batch failed; first: {}", places.join(", "), failures[0].error);
-        let raise = error(py, "BatchError", message);
-        raise.value(py).setattr("failures", raised)?;
-        raise.value(py).setattr("batch", out)?;
-        Err(raise)
+        Err(batch_error(py, &failures, out)?)
     }
 
     /// Reads the sequences, and returns the places where there is none.
@@ -447,6 +437,25 @@ impl PyDrafter {
         }
         Ok(cut)
     }
+}
+
+/// The error that says which requests of a batch failed, with the trees of the others.
+fn batch_error(
+    py: Python<'_>,
+    failures: &[Failure],
+    out: Option<Bound<'_, PyDraftBatch>>,
+) -> PyResult<PyErr> {
+    let raised = PyDict::new(py);
+    for failure in failures {
+        raised.set_item(failure.index, request_error(py, &failure.error).value(py))?;
+    }
+    let places: Vec<_> = failures.iter().map(|failure| failure.index.to_string()).collect();
+    let first = failures.first().map_or(String::new(), |failure| failure.error.to_string());
+    let message = format!("sequences {} of the batch failed; first: {first}", places.join(", "));
+    let raise = error(py, "BatchError", message);
+    raise.value(py).setattr("failures", raised)?;
+    raise.value(py).setattr("batch", out)?;
+    Ok(raise)
 }
 
 /// What is said of each sequence, if anything is.

@@ -10,11 +10,7 @@
 //!
 //! The other tokens share what is left in the proportions that the sources give them.
 
-use crate::Token;
-use crate::given::{GIVEN_ROOT, Given};
 use crate::index::NONE;
-use crate::memory::push;
-use crate::predictor::arena::{Candidate, Expansion, TokenTable};
 use crate::predictor::weights::{PROBABILITIES, scale};
 
 /// Depths that are told apart, and ranks among siblings.
@@ -40,11 +36,6 @@ const UNNAMED: f32 = 0.03;
 const LEAD: f32 = 1.5;
 const MOST_LEAD: f32 = 7.0;
 const LEAD_FADING: f32 = 0.98;
-/// Siblings never sum to more.
-const MOST: f32 = 0.998;
-/// Of the tokens that a guest names at a place, the first so many are heard.
-const SIBLINGS: usize = 64;
-
 #[derive(Clone, Copy)]
 struct Cell {
     share: f32,
@@ -114,7 +105,7 @@ impl Default for Trust {
 impl Trust {
     /// What a token is worth that the guest names at this depth, with this rank and, if it says so, probability; the
     /// sources give it `own`, and leave `rest` to tokens that they do not name.
-    fn hear(&self, depth: u16, rank: usize, prob: Option<f32>, own: f32, rest: f32) -> Heard {
+    pub fn hear(&self, depth: u16, rank: usize, prob: Option<f32>, own: f32, rest: f32) -> Heard {
         let depth = usize::from(depth).min(DEPTHS - 1);
         let (cell, share) = match prob {
             Some(prob) => {
@@ -202,62 +193,6 @@ fn solve(mut system: [Features; FEATURES], mut values: Features) -> Features {
         values[at] = (values[at] - known) / system[at][at];
     }
     values
-}
-
-/// The guest's place at a node: after its parent's.
-pub fn place(given: &Given, node: u32, candidates: &[Candidate], expansions: &[Expansion]) -> u32 {
-    let candidate = &candidates[node as usize];
-    match candidates.get(candidate.parent as usize).filter(|_| node != 0) {
-        None => GIVEN_ROOT,
-        Some(parent) => match expansions.get(parent.expansion as usize) {
-            Some(above) if above.guest != NONE => given.child(above.guest, candidate.token),
-            _ => NONE,
-        },
-    }
-}
-
-/// The tokens that the guest names at its place, to become candidates.
-pub fn named(given: &Given, place: u32) -> impl Iterator<Item = Token> + '_ {
-    given.children(place).take(SIBLINGS).map(|(token, _)| token)
-}
-
-/// Mixes what the guest names after a node of probability `above` into its children from `start` on.
-pub fn mix(
-    given: &Given,
-    place: u32,
-    trust: &Trust,
-    (start, above): (usize, f32),
-    candidates: &mut [Candidate],
-    table: &TokenTable,
-    heard: &mut Vec<Heard>,
-) {
-    let first = heard.len();
-    let total: f32 =
-        candidates[start..].iter().map(|child| child.path).sum::<f32>() / above.max(f32::MIN_POSITIVE);
-    let rest = (1.0 - total).max(0.0);
-    let (mut named, mut claimed) = (0.0, 0.0);
-    for (rank, (token, prob)) in given.children(place).take(SIBLINGS).enumerate() {
-        let Ok(at) = table.find(token, candidates) else { continue };
-        let child = &candidates[at as usize];
-        let own = (child.path / above.max(f32::MIN_POSITIVE)).min(1.0);
-        let prob = given.has_probs().then_some(prob);
-        let said = Heard { candidate: at, ..trust.hear(child.depth - 1, rank, prob, own, rest) };
-        named += own;
-        claimed += said.prob;
-        push(heard, said);
-    }
-    let fit = (MOST / claimed).min(1.0);
-    let others = (1.0 - claimed * fit).max(0.0) / (1.0 - named).max(1e-3);
-    candidates[start..].iter_mut().for_each(|child| child.path *= others);
-    for said in &mut heard[first..] {
-        said.prob *= fit;
-        candidates[said.candidate as usize].path = said.prob * above;
-    }
-    // what was rounded, and what the sources gave beyond one
-    let total: f32 = candidates[start..].iter().map(|child| child.path).sum();
-    if total > above {
-        candidates[start..].iter_mut().for_each(|child| child.path *= above / total);
-    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,19 @@
 //! What comes from outside at a node: another drafter's tokens, and which tokens are allowed.
 
+use crate::Token;
 use crate::allowed::{ALLOWED_ROOT, Allowed, FEW};
+use crate::given::{GIVEN_ROOT, Given};
 use crate::index::NONE;
+use crate::memory::push;
 use crate::predictor::arena::{Candidate, Expansion, TokenTable, child};
-use crate::predictor::guest::{self, Heard};
+use crate::predictor::guest::{Heard, Trust};
 use crate::predictor::inputs::Inputs;
 use crate::predictor::mix::Children;
 
+/// Siblings never sum to more.
+const MOST: f32 = 0.998;
+/// Of the tokens that a guest names at a place, the first so many are heard.
+const SIBLINGS: usize = 64;
 /// The probability of what must not be drafted: below every floor.
 const NEVER: f32 = -1.0;
 
@@ -19,7 +26,7 @@ pub fn find_place(
     expansion: &mut Expansion,
 ) {
     if let Some(given) = inputs.outside.given {
-        expansion.guest = guest::place(given, node, candidates, expansions);
+        expansion.guest = place(given, node, candidates, expansions);
     }
     if let Some(allowed) = inputs.outside.allowed {
         expansion.allowed = ALLOWED_ROOT;
@@ -38,7 +45,7 @@ pub fn offer(inputs: &Inputs, expansion: &Expansion, children: &mut Children) {
     let Children { node, candidates, origins, table } = children;
     let mut add = |token| _ = child(*node, token, candidates, origins, table);
     if let Some(given) = inputs.outside.given {
-        guest::named(given, expansion.guest).for_each(&mut add);
+        named(given, expansion.guest).for_each(&mut add);
     }
     if let Some(allowed) = inputs.outside.allowed {
         allowed.few(expansion.allowed).for_each(&mut add);
@@ -57,11 +64,68 @@ pub fn weigh(
 ) {
     if let Some(given) = inputs.outside.given {
         let first = heard.len() as u32;
-        guest::mix(given, expansion.guest, inputs.trust, (start, above), candidates, table, heard);
+        mix(given, expansion.guest, inputs.trust, (start, above), candidates, table, heard);
         expansion.heard = (first, heard.len() as u32);
     }
     if let Some(allowed) = inputs.outside.allowed {
         filter(allowed, expansion.allowed, above, &mut candidates[start..]);
+    }
+}
+
+/// The guest's place at a node: after its parent's.
+fn place(given: &Given, node: u32, candidates: &[Candidate], expansions: &[Expansion]) -> u32 {
+    let candidate = &candidates[node as usize];
+    match candidates.get(candidate.parent as usize).filter(|_| node != 0) {
+        None => GIVEN_ROOT,
+        Some(parent) => match expansions.get(parent.expansion as usize) {
+            Some(above) if above.guest != NONE => given.child(above.guest, candidate.token),
+            _ => NONE,
+        },
+    }
+}
+
+/// The tokens that the guest names at its place, to become candidates.
+fn named(given: &Given, place: u32) -> impl Iterator<Item = Token> + '_ {
+    given.children(place).take(SIBLINGS).map(|(token, _)| token)
+}
+
+/// Mixes what the guest names after a node of probability `above` into its children from `start` on.
+fn mix(
+    given: &Given,
+    place: u32,
+    trust: &Trust,
+    (start, above): (usize, f32),
+    candidates: &mut [Candidate],
+    table: &TokenTable,
+    heard: &mut Vec<Heard>,
+) {
+    let first = heard.len();
+    let total: f32 =
+        candidates[start..].iter().map(|child| child.path).sum::<f32>() / above.max(f32::MIN_POSITIVE);
+    let rest = (1.0 - total).max(0.0);
+    let (mut named, mut claimed) = (0.0, 0.0);
+    for (rank, (token, prob)) in given.children(place).take(SIBLINGS).enumerate() {
+        let Ok(at) = table.find(token, candidates) else { continue };
+        let child = &candidates[at as usize];
+        let own = (child.path / above.max(f32::MIN_POSITIVE)).min(1.0);
+        let prob = given.has_probs().then_some(prob);
+        let mut said = trust.hear(child.depth - 1, rank, prob, own, rest);
+        said.candidate = at;
+        named += own;
+        claimed += said.prob;
+        push(heard, said);
+    }
+    let fit = (MOST / claimed).min(1.0);
+    let others = (1.0 - claimed * fit).max(0.0) / (1.0 - named).max(1e-3);
+    candidates[start..].iter_mut().for_each(|child| child.path *= others);
+    for said in &mut heard[first..] {
+        said.prob *= fit;
+        candidates[said.candidate as usize].path = said.prob * above;
+    }
+    // what was rounded, and what the sources gave beyond one
+    let total: f32 = candidates[start..].iter().map(|child| child.path).sum();
+    if total > above {
+        candidates[start..].iter_mut().for_each(|child| child.path *= above / total);
     }
 }
 

@@ -562,8 +562,8 @@ ENGINE_MUTANTS = [
     Mutant(
         "a draft keeps the GIL while it waits",
         "rust/sssd-py/src/sequence.rs",
-        "let tree = call(py, true, || self.engine.draft(",
-        "let tree = call(py, false, || self.engine.draft(",
+        "let tree = call(py, true, || self.engine.draft_with(",
+        "let tree = call(py, false, || self.engine.draft_with(",
     ),
 ]
 

@@ -5,12 +5,16 @@ from collections.abc import Sequence as SequenceABC
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self, TypeAlias, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sssd.hardware.curve import CostCurve
+
+_Given: TypeAlias = "DraftTree | ArrayLike | Iterable[ArrayLike]"
+_GivenProbs: TypeAlias = ArrayLike | Iterable[ArrayLike]
+_Allowed: TypeAlias = ArrayLike | Callable[[tuple[int, ...]], ArrayLike | None]
 
 __all__ = [
     "MAX_NODES",
@@ -219,6 +223,9 @@ class Drafter:
         rate: float | None = None,
         rule: SizingRule | None = None,
         shape: Literal["tree", "chain"] = "tree",
+        given: Iterable[_Given | None] | DraftBatch | None = None,
+        given_probs: Iterable[_GivenProbs | None] | None = None,
+        allowed: Iterable[_Allowed | None] | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """Drafts for many sequences in one call. The GIL is released, and the drafter's threads share the work.
@@ -240,6 +247,9 @@ class Drafter:
                 and learns from both.
             shape: ``"tree"``, or ``"chain"`` as in ``Sequence.draft``. Chains share totals and passes as trees do: a node
                 where it is worth more than those of the others. See ``DraftBatch.chains``.
+            given, given_probs, allowed: as in ``Sequence.draft``, one for each sequence, None where there is none: lists or
+                arrays [n, ...], or a ``DraftBatch`` of n trees. What a callable raises is raised when the step has ended
+                without drafts.
             out: where to put the trees; by default a new ``DraftBatch``.
 
         Returns:
@@ -272,6 +282,9 @@ class Drafter:
         topk_probs: ArrayLike | None = None,
         feedback_ids: ArrayLike | None = None,
         feedback_probs: ArrayLike | None = None,
+        given: Iterable[_Given | None] | DraftBatch | None = None,
+        given_probs: Iterable[_GivenProbs | None] | None = None,
+        allowed: Iterable[_Allowed | None] | None = None,
         out: DraftBatch | None = None,
     ) -> DraftBatch:
         """One engine step in one call: the target's probabilities after the last drafts, ``extend_batch`` or
@@ -592,6 +605,9 @@ class Sequence:
         rate: float | None = None,
         rule: SizingRule | None = None,
         shape: Literal["tree", "chain"] = "tree",
+        given: _Given | None = None,
+        given_probs: _GivenProbs | None = None,
+        allowed: _Allowed | None = None,
     ) -> DraftTree:
         """Drafts continuations of the sequence.
 
@@ -605,10 +621,21 @@ class Sequence:
             rule: a ``SizingRule`` in place of the two, which learns them.
             shape: ``"tree"``, or ``"chain"`` for verifiers that take no trees: after each token the most probable one, a
                 path of at most ``max_nodes`` nodes.
+            given: what another drafter proposes: a ``DraftTree``, a chain of token ids (which ends before the first negative
+                one) or several chains; at most 1024 nodes. Of each place the first 64 tokens are heard. It is one more
+                source: how far it is trusted is learned, its leaves are extended, and useless ones fade.
+            given_probs: of each token of a chain its probability given those before it, floats of the same shape. A tree has
+                its own; if all of these are 0, or none are given, they are learned by depth and rank.
+            allowed: which tokens may follow: bools [vocabulary], 32-bit words [vocabulary / 32] (bit ``t % 32`` of word
+                ``t // 32`` for token t) or a list of ids, for the first place; or a callable that gets the tuple of a
+                path's tokens, () first, and returns such a mask for what follows it, or None for anything. Nothing else
+                is drafted, and what is forced is. The callable is asked for each node that is worth it, and some more.
 
         Raises:
             InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` or
-                ``shape`` is neither, there is a ``rate`` without it, or a ``rule`` as well.
+                ``shape`` is neither, there is a ``rate`` without it, or a ``rule`` as well; ``given``, ``given_probs`` or
+                ``allowed`` is none.
+            InvalidTokenError: an id of ``given`` or ``allowed`` is outside the vocabulary.
             ClosedError: the sequence is closed.
         """
     def cut_draft(self, nodes: int) -> None:

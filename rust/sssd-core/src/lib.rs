@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod allowed;
+mod given;
 mod index;
 mod logits;
 mod memory;
@@ -14,12 +16,14 @@ mod stats;
 mod sync;
 mod tree;
 
+pub use allowed::{Allowed, Mask};
+pub use given::{Given, GivenError};
 pub use index::Lookahead;
 pub use logits::top_k;
 pub use memory::{MemoryFull, MemoryPool, Reservation, make_room, room_for_a_thread};
 pub use namespace::{Common, Namespace};
 pub use pass::{FlatTrees, MAX_WIDTH, PassBlock, PassError, Shape};
-pub use predictor::inputs::Limits;
+pub use predictor::inputs::{Limits, Outside};
 pub use predictor::weights::{Model, WeightsError};
 pub use sequence::Sequence;
 pub use sources::NAMES as SOURCES;

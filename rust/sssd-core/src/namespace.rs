@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::memory::{MemoryFull, MemoryPool, Reservation};
 use crate::predictor::arena::Scratch;
+use crate::predictor::guest::Trust;
 use crate::predictor::weights::{Model, WeightsError};
 use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::FeedbackTable;
@@ -100,7 +101,7 @@ impl Namespace {
         bytes: usize,
     ) -> Result<Self, MemoryFull> {
         let mut paid = Reservation::shared(&common.pool);
-        paid.try_resize(size_of::<Shared>() + bytes)?;
+        paid.try_resize(size_of::<Shared>() + size_of::<Trust>() + bytes)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 name: Arc::clone(name),
@@ -161,8 +162,9 @@ impl Namespace {
 
     /// Whether no sequence uses it and none has taught it anything.
     pub fn is_empty(&self) -> bool {
-        let Knowledge { live, feedback, model, .. } = &self.shared.knowledge;
+        let Knowledge { live, feedback, model, trust, .. } = &self.shared.knowledge;
         let unlearned = live.len().1 == 0 && feedback.is_empty() && lock(model).charged_bytes() == 0;
+        let unlearned = unlearned && Arc::ptr_eq(&lock(trust), initial_trust());
         self.sequences() == 0 && unlearned
     }
 
@@ -252,11 +254,18 @@ impl Deref for Weights {
     }
 }
 
+/// The trust in drafts from outside before there were any.
+fn initial_trust() -> &'static Arc<Trust> {
+    static INITIAL: OnceLock<Arc<Trust>> = OnceLock::new();
+    INITIAL.get_or_init(Arc::default)
+}
+
 /// Shared by the requests that may know of one another.
 pub(crate) struct Knowledge {
     pub live: LiveStore,
     pub feedback: FeedbackTable,
     model: Mutex<Arc<Weights>>,
+    trust: Mutex<Arc<Trust>>,
     stats: Mutex<Stats>,
     /// Where what is learned is charged.
     paid: Reservation,
@@ -268,6 +277,7 @@ impl Knowledge {
             live: LiveStore::new(live_bytes, paid.new_empty()),
             feedback: FeedbackTable::new(soft_bytes, paid.new_empty()),
             model: Mutex::new(Weights::shipped()),
+            trust: Mutex::new(Arc::clone(initial_trust())),
             stats: Mutex::default(),
             paid: paid.new_empty(),
         }
@@ -291,6 +301,19 @@ impl Knowledge {
         {
             model.merge(base, learned);
         }
+    }
+
+    /// How far the next sequence trusts drafts from outside.
+    pub fn trust(&self) -> Arc<Trust> {
+        Arc::clone(&lock(&self.trust))
+    }
+
+    /// Takes over what a request has learned of drafts from outside since it started from `base`.
+    pub fn learn_trust(&self, base: &Trust, learned: &Trust) {
+        let mut shared = lock(&self.trust);
+        let mut trust = **shared;
+        trust.merge(base, learned);
+        *shared = Arc::new(trust);
     }
 
     /// Gives a text to the live store. False if it was interrupted.

@@ -8,14 +8,15 @@ use crate::memory::{MemoryFull, Reservation, try_clone, try_reserve};
 use crate::namespace::{Namespace, Shared, Weights};
 use crate::predictor::Predictor;
 use crate::predictor::correct::Calibration;
-use crate::predictor::inputs::{Inputs, Limits};
+use crate::predictor::guest::Trust;
+use crate::predictor::inputs::{Inputs, Limits, Outside};
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::{FEEDBACK_ORDERS, Recent, TopK};
 use crate::stats::{Outcome, Stats};
 use crate::sync::lock;
-use crate::{DraftTree, MAX_TOKEN, Token};
+use crate::{Allowed, DraftTree, MAX_TOKEN, Token};
 
 /// Drafts after which their counts are handed on.
 const COUNTED: u64 = 64;
@@ -39,6 +40,9 @@ pub struct Sequence {
     base: Arc<Weights>,
     model: Arc<Weights>,
     calibration: Calibration,
+    /// How far drafts from outside were trusted when it started, and are now if there were any.
+    trusted: Arc<Trust>,
+    trust: Option<Box<Trust>>,
     predictor: Predictor,
     stats: Stats,
     /// Tokens that the live store has been given.
@@ -79,9 +83,12 @@ impl Sequence {
         base: Arc<Weights>,
         reservation: Reservation,
     ) -> Result<Self, MemoryFull> {
+        let trusted = shared.knowledge.trust();
         let mut sequence = Self {
             store: Arc::clone(shared.common.store()),
             shared,
+            trusted,
+            trust: None,
             index: Index::default(),
             predicted: 0,
             aligned: Aligned::default(),
@@ -149,6 +156,7 @@ impl Sequence {
     pub fn relearn(&mut self) {
         self.base = self.shared.knowledge.model();
         self.model = Arc::clone(&self.base);
+        (self.trusted, self.trust) = (self.shared.knowledge.trust(), None);
     }
 
     /// All tokens so far.
@@ -271,6 +279,8 @@ impl Sequence {
             base: Arc::clone(&self.model),
             model: Arc::clone(&self.model),
             calibration: self.calibration.clone(),
+            trusted: self.trust.as_deref().map_or_else(|| Arc::clone(&self.trusted), |own| Arc::new(*own)),
+            trust: None,
             predictor: Predictor::default(),
             stats: Stats::default(),
             committed: self.committed,
@@ -312,6 +322,7 @@ impl Sequence {
             outcome = self.predictor.learn(
                 model,
                 &mut self.calibration,
+                self.trust.as_deref_mut(),
                 &tokens[..placeholder.unwrap_or(tokens.len())],
                 &mut self.stats,
                 live,
@@ -391,14 +402,28 @@ impl Sequence {
 
     /// Drafts at most `nodes` of the nodes that `limits` allow, and returns the draft's number.
     pub fn start_draft(&mut self, limits: Limits, nodes: usize) -> u64 {
+        self.start_draft_with(limits, nodes, Outside::default())
+    }
+
+    /// The same with another drafter's draft as one more source, or within what is allowed.
+    pub fn start_draft_with(&mut self, limits: Limits, nodes: usize, outside: Outside) -> u64 {
+        if outside.given.is_some() && self.trust.is_none() {
+            self.trust = Some(Box::new(*self.trusted));
+        }
         self.drafts += 1;
         self.drafted_at = self.tokens().len();
         self.calibration.start(self.model.ages(self.past.len()));
         let shared = Arc::clone(&self.shared);
         shared.common.with_scratch(|scratch| {
-            self.with_inputs(limits, |predictor, inputs| predictor.draft(nodes, inputs, scratch));
+            self.with_inputs(limits, outside, |predictor, inputs| predictor.draft(nodes, inputs, scratch));
         });
         self.drafts
+    }
+
+    /// Calls `act` with the paths of the first `most` places of the last draft whose rules it lacked. Until there are none
+    /// the draft is to be made again.
+    pub fn unruled(&self, allowed: &Allowed, most: usize, act: impl FnMut(&[Token])) {
+        self.predictor.unruled(allowed, most, act);
     }
 
     /// How many drafts were started.
@@ -431,7 +456,7 @@ impl Sequence {
         self.predictor.tree()
     }
 
-    fn with_inputs(&mut self, limits: Limits, work: impl FnOnce(&mut Predictor, &Inputs)) {
+    fn with_inputs(&mut self, limits: Limits, outside: Outside, work: impl FnOnce(&mut Predictor, &Inputs)) {
         let knowledge = &self.shared.knowledge;
         let store = self.shared.common.readable(&self.store);
         let live = knowledge.live.read();
@@ -450,6 +475,8 @@ impl Sequence {
             end_tokens: self.end_tokens.as_deref().unwrap_or(self.shared.end_tokens()),
             age: self.past.len(),
             limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
+            outside,
+            trust: self.trust.as_deref().unwrap_or(&self.trusted),
         };
         work(&mut self.predictor, &inputs);
     }
@@ -476,6 +503,9 @@ impl Sequence {
     pub fn finish(mut self, interrupted: &mut dyn FnMut() -> bool) -> bool {
         let committed = self.commit(interrupted);
         self.shared.knowledge.learn(&self.base, &self.model);
+        if let Some(learned) = &self.trust {
+            self.shared.knowledge.learn_trust(&self.trusted, learned);
+        }
         committed
     }
 
@@ -501,7 +531,8 @@ impl Sequence {
     /// Bytes of the last draft, and of what does not grow. Weights are charged by themselves.
     fn other_bytes(&self) -> usize {
         let end_tokens = self.end_tokens.as_deref().map_or(0, size_of_val);
-        size_of::<Self>() + end_tokens + Recent::MOST_BYTES + self.predictor.memory_bytes()
+        let trust = self.trust.as_ref().map_or(0, |_| size_of::<Trust>());
+        size_of::<Self>() + end_tokens + trust + Recent::MOST_BYTES + self.predictor.memory_bytes()
     }
 
     /// Charges what is held alone.

@@ -8,7 +8,7 @@ pub struct Stats {
     /// Drafts whose outcome is known.
     pub drafts: u64,
     /// In the order of [`crate::SOURCES`].
-    pub sources: [SourceStats; sources::COUNT],
+    pub sources: [SourceStats; sources::NAMES.len()],
 }
 
 /// How the nodes fared to whose probability one source contributed most.

@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
-use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Sequence, Token, TopK, make_room};
+use sssd_core::{DraftTree, Limits, Lookahead, Outcome, Outside, Sequence, Token, TopK, make_room};
 
+use crate::guide::{Guide, Place};
 use crate::metrics::Undrafted;
 use crate::request::{Peek, Request, RequestError};
 use crate::share::{Items, Share};
@@ -60,6 +61,12 @@ pub struct Work {
     pub total_nodes: Option<usize>,
     /// Then trees are as large as pays.
     pub sizing: Option<Sizing>,
+    /// What is said of each request's draft, if `guided`: as many as requests, or more.
+    pub guides: Vec<Guide>,
+    /// Whether anything is said of any draft.
+    pub guided: bool,
+    /// Where drafts lack rules.
+    places: Vec<Place>,
     /// Once set, what is not done yet is left.
     pub cancelled: Arc<AtomicBool>,
     /// Where results come to stand, one for each request or more.
@@ -109,6 +116,8 @@ struct Slot {
     drafted: Option<(usize, usize)>,
     outcome: Option<Outcome>,
     failure: Option<RequestError>,
+    /// Where the draft lacks rules.
+    unruled: Vec<Place>,
 }
 
 /// What a step has drafted.
@@ -158,7 +167,8 @@ impl Work {
         self.plans.clear();
         self.feedback_ids.clear();
         self.feedback_probs.clear();
-        (self.total_nodes, self.sizing) = (None, None);
+        (self.total_nodes, self.sizing, self.guided) = (None, None, false);
+        self.guides.iter_mut().for_each(Guide::clear);
         (self.extend, self.draft, self.learn, self.k) = (false, false, false, 0);
         (self.feedback_rows, self.feedback_k) = (0, 0);
     }
@@ -225,6 +235,8 @@ impl Work {
         let asked = asked + bytes(&self.keeps);
         let top = bytes(&self.top_ids) + bytes(&self.top_probs);
         let feedback = bytes(&self.feedback_ids) + bytes(&self.feedback_probs);
+        let guides = bytes(&self.guides) + self.guides.iter().map(Guide::memory_bytes).sum::<usize>();
+        let asked = asked + guides + bytes(&self.places);
         let own = bytes(&self.slots) + bytes(&self.todo) + bytes(&self.keys) + bytes(&self.paces);
         size_of::<Self>() + asked + top + feedback + own + self.tree_bytes
     }
@@ -233,7 +245,12 @@ impl Work {
         self.slots[..self.requests.len()].iter()
     }
 
-    fn prepare(&mut self) {
+    /// Where drafts lack rules: the request's place, and the tokens that lead there; and the guides to put them into.
+    pub fn places(&mut self) -> (&[Place], &mut [Guide]) {
+        (&self.places, &mut self.guides)
+    }
+
+    pub(crate) fn prepare(&mut self) {
         let (count, held) = (self.requests.len(), self.slots.len());
         make_room(&mut self.slots, count.saturating_sub(held));
         while self.slots.len() < self.requests.len() {
@@ -244,6 +261,7 @@ impl Work {
             slot.tree.clear();
             (slot.failure, slot.outcome, slot.nodes, slot.drafted) = (None, None, 0, None);
             slot.allowed = self.plans.get(item).map_or(0, |plan| plan.limits.max_nodes);
+            slot.unruled.clear();
         }
         self.stage = Stage::First;
         self.todo.clear();
@@ -343,7 +361,12 @@ impl Work {
         if self.draft {
             let limits = self.plans[item].limits;
             request.with_ready(|sequence| {
-                slot.draft = sequence.start_draft(limits, slot.target);
+                let guide = self.guides.get(item).filter(|_| self.guided);
+                let outside = guide.map_or_else(Outside::default, Guide::outside);
+                slot.draft = sequence.start_draft_with(limits, slot.target, outside);
+                if let Some(guide) = guide {
+                    guide.find_unruled(sequence, item, &mut slot.unruled);
+                }
                 let shared = self.total_nodes.is_some() || self.sizing.is_some();
                 let tree = if shared { sequence.tree() } else { sequence.end_draft(limits.max_nodes) };
                 slot.tree.copy_from(tree);
@@ -351,6 +374,35 @@ impl Work {
             })?;
         }
         Ok(())
+    }
+
+    /// Lists the requests whose drafts lack rules, to be drafted anew. False if there are none.
+    fn find_unruled(&mut self) -> bool {
+        let Self { slots, places, todo, requests, .. } = self;
+        places.clear();
+        if !self.guided {
+            return false;
+        }
+        for (item, slot) in slots[..requests.len()].iter_mut().enumerate() {
+            let slot = slot.get_mut().unwrap_or_else(PoisonError::into_inner);
+            if places.is_empty() && !slot.unruled.is_empty() {
+                todo.clear();
+            }
+            if !slot.unruled.is_empty() {
+                places.append(&mut slot.unruled);
+                todo.push(item as u32);
+            }
+        }
+        self.stage = Stage::More;
+        !places.is_empty()
+    }
+
+    /// Leaves no draft.
+    pub(crate) fn drop_drafts(&mut self) {
+        for slot in &mut self.slots[..self.requests.len()] {
+            slot.get_mut().unwrap_or_else(PoisonError::into_inner).nodes = 0;
+        }
+        self.cut();
     }
 
     /// Gives the most probable nodes to their requests, and lists the requests that might do with more than they
@@ -468,28 +520,30 @@ impl Step {
         self.share.lock()
     }
 
-    /// Does what was asked for.
-    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool<Self>) {
+    /// Does what was asked for, or goes on with it. False if drafts lack rules.
+    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool<Self>) -> bool {
         let mut work = self.lock();
-        work.prepare();
-        if work.draft && work.sizing.is_some() {
-            work = self.stage(work, pool);
-            work.price();
-            return work.cut();
-        }
-        if work.requests.len() == 1 {
-            return work.serve(0);
-        }
-        let total = work.total_nodes.filter(|_| work.draft);
-        work = self.stage(work, pool);
-        let Some(total) = total else { return };
         loop {
+            if work.requests.len() == 1 {
+                work.serve(0);
+            } else {
+                work = self.stage(work, pool);
+            }
+            if work.find_unruled() {
+                return false;
+            }
+            if work.draft && work.sizing.is_some() {
+                work.price();
+                work.cut();
+                return true;
+            }
+            let Some(total) = work.total_nodes.filter(|_| work.draft) else { return true };
             work.share(total);
             if work.todo.is_empty() {
-                return work.cut();
+                work.cut();
+                return true;
             }
             work.stage = Stage::More;
-            work = self.stage(work, pool);
         }
     }
 

@@ -10,6 +10,7 @@ use sssd_core::{
 };
 
 use crate::batch::Step;
+use crate::guide::Guide;
 use crate::metrics::{Metrics, Undrafted};
 use crate::request::{Interrupted, PIECE, Request, RequestError};
 use crate::sizing::{Allocation, Sizing};
@@ -404,8 +405,19 @@ impl Engine {
     pub fn draft(
         &self,
         request: &Request,
+        limits: Limits,
+        sizing: Option<&Sizing>,
+    ) -> Result<DraftTree, RequestError> {
+        self.draft_with(request, limits, sizing, &Guide::default())
+    }
+
+    /// The same with what a caller has to say of the draft. Rules that it does not know are not asked for.
+    pub fn draft_with(
+        &self,
+        request: &Request,
         mut limits: Limits,
         sizing: Option<&Sizing>,
+        guide: &Guide,
     ) -> Result<DraftTree, RequestError> {
         let start = Instant::now();
         let ruled = matches!(sizing, Some(Sizing::Rule(_)));
@@ -416,7 +428,7 @@ impl Engine {
         }
         self.common.look_at_store();
         let drafted = request.with_ready(|sequence| {
-            sequence.start_draft(limits, limits.max_nodes);
+            sequence.start_draft_with(limits, limits.max_nodes, guide.outside());
             found = Some(sequence.tree().len());
             let Some(sizing) = sizing else { return sequence.end_draft(limits.max_nodes).clone() };
             let mut trees = Allocation::default();
@@ -448,12 +460,32 @@ impl Engine {
         lock(&self.idle).pop().map(|(step, _)| step).unwrap_or_default()
     }
 
-    /// Does a step that has been filled.
-    pub fn run(&self, step: &Arc<Step>) {
+    /// Does a step that has been filled. False if its [`Work::places`](crate::Work::places) lack rules: then it goes on
+    /// with [`Engine::resume`] once its guides have them, or ends with [`Engine::give_up`].
+    pub fn run(&self, step: &Arc<Step>) -> bool {
+        step.lock().prepare();
+        self.resume(step)
+    }
+
+    /// Goes on with a step.
+    pub fn resume(&self, step: &Arc<Step>) -> bool {
         let start = Instant::now();
         self.common.look_at_store();
-        step.run(&self.threads);
+        let done = step.run(&self.threads);
         Metrics::time(&self.metrics.step_ns, start.elapsed());
+        if done {
+            self.count_step(step);
+        }
+        done
+    }
+
+    /// Ends a step without drafts.
+    pub fn give_up(&self, step: &Arc<Step>) {
+        step.lock().drop_drafts();
+        self.count_step(step);
+    }
+
+    fn count_step(&self, step: &Step) {
         let work = step.lock();
         self.metrics.batch.add(work.requests.len() as u64);
         if work.extend {

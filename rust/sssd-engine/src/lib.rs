@@ -4,6 +4,7 @@
 mod batch;
 mod engine;
 pub mod gate;
+mod guide;
 mod metrics;
 mod request;
 mod share;
@@ -15,6 +16,7 @@ mod thread_pool;
 
 pub use batch::{Drafted, Failure, Plan, Step, Work};
 pub use engine::{Engine, Memory, NamespaceInfo, Options};
+pub use guide::{Guide, Place};
 pub use metrics::{Histogram, Metrics, Undrafted};
 pub use request::{Interrupted, PIECE, Request, RequestError, panic_reason, shared_prefix};
 pub use sizing::{

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use sssd_core::{Limits, MAX_NODES};
-use sssd_engine::{Plan, Request, Work};
+use sssd_core::{Limits, MAX_NODES, make_room};
+use sssd_engine::{Failure, Guide, Plan, Request, Work};
 
 use crate::boundary::{
     LONG, call, call_cancelled, int, is_chain, node_budget, not_negative, optional_int, probability,
@@ -14,6 +14,7 @@ use crate::boundary::{
 use crate::draft_batch::{MOST, PyDraftBatch, output};
 use crate::drafter::PyDrafter;
 use crate::errors::error;
+use crate::guide::{Callables, Said, ask};
 use crate::rows::{compared, read_row};
 use crate::sequence::{PySequence, check_room};
 use crate::sizing::{PySizingRule, read_sizing};
@@ -30,6 +31,7 @@ struct Asked<'a, 'py> {
     rate: Option<f64>,
     rule: Option<&'a Bound<'py, PySizingRule>>,
     shape: &'a str,
+    said: Said<'a, 'py>,
     out: Option<&'a Bound<'py, PyDraftBatch>>,
 }
 
@@ -122,6 +124,9 @@ impl PyDrafter {
     ///         and learns from both.
     ///     shape: ``"tree"``, or ``"chain"`` as in ``Sequence.draft``. Chains share totals and passes as trees do: a node
     ///         where it is worth more than those of the others. See ``DraftBatch.chains``.
+    ///     given, given_probs, allowed: as in ``Sequence.draft``, one for each sequence, None where there is none: lists or
+    ///         arrays [n, ...], or a ``DraftBatch`` of n trees. What a callable raises is raised when the step has ended
+    ///         without drafts.
     ///     out: where to put the trees; by default a new ``DraftBatch``.
     ///
     /// Returns:
@@ -132,7 +137,8 @@ impl PyDrafter {
     ///         drafted.
     ///     BatchError: sequences are closed or met an internal error. Its ``batch`` has the trees of the others.
     #[pyo3(signature = (sequences, max_nodes=None, *, total_nodes=None, min_nodes=None, max_depth=None,
-                        min_prob=0.001, cost=None, rate=None, rule=None, shape="tree", out=None))]
+                        min_prob=0.001, cost=None, rate=None, rule=None, shape="tree", given=None, given_probs=None,
+                        allowed=None, out=None))]
     #[allow(clippy::too_many_arguments)]
     fn draft_batch<'py>(
         &self,
@@ -146,10 +152,25 @@ impl PyDrafter {
         rate: Option<f64>,
         rule: Option<&Bound<'py, PySizingRule>>,
         shape: &str,
+        given: Option<&Bound<'py, PyAny>>,
+        given_probs: Option<&Bound<'py, PyAny>>,
+        allowed: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
-        let asked =
-            Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, rule, shape, out };
+        let said = Said { given, given_probs, allowed };
+        let asked = Asked {
+            max_nodes,
+            total_nodes,
+            min_nodes,
+            max_depth,
+            min_prob,
+            cost,
+            rate,
+            rule,
+            shape,
+            said,
+            out,
+        };
         let drafted = self.run(sequences, None, Some(&asked), &mut |_| ())?;
         drafted.ok_or_else(|| unreachable(sequences.py()))
     }
@@ -172,7 +193,7 @@ impl PyDrafter {
     #[pyo3(signature = (sequences, token_ids=None, offsets=None, max_nodes=None, *, rows=None, compare=64, learn=false,
                         total_nodes=None, min_nodes=None, max_depth=None, min_prob=0.001, cost=None, rate=None,
                         rule=None, shape="tree", topk_ids=None, topk_probs=None, feedback_ids=None,
-                        feedback_probs=None, out=None))]
+                        feedback_probs=None, given=None, given_probs=None, allowed=None, out=None))]
     #[allow(clippy::too_many_arguments)]
     fn step<'py>(
         &self,
@@ -195,6 +216,9 @@ impl PyDrafter {
         topk_probs: Option<&Bound<'py, PyAny>>,
         feedback_ids: Option<&Bound<'py, PyAny>>,
         feedback_probs: Option<&Bound<'py, PyAny>>,
+        given: Option<&Bound<'py, PyAny>>,
+        given_probs: Option<&Bound<'py, PyAny>>,
+        allowed: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyDraftBatch>>,
     ) -> PyResult<Bound<'py, PyDraftBatch>> {
         let produced = Produced {
@@ -208,8 +232,20 @@ impl PyDrafter {
             feedback_ids,
             feedback_probs,
         };
-        let asked =
-            Asked { max_nodes, total_nodes, min_nodes, max_depth, min_prob, cost, rate, rule, shape, out };
+        let said = Said { given, given_probs, allowed };
+        let asked = Asked {
+            max_nodes,
+            total_nodes,
+            min_nodes,
+            max_depth,
+            min_prob,
+            cost,
+            rate,
+            rule,
+            shape,
+            said,
+            out,
+        };
         let drafted = self.run(sequences, Some(&produced), Some(&asked), &mut |_| ())?;
         drafted.ok_or_else(|| unreachable(sequences.py()))
     }
@@ -231,11 +267,13 @@ impl PyDrafter {
         let step = self.engine.idle_step();
         let mut work = step.lock();
         let absent = self.read_sequences(sequences, &mut work)?;
+        let mut callables = Callables::new();
         let cut = produced.map_or(Ok(0), |produced| self.read_produced(produced, &mut work, py))?;
         let out = match asked {
             None => None,
             Some(asked) => {
                 let most = read_plans(py, asked, &mut work)?;
+                callables = self.read_said(py, &asked.said, &mut work)?;
                 Some(output(py, asked.out, work.requests.len(), most)?)
             }
         };
@@ -247,12 +285,14 @@ impl PyDrafter {
         let lent = out.as_ref().map(|out| out.get().lend(py)).transpose()?;
         let (long, cancelled) = (work.tokens.len() + cut > LONG, Arc::clone(&work.cancelled));
         drop(work);
-        if long {
+        let vocab_size = self.engine.options().vocab_size;
+        let ended = if long {
             let (engine, step) = (Arc::clone(&self.engine), Arc::clone(&step));
-            call_cancelled(py, cancelled, move |_| engine.run(&step))?;
+            call_cancelled(py, cancelled, move |_| engine.run(&step))?
         } else {
-            call(py, true, || self.engine.run(&step))?;
-        }
+            call(py, true, || self.engine.run(&step))?
+        };
+        let asked = if ended { Ok(()) } else { ask(py, &self.engine, &step, &callables, vocab_size) };
         let work = step.lock();
         if let (Some(out), Some(lent)) = (&out, lent) {
             out.get().fill(lent, work.requests.len(), |act| work.trees(act))?;
@@ -263,20 +303,11 @@ impl PyDrafter {
         let failures: Vec<_> = failed.collect();
         drop(work);
         self.engine.put_back(step);
+        asked?;
         if failures.is_empty() {
             return Ok(out);
         }
-        let raised = PyDict::new(py);
-        for failure in &failures {
-            raised.set_item(failure.index, request_error(py, &failure.error).value(py))?;
-        }
-        let places: Vec<_> = failures.iter().map(|failure| failure.index.to_string()).collect();
-        let message =
-            format!("sequences {} of the batch failed; first: {}", places.join(", "), failures[0].error);
-        let raise = error(py, "BatchError", message);
-        raise.value(py).setattr("failures", raised)?;
-        raise.value(py).setattr("batch", out)?;
-        Err(raise)
+        Err(batch_error(py, &failures, out)?)
     }
 
     /// Reads the sequences, and returns the places where there is none.
@@ -307,6 +338,29 @@ impl PyDrafter {
             return Err(refuse(format!("a batch has at most {} sequences", MOST / MAX_NODES)));
         }
         Ok(absent)
+    }
+
+    /// Reads what is said of the drafts, and returns who is asked for rules.
+    fn read_said(&self, py: Python<'_>, said: &Said<'_, '_>, work: &mut Work) -> PyResult<Callables> {
+        if !said.is_any() {
+            return Ok(Callables::new());
+        }
+        let (n, vocab_size) = (work.requests.len(), self.engine.options().vocab_size);
+        let given = rows(said.given, "given", n)?;
+        let probs = rows(said.given_probs, "given_probs", n)?;
+        let allowed = rows(said.allowed, "allowed", n)?;
+        let missing = n.saturating_sub(work.guides.len());
+        make_room(&mut work.guides, missing);
+        work.guides.resize_with(n.max(work.guides.len()), Guide::default);
+        work.guided = true;
+        let mut callables = Callables::new();
+        for (at, guide) in work.guides[..n].iter_mut().enumerate() {
+            let [given, given_probs, allowed] =
+                [&given, &probs, &allowed].map(|rows| rows.get(at).filter(|row| !row.is_none()));
+            let said = Said { given, given_probs, allowed };
+            callables.push(said.read(py, vocab_size, guide)?);
+        }
+        Ok(callables)
     }
 
     /// Reads what is to be appended, and returns how many tokens are taken back before.
@@ -382,6 +436,44 @@ impl PyDrafter {
             return Err(error(rows.py(), "InvalidArgumentError", message));
         }
         Ok(cut)
+    }
+}
+
+/// The error that says which requests of a batch failed, with the trees of the others.
+fn batch_error(
+    py: Python<'_>,
+    failures: &[Failure],
+    out: Option<Bound<'_, PyDraftBatch>>,
+) -> PyResult<PyErr> {
+    let raised = PyDict::new(py);
+    for failure in failures {
+        raised.set_item(failure.index, request_error(py, &failure.error).value(py))?;
+    }
+    let places: Vec<_> = failures.iter().map(|failure| failure.index.to_string()).collect();
+    let first = failures.first().map_or(String::new(), |failure| failure.error.to_string());
+    let message = format!("sequences {} of the batch failed; first: {first}", places.join(", "));
+    let raise = error(py, "BatchError", message);
+    raise.value(py).setattr("failures", raised)?;
+    raise.value(py).setattr("batch", out)?;
+    Ok(raise)
+}
+
+/// What is said of each sequence, if anything is.
+fn rows<'py>(said: Option<&Bound<'py, PyAny>>, name: &str, n: usize) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let Some(said) = said else { return Ok(Vec::new()) };
+    let wrong = |got: String| {
+        let message = format!("{name} must hold one item for each of {n} sequences, got {got}");
+        error(said.py(), "InvalidArgumentError", message)
+    };
+    if let Ok(batch) = said.cast::<PyDraftBatch>() {
+        let trees = (0..batch.len()?).map(|at| batch.get_item(at)).collect::<PyResult<Vec<_>>>()?;
+        return if trees.len() == n { Ok(trees) } else { Err(wrong(format!("{} trees", trees.len()))) };
+    }
+    let items = said.try_iter().map_err(|_| wrong(said.get_type().to_string()))?;
+    let items = items.take(n + 1).collect::<PyResult<Vec<_>>>()?;
+    match items.len() {
+        held if held == n => Ok(items),
+        held => Err(wrong(if held > n { "more".into() } else { held.to_string() })),
     }
 }
 

@@ -9,6 +9,7 @@ mod documents;
 mod draft_batch;
 mod drafter;
 mod errors;
+mod guide;
 mod logits;
 mod pass;
 mod rows;

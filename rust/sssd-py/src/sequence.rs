@@ -6,8 +6,8 @@ use std::thread;
 use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use sssd_core::{Limits, Model, Sequence, Token, room_for_a_thread};
-use sssd_engine::{Engine, Request, gate};
+use sssd_core::{DraftTree, Limits, Model, Sequence, Token, room_for_a_thread};
+use sssd_engine::{Engine, Guide, Plan, Request, Sizing, gate};
 
 use crate::boundary::{
     LONG, call, call_long, int, is_chain, memory_full, node_budget, not_negative, optional_int, probability,
@@ -15,6 +15,7 @@ use crate::boundary::{
 };
 use crate::corpora::Corpora;
 use crate::errors::error;
+use crate::guide::{Said, ask};
 use crate::rows::{compared, read_row};
 use crate::sizing::{PySizingRule, read_sizing};
 use crate::tokens::{Top, history, shown, top};
@@ -273,13 +274,24 @@ impl PySequence {
     ///     rule: a ``SizingRule`` in place of the two, which learns them.
     ///     shape: ``"tree"``, or ``"chain"`` for verifiers that take no trees: after each token the most probable one, a
     ///         path of at most ``max_nodes`` nodes.
+    ///     given: what another drafter proposes: a ``DraftTree``, a chain of token ids (which ends before the first negative
+    ///         one) or several chains; at most 1024 nodes. Of each place the first 64 tokens are heard. It is one more
+    ///         source: how far it is trusted is learned, its leaves are extended, and useless ones fade.
+    ///     given_probs: of each token of a chain its probability given those before it, floats of the same shape. A tree has
+    ///         its own; if all of these are 0, or none are given, they are learned by depth and rank.
+    ///     allowed: which tokens may follow: bools [vocabulary], 32-bit words [vocabulary / 32] (bit ``t % 32`` of word
+    ///         ``t // 32`` for token t) or a list of ids, for the first place; or a callable that gets the tuple of a
+    ///         path's tokens, () first, and returns such a mask for what follows it, or None for anything. Nothing else
+    ///         is drafted, and what is forced is. The callable is asked for each node that is worth it, and some more.
     ///
     /// Raises:
     ///     InvalidArgumentError: ``max_nodes``, ``min_prob``, ``max_depth`` or ``rate`` is out of range, ``cost`` or
-    ///         ``shape`` is neither, there is a ``rate`` without it, or a ``rule`` as well.
+    ///         ``shape`` is neither, there is a ``rate`` without it, or a ``rule`` as well; ``given``, ``given_probs`` or
+    ///         ``allowed`` is none.
+    ///     InvalidTokenError: an id of ``given`` or ``allowed`` is outside the vocabulary.
     ///     ClosedError: the sequence is closed.
     #[pyo3(signature = (max_nodes=32, *, min_prob=0.001, max_depth=None, cost=None, rate=None, rule=None,
-                        shape="tree"))]
+                        shape="tree", given=None, given_probs=None, allowed=None))]
     #[allow(clippy::too_many_arguments)]
     fn draft<'py>(
         &self,
@@ -291,14 +303,22 @@ impl PySequence {
         rate: Option<f64>,
         rule: Option<&Bound<'py, PySizingRule>>,
         shape: &str,
+        given: Option<&Bound<'py, PyAny>>,
+        given_probs: Option<&Bound<'py, PyAny>>,
+        allowed: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<PyDraftTree> {
         let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
         let limits = Limits { max_nodes, max_depth, min_prob, chain: is_chain(py, shape)? };
         let sizing = read_sizing(py, cost, rate, rule, max_nodes)?;
+        let (said, mut guide) = (Said { given, given_probs, allowed }, Guide::default());
+        let callable = said.read(py, self.engine.options().vocab_size, &mut guide)?;
         wait_for(py, &self.request)?;
-        let tree = call(py, true, || self.engine.draft(&self.request, limits, sizing.as_ref()))?;
+        if callable.is_some() {
+            return self.draft_ruled(py, Plan { min_nodes: 0, limits }, sizing, guide, callable);
+        }
+        let tree = call(py, true, || self.engine.draft_with(&self.request, limits, sizing.as_ref(), &guide))?;
         tree.map(PyDraftTree).map_err(|failure| request_error(py, &failure))
     }
 
@@ -423,6 +443,42 @@ impl PySequence {
 
     fn parts(&self) -> (Arc<Engine>, Arc<Request>) {
         (Arc::clone(&self.engine), Arc::clone(&self.request))
+    }
+
+    /// Drafts within rules that are asked for, as a step of one request.
+    fn draft_ruled(
+        &self,
+        py: Python<'_>,
+        plan: Plan,
+        sizing: Option<Sizing>,
+        guide: Guide,
+        callable: Option<Py<PyAny>>,
+    ) -> PyResult<PyDraftTree> {
+        let step = self.engine.idle_step();
+        {
+            let mut work = step.lock();
+            work.requests.push(Arc::clone(&self.request));
+            work.plans.push(plan);
+            (work.draft, work.guided, work.sizing) = (true, true, sizing);
+            work.guides.truncate(0);
+            work.guides.push(guide);
+        }
+        let mut done = Ok(());
+        if !call(py, true, || self.engine.run(&step))? {
+            done = ask(py, &self.engine, &step, &vec![callable], self.engine.options().vocab_size);
+        }
+        let (mut tree, mut failure) = (DraftTree::default(), None);
+        {
+            let work = step.lock();
+            work.trees(|_, drafted| tree.copy_from(drafted));
+            failure = work.failures().next().or(failure);
+        }
+        self.engine.put_back(step);
+        done?;
+        match failure {
+            Some(failure) => Err(request_error(py, &failure.error)),
+            None => Ok(PyDraftTree(tree)),
+        }
     }
 
     /// Whether work on all of its tokens takes long, or there is other work to be done first.

@@ -5,6 +5,7 @@ use crate::Token;
 use crate::index::{NONE, Seed};
 use crate::memory::{make_room, push};
 use crate::predictor::frontier::Frontier;
+use crate::predictor::guest::Heard;
 use crate::predictor::support::{Occurrence, Support};
 use crate::predictor::weights::{EscapeCell, GateCell};
 use crate::sources::corpus::{Corpus, Match};
@@ -23,6 +24,8 @@ pub struct Arena {
     pub contexts: Vec<(u8, EscapeCell)>,
     /// Tokens that the target held probable, with probability and class.
     pub said: Vec<(Token, f32, u8)>,
+    /// Tokens that a draft from outside names.
+    pub heard: Vec<Heard>,
 }
 
 /// Memory that is of no use between drafts: one set serves many sequences and stays near the processor.
@@ -39,6 +42,8 @@ pub struct Scratch {
     pub successors: Vec<(Token, f32)>,
     pub votes: Vec<Vote>,
     pub table: TokenTable,
+    /// Look-ups in corpora that nodes beyond the root have had.
+    pub lookups: usize,
 }
 
 /// A token that may follow a node; a node itself once it is the most probable one left. One line of the cache.
@@ -100,6 +105,10 @@ pub struct Expansion {
     pub contexts: [u32; BLENDED + 1],
     /// What the target held probable after such contexts, in [`Arena::said`].
     pub said: (u32, u32),
+    /// What a draft from outside names, in [`Arena::heard`], and its place and that of the rules of what is allowed.
+    pub heard: (u32, u32),
+    pub guest: u32,
+    pub allowed: u32,
     pub gates: [Option<GateCell>; sources::COUNT],
     pub weights: [f32; sources::COUNT],
 }
@@ -193,13 +202,15 @@ impl Arena {
         self.expansions.clear();
         self.contexts.clear();
         self.said.clear();
+        self.heard.clear();
     }
 
     pub fn memory_bytes(&self) -> usize {
         fn bytes<T>(items: &Vec<T>) -> usize {
             items.capacity() * size_of::<T>()
         }
-        bytes(&self.candidates) + bytes(&self.expansions) + bytes(&self.contexts) + bytes(&self.said)
+        let own = bytes(&self.candidates) + bytes(&self.expansions) + bytes(&self.contexts);
+        own + bytes(&self.said) + bytes(&self.heard)
     }
 }
 
@@ -210,6 +221,7 @@ impl Scratch {
         self.origins.clear();
         push(&mut self.origins, NOWHERE);
         self.read.clear();
+        self.lookups = 0;
     }
 
     pub fn memory_bytes(&self) -> usize {

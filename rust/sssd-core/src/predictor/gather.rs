@@ -5,9 +5,10 @@ use crate::Token;
 use crate::index::{Index, NONE};
 use crate::predictor::arena::{Candidate, Sample, Scratch};
 use crate::predictor::inputs::Inputs;
-use crate::sources::corpus::Corpus;
 use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
-use crate::sources::{ALIGNED, Evidence, LOWER, LookedUp, NO_CLASS, REQUEST, SOURCES, lower, request};
+use crate::sources::{
+    ALIGNED, Evidence, LOWER, LookedUp, MAX_LENGTH, NO_CLASS, REQUEST, SOURCES, lower, request,
+};
 
 /// Less probable nodes are not worth a look-up of short contexts. (At every node: +0.3 % at 64 nodes, 1.7 times the time;
 /// at nodes of at least 0.02: +0.2 %, a tenth more time. A bound that follows `max_nodes` breaks the promise that trees
@@ -18,10 +19,18 @@ const COPY: u8 = 7;
 /// Tokens read from a corpus at first: most samples disagree early.
 const FIRST_READ: usize = 4;
 
-/// Looks up samples for the root, or short contexts for another node.
-pub fn samples(node: u32, candidates: &[Candidate], inputs: &Inputs, scratch: &mut Scratch) {
+/// Less probable nodes of a guest are not worth a look-up in the corpora, and no draft has more of these look-ups.
+const WORTH_LOOKUP: f32 = 0.1;
+const LOOKUPS: usize = 2;
+
+/// Looks up samples for the root, or short contexts for another node. Where a guest has left the samples (`astray`),
+/// longer contexts are looked up anew.
+pub fn samples(node: u32, candidates: &[Candidate], astray: bool, inputs: &Inputs, scratch: &mut Scratch) {
     if node == 0 {
         return root_samples(inputs, scratch);
+    }
+    if astray && scratch.origins[node as usize].samples == NONE {
+        return astray_samples(node, candidates, inputs, scratch);
     }
     let class = candidates[node as usize].classes[REQUEST];
     let copied = class != NO_CLASS && class >= COPY;
@@ -38,33 +47,41 @@ fn root_samples(inputs: &Inputs, scratch: &mut Scratch) {
     inputs.aligned.continuations(inputs.index, |at| {
         scratch.add_sample(0, Sample::in_request(ALIGNED, at.position, at.end, at.length));
     });
+    corpora_samples(0, &inputs.index.tokens()[inputs.predicted..], inputs, scratch);
+}
+
+/// Looks the end of a context up in all corpora, for a node.
+fn corpora_samples(node: u32, context: &[Token], inputs: &Inputs, scratch: &mut Scratch) {
     for (source, row) in SOURCES.iter().enumerate().filter(|(_, row)| row.looked_up == LookedUp::Root) {
         if let (&Evidence::Corpus { longest, samples }, Some(corpus)) = (&row.evidence, inputs.corpus(source))
         {
-            corpus_samples(source, corpus, longest, samples, inputs, scratch);
+            let context = &context[context.len().saturating_sub(longest)..];
+            let mut matches = std::mem::take(&mut scratch.matches);
+            matches.clear();
+            corpus.matches(context, longest, samples, &mut matches);
+            for found in &matches {
+                let mut sample = Sample::in_corpus(source, found);
+                sample.read_on(&mut scratch.read, corpus, FIRST_READ);
+                scratch.add_sample(node, sample);
+            }
+            scratch.matches = matches;
         }
     }
 }
 
-fn corpus_samples(
-    source: usize,
-    corpus: &dyn Corpus,
-    longest: usize,
-    samples: usize,
-    inputs: &Inputs,
-    scratch: &mut Scratch,
-) {
-    let tokens = &inputs.index.tokens()[inputs.predicted..];
-    let context = &tokens[tokens.len().saturating_sub(longest)..];
-    let mut matches = std::mem::take(&mut scratch.matches);
-    matches.clear();
-    corpus.matches(context, longest, samples, &mut matches);
-    for found in &matches {
-        let mut sample = Sample::in_corpus(source, found);
-        sample.read_on(&mut scratch.read, corpus, FIRST_READ);
-        scratch.add_sample(0, sample);
+fn astray_samples(node: u32, candidates: &[Candidate], inputs: &Inputs, scratch: &mut Scratch) {
+    let mut context = [0; MAX_LENGTH];
+    let path = newest_first(node, candidates, inputs);
+    let known = context.iter_mut().zip(path).map(|(to, from)| *to = from).count();
+    request::occurrences_of(inputs.index, &context[..known], |position, length| {
+        let end = inputs.index.tokens().len() as u32;
+        scratch.add_sample(node, Sample::in_request(REQUEST, position + 1, end, length as u16));
+    });
+    if candidates[node as usize].path >= WORTH_LOOKUP && scratch.lookups < LOOKUPS {
+        scratch.lookups += 1;
+        context[..known].reverse();
+        corpora_samples(node, &context[..known], inputs, scratch);
     }
-    scratch.matches = matches;
 }
 
 fn lower_samples(node: u32, candidates: &[Candidate], index: &Index, scratch: &mut Scratch) {
@@ -86,20 +103,29 @@ pub fn newest_lower(child: &Candidate, above: Token, index: &Index) -> u32 {
 
 /// What the target held probable after the ends of a node's context, by their number of tokens.
 pub fn feedback(
-    mut node: u32,
+    node: u32,
     candidates: &[Candidate],
     inputs: &Inputs,
 ) -> [Option<Distribution>; FEEDBACK_ORDERS.len()] {
     let mut found = [None; FEEDBACK_ORDERS.len()];
-    let path = std::iter::from_fn(|| {
+    inputs.feedback.find(newest_first(node, candidates, inputs), &mut found);
+    found
+}
+
+/// The tokens of a node's path, and before it those of the request, newest first.
+fn newest_first<'a>(
+    mut node: u32,
+    candidates: &'a [Candidate],
+    inputs: &'a Inputs,
+) -> impl Iterator<Item = Token> + 'a {
+    let path = std::iter::from_fn(move || {
         // the root is the sequence's last token
         let candidate = candidates.get(node as usize).filter(|_| node != 0)?;
         node = candidate.parent;
         Some(candidate.token)
     });
     let before = inputs.index.tokens()[inputs.predicted..].iter().rev().copied();
-    inputs.feedback.find(path.chain(before), &mut found);
-    found
+    path.chain(before)
 }
 
 #[cfg(test)]
@@ -114,7 +140,7 @@ mod tests {
         scratch.start();
         let lower = newest_lower(&candidates[1], 5, &parts.index);
         scratch.origins.push(crate::predictor::arena::Origin { samples: NONE, lower });
-        samples(1, &candidates, &parts.inputs(), &mut scratch);
+        samples(1, &candidates, false, &parts.inputs(), &mut scratch);
         scratch.samples.iter().map(|sample| (sample.cursor, sample.length)).collect()
     }
 
@@ -133,7 +159,7 @@ mod tests {
         let parts = Parts::new(&[1, 2, 3, 9, 2, 3, 8, 3]);
         let mut scratch = Scratch::default();
         scratch.start();
-        samples(0, &[Candidate::new(3, NONE, 0)], &parts.inputs(), &mut scratch);
+        samples(0, &[Candidate::new(3, NONE, 0)], false, &parts.inputs(), &mut scratch);
         let found: Vec<_> = scratch.samples.iter().map(|sample| (sample.cursor, sample.length)).collect();
         assert_eq!(found, [(6, 1), (3, 1)]);
     }

@@ -1,8 +1,11 @@
 //! What one draft is made from, and what it may come to.
 
 use crate::Token;
+use crate::allowed::Allowed;
+use crate::given::Given;
 use crate::index::Index;
 use crate::predictor::correct::Calibration;
+use crate::predictor::guest::Trust;
 use crate::predictor::weights::Model;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
@@ -27,6 +30,18 @@ pub struct Inputs<'a> {
     /// Tokens of output so far.
     pub age: usize,
     pub limits: Limits,
+    /// What comes from outside, and how far the request trusts its drafts.
+    pub outside: Outside<'a>,
+    pub trust: &'a Trust,
+}
+
+/// What a caller has to say of one draft.
+#[derive(Clone, Copy, Default)]
+pub struct Outside<'a> {
+    /// Another drafter's draft.
+    pub given: Option<&'a Given>,
+    /// Which tokens may follow.
+    pub allowed: Option<&'a Allowed>,
 }
 
 impl Inputs<'_> {
@@ -84,6 +99,7 @@ pub mod tests {
         recent: Recent,
         model: Model,
         pub calibration: Calibration,
+        trust: Trust,
     }
 
     impl Parts {
@@ -101,6 +117,7 @@ pub mod tests {
                 recent,
                 model,
                 calibration,
+                trust: Trust::default(),
             }
         }
 
@@ -118,6 +135,8 @@ pub mod tests {
                 end_tokens: &[],
                 age: 0,
                 limits: Limits::nodes(16),
+                outside: Outside::default(),
+                trust: &self.trust,
             }
         }
     }

@@ -6,23 +6,27 @@ mod blend;
 pub mod correct;
 mod frontier;
 mod gather;
+pub mod guest;
 pub mod inputs;
 mod learn;
 mod mix;
+mod outside;
 mod refine;
 mod support;
 mod vote;
 pub mod weights;
 
 use crate::Token;
+use crate::allowed::Allowed;
 use crate::index::NONE;
 use crate::memory::{make_room, push};
 use crate::sources::live::LiveStore;
-use crate::sources::{FEEDBACK, LIVE, NO_CLASS, SUCCESSORS};
+use crate::sources::{FEEDBACK, GIVEN, LIVE, NO_CLASS, SUCCESSORS};
 use crate::stats::{Outcome, Stats};
 use crate::tree::DraftTree;
 use arena::{Arena, Candidate, Expansion, Scratch, Tally};
 use correct::Calibration;
+use guest::Trust;
 use inputs::{Inputs, Limits};
 use mix::Children;
 use weights::Model;
@@ -88,7 +92,7 @@ impl Predictor {
 
     /// Predicts what follows `node` and puts the predicted tokens on the frontier.
     fn expand(&mut self, node: u32, inputs: &Inputs, scratch: &mut Scratch) {
-        let Arena { candidates, expansions, contexts, said } = &mut self.arena;
+        let Arena { candidates, expansions, contexts, said, heard } = &mut self.arena;
         let Candidate { token, depth, path, .. } = candidates[node as usize];
         if usize::from(depth) >= inputs.limits.max_depth || inputs.end_tokens.contains(&token) {
             return;
@@ -96,7 +100,9 @@ impl Predictor {
         let (start, model) = (candidates.len(), inputs.model);
         let mut expansion = Expansion::default();
         scratch.table.clear();
-        gather::samples(node, candidates, inputs, scratch);
+        outside::find_place(node, candidates, expansions, inputs, &mut expansion);
+        let astray = inputs.outside.given.is_some() && expansion.guest != NONE;
+        gather::samples(node, candidates, astray, inputs, scratch);
         let mut tally = Tally::default();
         vote::vote(node, candidates, inputs, scratch, &mut tally);
         blend::blend(&scratch.votes, &tally, model, candidates, contexts, &mut expansion);
@@ -116,7 +122,9 @@ impl Predictor {
         mix::offer(FEEDBACK, expansion.weights[FEEDBACK], said, &mut children);
         let successors = successors.iter().map(|&(token, share)| (token, share, 0));
         mix::offer(SUCCESSORS, expansion.weights[SUCCESSORS], successors, &mut children);
+        outside::offer(inputs, &expansion, &mut children);
         refine::refine(&mut candidates[start..], path, &expansion, inputs);
+        outside::weigh(inputs, (start, path), candidates, table, heard, &mut expansion);
         let mut seen = 0;
         for (child, candidate) in (start as u32..).zip(&candidates[start..]) {
             frontier.push(child, candidate.path);
@@ -137,7 +145,12 @@ impl Predictor {
         self.arena.candidates[best as usize].node = node as i16;
         let candidate = &self.arena.candidates[best as usize];
         let parent = &self.arena.candidates[candidate.parent as usize];
-        let source = mix::carrier(candidate, &self.arena.expansions[parent.expansion as usize].weights);
+        let expansion = &self.arena.expansions[parent.expansion as usize];
+        let heard = &self.arena.heard[expansion.heard.0 as usize..expansion.heard.1 as usize];
+        let source = match heard.iter().find(|heard| heard.candidate == best) {
+            Some(heard) if heard.carries() => GIVEN as u8,
+            _ => mix::carrier(candidate, &expansion.weights),
+        };
         if candidate.classes[LIVE] != NO_CLASS
             && let Some(position) = scratch.live_position(best)
         {
@@ -164,6 +177,30 @@ impl Predictor {
         &self.tree
     }
 
+    /// Calls `act` with the paths of the first `most` places whose rules the draft would have needed.
+    pub fn unruled(&self, allowed: &Allowed, most: usize, mut act: impl FnMut(&[Token])) {
+        let Arena { candidates, expansions, .. } = &self.arena;
+        let (mut unruled, mut path) = (Vec::new(), Vec::new());
+        for candidate in candidates {
+            if let Some(expansion) = expansions.get(candidate.expansion as usize)
+                && allowed.is_unknown(expansion.allowed)
+            {
+                push(&mut unruled, candidate);
+            }
+        }
+        unruled.sort_unstable_by_key(|candidate| candidate.node);
+        for mut candidate in unruled.into_iter().take(most) {
+            path.clear();
+            // the root is the sequence's last token
+            while candidate.depth > 0 {
+                push(&mut path, candidate.token);
+                candidate = &candidates[candidate.parent as usize];
+            }
+            path.reverse();
+            act(&path);
+        }
+    }
+
     /// Forgets the last draft.
     pub fn forget(&mut self) {
         self.followed = None;
@@ -186,6 +223,7 @@ impl Predictor {
         &mut self,
         model: &mut Model,
         calibration: &mut Calibration,
+        mut trust: Option<&mut Trust>,
         tokens: &[Token],
         stats: &mut Stats,
         live: &LiveStore,
@@ -199,7 +237,7 @@ impl Predictor {
         }
         let mut accepted = 0;
         for &token in tokens {
-            self.followed = self.follow(token, model, calibration);
+            self.followed = self.follow(token, model, calibration, trust.as_deref_mut());
             let Some(truth) = self.followed else { break };
             if let Ok(node) = usize::try_from(self.arena.candidates[truth as usize].node)
                 && node < self.tree.len()
@@ -214,13 +252,24 @@ impl Predictor {
     }
 
     /// Learns from one token, and returns the candidate for it.
-    fn follow(&self, token: Token, model: &mut Model, calibration: &mut Calibration) -> Option<u32> {
+    fn follow(
+        &self,
+        token: Token,
+        model: &mut Model,
+        calibration: &mut Calibration,
+        trust: Option<&mut Trust>,
+    ) -> Option<u32> {
         let expanded = &self.arena.candidates[self.followed? as usize];
         // a draft of this size does not expand its last node; a larger one that was cut did, and must not learn more
         if i32::from(expanded.node) >= self.max_nodes as i32 - 1 {
             return None;
         }
         let expansion = self.arena.expansions.get(expanded.expansion as usize)?;
+        if let Some(trust) = trust {
+            for heard in &self.arena.heard[expansion.heard.0 as usize..expansion.heard.1 as usize] {
+                trust.learn(heard, self.arena.candidates[heard.candidate as usize].token == token);
+            }
+        }
         learn::learn(token, expansion, &self.arena, self.age, model, calibration)
     }
 

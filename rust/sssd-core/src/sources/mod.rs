@@ -65,6 +65,8 @@ pub const SUCCESSORS: usize = 6;
 
 /// Number of sources.
 pub const COUNT: usize = 7;
+/// A draft from outside. It is no source of the mixture: see `predictor::guest`.
+pub const GIVEN: usize = COUNT;
 
 /// Sources that give samples come first, then those that blend contexts of several lengths, then mere lists.
 pub const SOURCES: [Source; COUNT] = {
@@ -110,9 +112,9 @@ const fn leading(most: u8) -> usize {
     row
 }
 
-/// The names of the sources.
-pub const NAMES: [&str; COUNT] = {
-    let mut names = [""; COUNT];
+/// The names of the sources, drafts from outside last.
+pub const NAMES: [&str; COUNT + 1] = {
+    let mut names = ["given"; COUNT + 1];
     let mut row = 0;
     while row < COUNT {
         names[row] = SOURCES[row].name;

@@ -1,5 +1,6 @@
 //! Earlier occurrences of the end of the context in the request itself.
 
+use crate::Token;
 use crate::index::{Index, NONE, ORDERS};
 use crate::sources::MAX_LENGTH;
 
@@ -11,20 +12,30 @@ const SHORTER_SAMPLES: usize = 16;
 const STEPS: usize = 4;
 
 /// Calls `act` with the position of each and the number of tokens that agree, longest contexts first, newest first.
-pub fn occurrences(index: &Index, mut act: impl FnMut(u32, usize)) {
+pub fn occurrences(index: &Index, act: impl FnMut(u32, usize)) {
     let tokens = index.tokens();
-    let last = tokens.len() - 1;
+    let last = tokens.len() as u32 - 1;
     let mut context = [0; MAX_LENGTH];
     let known = tokens.len().min(MAX_LENGTH);
     context.iter_mut().zip(tokens.iter().rev()).for_each(|(to, &from)| *to = from);
+    along(index, &context[..known], |order| index.previous(order, last), act);
+}
+
+/// The same for a context that the request need not end with, newest token first.
+pub fn occurrences_of(index: &Index, context: &[Token], act: impl FnMut(u32, usize)) {
+    along(index, context, |order| index.newest(order, context), act);
+}
+
+/// Goes along the chains of each length from `newest` back.
+fn along(index: &Index, context: &[Token], newest: impl Fn(usize) -> u32, mut act: impl FnMut(u32, usize)) {
     let (mut found, mut steps) = (0, STEPS * SAMPLES);
     let mut longer = MAX_LENGTH + 1;
     for order in (0..ORDERS.len()).rev() {
         let most = if found > 0 { SAMPLES.min(found + SHORTER_SAMPLES) } else { SAMPLES };
-        let mut position = index.previous(order, last as u32);
+        let mut position = newest(order);
         while position != NONE && found < most && steps > 0 {
             steps -= 1;
-            let length = index.match_length(position, &context[..known]);
+            let length = index.match_length(position, context);
             if (1..longer).contains(&length) {
                 found += 1;
                 act(position, length);

@@ -124,6 +124,7 @@ class Drafter:
         end_token_ids: ArrayLike | None = None,
         datastore: _Store | Mapping[str, _Store] | None = None,
         load: Literal["mmap", "mmap-wait", "ram"] = "mmap",
+        ranking: bool = True,
         live_bytes: int | str = 67108864,
         soft_bytes: int | str = 16777216,
         max_bytes: int | str | None = None,
@@ -1402,6 +1403,7 @@ class FileInfo:
         segment_symbols: int,
         deduplicated: bool,
         file_bytes: int,
+        ranking_tokens: int | None,
     ) -> Self: ...
     @property
     def path(self) -> Path:
@@ -1427,6 +1429,9 @@ class FileInfo:
     @property
     def deduplicated(self) -> bool:
         """Whether repeated documents were left out."""
+    @property
+    def ranking_tokens(self) -> int | None:
+        """Tokens that the tables for ranking were learned from, or None without tables."""
     @property
     def file_bytes(self) -> int:
         """Bytes of the file."""
@@ -1461,6 +1466,7 @@ class DatastoreBuilder:
         fingerprint: bytes | None = None,
         deduplicate: bool = False,
         max_memory: int | None = None,
+        ranking: bool | None = None,
         threads: int | None = None,
     ) -> Self: ...
     def add(self, ids: ArrayLike) -> None:

@@ -84,21 +84,29 @@ pub fn newest_lower(child: &Candidate, above: Token, index: &Index) -> u32 {
     if child.path >= WORTH_LOWER { lower::newest(index, child.depth, child.token, above) } else { NONE }
 }
 
-/// What the target held probable after the ends of a node's context, by their number of tokens.
-pub fn feedback(
+/// The tokens of a node's context: its own, those of its path, those of the text.
+pub fn newest_first<'a>(
     mut node: u32,
-    candidates: &[Candidate],
-    inputs: &Inputs,
-) -> [Option<Distribution>; FEEDBACK_ORDERS.len()] {
-    let mut found = [None; FEEDBACK_ORDERS.len()];
-    let path = std::iter::from_fn(|| {
+    candidates: &'a [Candidate],
+    inputs: &Inputs<'a>,
+) -> impl Iterator<Item = Token> + 'a {
+    let path = std::iter::from_fn(move || {
         // the root is the sequence's last token
         let candidate = candidates.get(node as usize).filter(|_| node != 0)?;
         node = candidate.parent;
         Some(candidate.token)
     });
-    let before = inputs.index.tokens()[inputs.predicted..].iter().rev().copied();
-    inputs.feedback.find(path.chain(before), &mut found);
+    path.chain(inputs.index.tokens()[inputs.predicted..].iter().rev().copied())
+}
+
+/// What the target held probable after the ends of a node's context, by their number of tokens.
+pub fn feedback(
+    node: u32,
+    candidates: &[Candidate],
+    inputs: &Inputs,
+) -> [Option<Distribution>; FEEDBACK_ORDERS.len()] {
+    let mut found = [None; FEEDBACK_ORDERS.len()];
+    inputs.feedback.find(newest_first(node, candidates, inputs), &mut found);
     found
 }
 

@@ -4,6 +4,7 @@ use crate::Token;
 use crate::index::Index;
 use crate::predictor::correct::Calibration;
 use crate::predictor::weights::Model;
+use crate::ranking::network::Ranking;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
 use crate::sources::feedback::{FeedbackTable, Recent};
@@ -22,6 +23,8 @@ pub struct Inputs<'a> {
     pub recent: &'a Recent,
     pub model: &'a Model,
     pub calibration: &'a Calibration,
+    /// What candidates are ranked with, if they are.
+    pub ranking: Option<Ranking<'a>>,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
     /// Tokens of output so far.
@@ -51,6 +54,8 @@ pub struct Limits {
     pub min_prob: f32,
     /// Whether every node follows the one before: the most probable token after each, and no tree.
     pub chain: bool,
+    /// Whether candidates are ranked, where the datastore has tables for it.
+    pub ranking: bool,
 }
 
 impl Default for Limits {
@@ -61,7 +66,8 @@ impl Default for Limits {
 
 impl Limits {
     /// What a draft may come to unless somebody says so.
-    pub const DEFAULT: Self = Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001, chain: false };
+    pub const DEFAULT: Self =
+        Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001, chain: false, ranking: true };
 
     /// A number of nodes alone.
     pub fn nodes(max_nodes: usize) -> Self {
@@ -115,6 +121,7 @@ pub mod tests {
                 recent: &self.recent,
                 model: &self.model,
                 calibration: &self.calibration,
+                ranking: None,
                 end_tokens: &[],
                 age: 0,
                 limits: Limits::nodes(16),

@@ -715,6 +715,19 @@ mod tests {
     }
 
     #[test]
+    fn the_topic_is_that_of_the_text_as_it_is() {
+        let pool = Arc::new(MemoryPool::new(usize::MAX));
+        let common = common(Some(Plenty(Some(Noise::new(60)))), &pool);
+        let namespace = Namespace::new(&"".into(), &common, 0, 0, 0).unwrap();
+        let [one, other]: [Vec<Token>; 2] = [3, 5].map(|step| (0..64).map(|at| at * step % 6).collect());
+        let mut sequence = begin(&namespace, &pool, &one);
+        sequence.draft(Limits::nodes(24));
+        sequence.truncate(0).unwrap();
+        sequence.prefill(&other).unwrap();
+        assert_eq!(sequence.draft(Limits::nodes(24)), begin(&namespace, &pool, &other).draft(Limits::nodes(24)));
+    }
+
+    #[test]
     fn a_full_memory_refuses_and_changes_nothing() {
         let (namespace, tokens) =
             (namespace(), (0..5000).map(|token| token * token % 4999).collect::<Vec<_>>());

@@ -2,12 +2,13 @@
 
 Usage: train_ranking.py TRACES_FOLDER STORE_FILE OUT
 
-Replays permissively licensed records that are not in the dev streams with the datastore, which has tables for
-ranking (`DatastoreBuilder(ranking=True)`), twice, and learns from what the ranking stage sees at the nodes that
+Replays permissively licensed records that are not in the dev streams with the datastore, which has tables
+for ranking (`DatastoreBuilder(ranking=True)`), and learns from what the ranking stage sees at the nodes that
 the target reaches (`rust/sssd-store/examples/train_ranking.rs`). TRACES_FOLDER holds dev/*.jsonl.xz and
 prepare_tokens.py, which tokenises and says which records the dev streams have (needs tiktoken, llama-models).
-OUT goes to network.bin, and what it was made from into network.toml beside it; then build again. Where sources or
-features have changed, build with SSSD_UNTRAINED=1 first. RUNTIME
+OUT goes to network.bin, and what it was made from into network.toml beside it; then build again. Where
+sources or features have changed, build with SSSD_UNTRAINED=1 first.
+RUNTIME
 """
 
 import glob
@@ -73,7 +74,17 @@ def main(traces: str, store: str, out: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         recorded = Path(folder) / "requests.bin"
         recorded.write_bytes(np.concatenate(requests).tobytes())
-        cargo = ["cargo", "run", "--release", "--locked", "-p", "sssd-store", "--example", "train_ranking", "--"]
+        cargo = [
+            "cargo",
+            "run",
+            "--release",
+            "--locked",
+            "-p",
+            "sssd-store",
+            "--example",
+            "train_ranking",
+            "--",
+        ]
         arguments = [os.path.abspath(store), recorded, os.path.abspath(out), PASSES, prepare.END]
         subprocess.run(cargo + [str(argument) for argument in arguments], cwd=ROOT, check=True)
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranking",
         action=argparse.BooleanOptionalAction,
-        help="learn tables by which drafts rank candidates, some 3 us a token (default: from 2^23 tokens on)",
+        help="learn tables by which drafts rank candidates, some 4 us a token (default: from 2^23 tokens on)",
     )
     parser.add_argument(
         "--threads",

@@ -724,7 +724,10 @@ mod tests {
         sequence.draft(Limits::nodes(24));
         sequence.truncate(0).unwrap();
         sequence.prefill(&other).unwrap();
-        assert_eq!(sequence.draft(Limits::nodes(24)), begin(&namespace, &pool, &other).draft(Limits::nodes(24)));
+        assert_eq!(
+            sequence.draft(Limits::nodes(24)),
+            begin(&namespace, &pool, &other).draft(Limits::nodes(24))
+        );
     }
 
     #[test]

@@ -538,7 +538,7 @@ impl PyFileInfo {
 ///     max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
 ///         too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
 ///         Without one, segments have 2^28 tokens, and each thread takes 2.3 GB where a text has so many.
-///     ranking: learn tables by which drafts rank candidates, from at most 2^25 tokens: some 3 us a token of one core,
+///     ranking: learn tables by which drafts rank candidates, from at most 2^25 tokens: some 4 us a token of one core,
 ///         and 404 bytes of the file for each token id. By default where the text has 2^23 tokens or more and
 ///         ``max_memory`` has room for it (about 2.6 kB for each token id). A datastore that is added whole hands its
 ///         tables on, if they were learned from a quarter of what there is in the end.

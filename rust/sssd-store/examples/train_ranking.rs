@@ -147,8 +147,7 @@ fn accepted(tree: &DraftTree, rest: &[Token]) -> usize {
 fn replay(request: &Request, store: &Arc<Datastore>, network: &Network, end: Token) -> Vec<Event> {
     let pool = Arc::new(MemoryPool::new(usize::MAX));
     let corpus: Arc<dyn Corpus> = Arc::clone(store) as Arc<dyn Corpus>;
-    let common =
-        Common::new(vec![end], Some(corpus), &pool).with_network(Some(Arc::new(network.clone())));
+    let common = Common::new(vec![end], Some(corpus), &pool).with_network(Some(Arc::new(network.clone())));
     let namespace = Namespace::new(&"".into(), &Arc::new(common), 0, 0, 0).expect("memory");
     let reservation = Reservation::new(&pool, usize::MAX);
     let mut sequence = Sequence::begin(&namespace, &request.prompt, &[], reservation).expect("memory");

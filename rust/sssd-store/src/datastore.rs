@@ -325,14 +325,19 @@ impl Datastore {
         if self.files.is_empty() {
             return Err(Error::InvalidArgument("no datastore file was given".into()));
         }
-        let largest = self.files.iter().filter(|file| file.tables.is_some()).max_by_key(|file| file.info.tokens);
+        let largest =
+            self.files.iter().filter(|file| file.tables.is_some()).max_by_key(|file| file.info.tokens);
         self.tables = largest.and_then(|file| file.tables.clone());
         self.forget_merged()?;
         Ok(self)
     }
 
     /// The segments of a file that is being written, to be read from while nothing else changes them.
-    pub(crate) fn of_segments(bytes: Bytes, vocab_size: u32, table: &[SegmentEntry]) -> std::io::Result<Self> {
+    pub(crate) fn of_segments(
+        bytes: Bytes,
+        vocab_size: u32,
+        table: &[SegmentEntry],
+    ) -> std::io::Result<Self> {
         let (mut store, bytes) = (Self { vocab_size, ..Self::empty() }, Arc::new(bytes));
         let searched = table.iter().filter(|entry| entry.suffixes > 0);
         store.segments.try_reserve(table.len())?;
@@ -435,9 +440,7 @@ impl Datastore {
                 return true;
             }
             let parts = self.parts.iter().filter(|part| part.file == file);
-            parts.filter_map(|part| part.segment).any(|segment| {
-                holds(&self.segments[segment].text_place())
-            })
+            parts.filter_map(|part| part.segment).any(|segment| holds(&self.segments[segment].text_place()))
         })
     }
 

@@ -94,7 +94,8 @@ impl Calibration {
 
     /// Notes what each source that says anything has given to the token that came.
     pub fn note_sources(&mut self, speaks: u8, probs: Option<&[f32; sources::COUNT]>) {
-        for (source, luck) in self.luck.iter_mut().enumerate().filter(|(source, _)| speaks >> source & 1 != 0) {
+        for (source, luck) in self.luck.iter_mut().enumerate().filter(|(source, _)| speaks >> source & 1 != 0)
+        {
             *luck += LUCK_RATE * (probs.map_or(0.0, |probs| probs[source]) - *luck);
         }
     }

@@ -121,12 +121,7 @@ pub fn of_candidate(
 
 /// Those of all that are no candidates: `left` is their probability so far, `rest` what each source leaves them.
 #[inline(always)]
-pub fn of_none(
-    node: &Node,
-    left: f32,
-    rest: &[f32; sources::COUNT],
-    mut add: impl FnMut(usize, f32),
-) -> f32 {
+pub fn of_none(node: &Node, left: f32, rest: &[f32; sources::COUNT], mut add: impl FnMut(usize, f32)) -> f32 {
     for (source, &rest) in rest.iter().enumerate() {
         if node.expansion.speaks >> source & 1 != 0 {
             add(PROBS + source, log_prob(rest.max(0.0)));

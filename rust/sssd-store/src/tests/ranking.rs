@@ -7,7 +7,9 @@ use sssd_core::{Corpus, DIMENSIONS, LogBilinear, Token};
 
 use super::build;
 use crate::tables::tables_length;
-use crate::{BuildOptions, Builder, Datastore, Error, Load, Progress, TABLES_VERSION, VERSION, write_tombstones};
+use crate::{
+    BuildOptions, Builder, Datastore, Error, Load, Progress, TABLES_VERSION, VERSION, write_tombstones,
+};
 
 const VOCAB: u32 = 12;
 const PAGE: usize = 4096;
@@ -101,13 +103,13 @@ fn files_without_tables_are_of_the_version_before() {
 #[test]
 fn memory_that_does_not_suffice_is_refused_at_once() {
     let folder = tempfile::tempdir().unwrap();
-    let options = BuildOptions {
-        ranking: Some(true),
-        max_memory: Some(1 << 27),
-        ..BuildOptions::new(128_256)
-    };
+    let options =
+        BuildOptions { ranking: Some(true), max_memory: Some(1 << 27), ..BuildOptions::new(128_256) };
     let error = Builder::create(&folder.path().join("store"), options.clone()).err().unwrap();
-    assert!(matches!(&error, Error::InvalidArgument(problem) if problem.contains("tables for ranking")), "{error}");
+    assert!(
+        matches!(&error, Error::InvalidArgument(problem) if problem.contains("tables for ranking")),
+        "{error}"
+    );
     assert!(Builder::create(&folder.path().join("store"), BuildOptions { ranking: None, ..options }).is_ok());
 }
 
@@ -210,7 +212,9 @@ fn tables_outside_their_place_are_refused() {
         super::hostile::reseal(&mut bytes);
         Datastore::from_bytes("forged", bytes).err().map(|error| error.to_string()).unwrap_or_default()
     };
-    let set = |at: usize, value: u64| move |bytes: &mut Vec<u8>| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    let set = |at: usize, value: u64| {
+        move |bytes: &mut Vec<u8>| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes())
+    };
     let length = tables_length(VOCAB);
     assert_eq!(refused(&|_| ()), "");
     assert!(refused(&set(144, 0)).contains("contradicts the vocabulary"));
@@ -235,7 +239,8 @@ fn what_is_not_in_memory_is_left_out() {
     let bytes = file(&folder.path().join("store"), options(true), &telling(2));
     let start = u64::from_le_bytes(bytes[144..152].try_into().unwrap()) as usize;
     // all but the last page of the rows
-    let (last, resident) = ((start + tables_length(VOCAB) as usize - 1) >> 9, Datastore::from_bytes("all", bytes.clone()));
+    let (last, resident) =
+        ((start + tables_length(VOCAB) as usize - 1) >> 9, Datastore::from_bytes("all", bytes.clone()));
     let store = Datastore::from_part(bytes, 9, |page| page != last).unwrap();
     let (tables, all) = (store.tables().unwrap(), resident.unwrap());
     assert!(tables.output(VOCAB - 1).is_none() && all.tables().unwrap().output(VOCAB - 1).is_some());

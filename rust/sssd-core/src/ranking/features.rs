@@ -66,9 +66,9 @@ pub fn of_node(node: &Node, children: &[Candidate], total: f32, mut add: impl Fn
     for child in children {
         peaks.iter_mut().zip(&child.probs).for_each(|(peak, &prob)| *peak = peak.max(prob));
     }
-    for source in 0..sources::COUNT {
+    for (source, peak) in peaks.into_iter().enumerate() {
         if expansion.speaks >> source & 1 != 0 {
-            add(PEAKS + source, log_prob(peaks[source]));
+            add(PEAKS + source, log_prob(peak));
             add(WEIGHTS + source, expansion.weights[source] * 2.0);
         }
         add(LUCK + source, inputs.calibration.luck()[source] * 2.0 - 0.5);

@@ -8,7 +8,7 @@ the target reaches (`rust/sssd-store/examples/train_ranking.rs`). TRACES_FOLDER 
 prepare_tokens.py, which tokenises and says which records the dev streams have (needs tiktoken, llama-models).
 OUT goes to network.bin, and what it was made from into network.toml beside it; then build again. Where
 sources or features have changed, build with SSSD_UNTRAINED=1 first.
-RUNTIME
+It takes 85 s of one core, two passes over 0.4 M nodes, after half a minute of tokenising.
 """
 
 import glob

@@ -4,7 +4,7 @@ use crate::index::NONE;
 use crate::predictor::arena::{Candidate, Expansion, Tally};
 use crate::predictor::inputs::Inputs;
 use crate::ranking::bilinear::LogBilinear;
-use crate::ranking::network::FEATURES;
+use crate::ranking::network::{FEATURES, Seen};
 use crate::sources::{self, NO_CLASS, REQUEST, STORE};
 
 /// Of each source: its probability for the candidate, the class of its longest context, its best probability, its
@@ -60,7 +60,7 @@ pub fn ln(value: f32) -> f32 {
 
 /// The node's features, which all its candidates share.
 #[inline(always)]
-pub fn of_node(node: &Node, children: &[Candidate], total: f32, mut add: impl FnMut(usize, f32)) {
+pub fn of_node(node: &Node, children: &[Candidate], total: f32, seen: &mut Seen) {
     let Node { owner, inputs, expansion, tally, .. } = node;
     let mut peaks = [0.0f32; sources::COUNT];
     for child in children {
@@ -68,67 +68,63 @@ pub fn of_node(node: &Node, children: &[Candidate], total: f32, mut add: impl Fn
     }
     for (source, peak) in peaks.into_iter().enumerate() {
         if expansion.speaks >> source & 1 != 0 {
-            add(PEAKS + source, log_prob(peak));
-            add(WEIGHTS + source, expansion.weights[source] * 2.0);
+            seen.add(PEAKS + source, log_prob(peak));
+            seen.add(WEIGHTS + source, expansion.weights[source] * 2.0);
         }
-        add(LUCK + source, inputs.calibration.luck()[source] * 2.0 - 0.5);
+        seen.add(LUCK + source, inputs.calibration.luck()[source] * 2.0 - 0.5);
     }
     let votes = |source: usize| {
         tally.held[source].checked_ilog2().map_or(0.0, |class| tally.counts[source][class as usize])
     };
-    add(DEPTH, ln(1.0 + f32::from(owner.depth)) * 0.5);
-    add(PATH, ln(owner.path.max(1e-4)) * 0.2);
-    add(AGE, ln(1.0 + inputs.age as f32) * 0.2);
-    add(REQUEST_VOTES, ln(1.0 + votes(REQUEST)) * 0.5);
-    add(STORE_VOTES, ln(1.0 + votes(STORE)) * 0.3);
-    add(TOTAL, total.min(1.0));
+    seen.add(DEPTH, ln(1.0 + f32::from(owner.depth)) * 0.5);
+    seen.add(PATH, ln(owner.path.max(1e-4)) * 0.2);
+    seen.add(AGE, ln(1.0 + inputs.age as f32) * 0.2);
+    seen.add(REQUEST_VOTES, ln(1.0 + votes(REQUEST)) * 0.5);
+    seen.add(STORE_VOTES, ln(1.0 + votes(STORE)) * 0.3);
+    seen.add(TOTAL, total.min(1.0));
 }
 
 /// A candidate's own, `prob` being its probability so far and `score` the log-bilinear one. Returns the logarithm of
 /// `prob`.
 #[inline(always)]
-pub fn of_candidate(
-    node: &Node,
-    candidate: &Candidate,
-    prob: f32,
-    score: f32,
-    mut add: impl FnMut(usize, f32),
-) -> f32 {
+pub fn of_candidate(node: &Node, candidate: &Candidate, prob: f32, score: f32, seen: &mut Seen) -> f32 {
     let Node { inputs, expansion, .. } = node;
     for source in 0..sources::COUNT {
         if expansion.speaks >> source & 1 != 0 {
-            add(PROBS + source, log_prob(candidate.probs[source]));
+            seen.add(PROBS + source, log_prob(candidate.probs[source]));
         }
         if candidate.classes[source] != NO_CLASS {
-            add(CLASSES + source, 0.2 + f32::from(candidate.classes[source]) * 0.1);
+            seen.add(CLASSES + source, 0.2 + f32::from(candidate.classes[source]) * 0.1);
         }
     }
     let base = ln(prob.max(1e-4));
-    add(PROB, base * 0.25 + 0.5);
+    seen.add(PROB, base * 0.25 + 0.5);
     let newest = inputs.index.newest(0, &[candidate.token]);
     if newest != NONE {
-        add(OCCURS, 1.0);
-        add(AGO, ln((inputs.index.tokens().len() - newest as usize).max(1) as f32) * 0.15);
+        seen.add(OCCURS, 1.0);
+        seen.add(AGO, ln((inputs.index.tokens().len() - newest as usize).max(1) as f32) * 0.15);
     }
     // files may say anything, numbers that are none included
     #[allow(clippy::manual_clamp)]
     let bounded = |value: f32| value.max(-2.0).min(2.0);
-    add(FREQUENCY, bounded(node.tables.bias(candidate.token).1 * 0.1 + 0.8));
-    add(REPEATS, f32::from(u8::from(candidate.token == node.owner.token)));
-    add(SCORE, bounded(score * 0.4));
+    seen.add(FREQUENCY, bounded(node.tables.bias(candidate.token).1 * 0.1 + 0.8));
+    if candidate.token == node.owner.token {
+        seen.add(REPEATS, 1.0);
+    }
+    seen.add(SCORE, bounded(score * 0.4));
     base
 }
 
 /// Those of all that are no candidates: `left` is their probability so far, `rest` what each source leaves them.
 #[inline(always)]
-pub fn of_none(node: &Node, left: f32, rest: &[f32; sources::COUNT], mut add: impl FnMut(usize, f32)) -> f32 {
+pub fn of_none(node: &Node, left: f32, rest: &[f32; sources::COUNT], seen: &mut Seen) -> f32 {
     for (source, &rest) in rest.iter().enumerate() {
         if node.expansion.speaks >> source & 1 != 0 {
-            add(PROBS + source, log_prob(rest.max(0.0)));
+            seen.add(PROBS + source, log_prob(rest.max(0.0)));
         }
     }
     let base = ln(left);
-    add(NONE_OF_THEM, 1.0);
-    add(PROB, base * 0.25 + 0.5);
+    seen.add(NONE_OF_THEM, 1.0);
+    seen.add(PROB, base * 0.25 + 0.5);
     base
 }

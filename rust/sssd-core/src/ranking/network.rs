@@ -60,6 +60,40 @@ pub struct Ranking<'a> {
     pub tables: &'a dyn LogBilinear,
 }
 
+/// Features that are not 0, and their values.
+pub struct Seen {
+    list: [(usize, f32); FEATURES],
+    count: usize,
+}
+
+impl Seen {
+    /// None so far.
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self { list: [(0, 0.0); FEATURES], count: 0 }
+    }
+
+    /// Adds one. What is beyond the last place is not seen, and no feature is added twice.
+    #[inline(always)]
+    pub fn add(&mut self, feature: usize, value: f32) {
+        if let Some(place) = self.list.get_mut(self.count) {
+            *place = (feature, value);
+            self.count += 1;
+        }
+    }
+
+    /// Into a row of all features.
+    pub fn write(&self, row: &mut [f32; FEATURES]) {
+        self.list[..self.count].iter().for_each(|&(feature, value)| row[feature] = value);
+    }
+
+    /// Forgets all.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        self.count = 0;
+    }
+}
+
 /// The weights: of each feature, of nothing, and of the hidden units.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Network {
@@ -105,18 +139,20 @@ impl Network {
         self.features.as_flattened_mut().iter_mut().chain(&mut self.bias).chain(&mut self.output)
     }
 
-    /// What the hidden units begin with.
-    #[inline(always)]
+    /// The inputs of the hidden units without any feature.
     pub fn bias(&self) -> Hidden {
         self.bias
     }
 
-    /// Adds what a feature of this value says.
+    /// Adds what features say: in one loop, so that the units stay in registers.
     #[inline(always)]
-    pub fn add(&self, hidden: &mut Hidden, feature: usize, value: f32) {
-        for (unit, weight) in hidden.iter_mut().zip(&self.features[feature]) {
-            *unit += weight * value;
+    pub fn add(&self, mut hidden: Hidden, seen: &Seen) -> Hidden {
+        for &(feature, value) in &seen.list[..seen.count] {
+            for (unit, weight) in hidden.iter_mut().zip(&self.features[feature]) {
+                *unit += weight * value;
+            }
         }
+        hidden
     }
 
     /// The output: what is added to the logarithm of a candidate's probability.

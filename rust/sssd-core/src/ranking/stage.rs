@@ -9,7 +9,7 @@ use crate::predictor::inputs::Inputs;
 use crate::predictor::refine::LEAST_REFINED;
 use crate::ranking::bilinear::{self, CONTEXT, Topic};
 use crate::ranking::features::{self, Node};
-use crate::ranking::network::{FEATURES, Network, Ranking};
+use crate::ranking::network::{FEATURES, Network, Ranking, Seen};
 use crate::ranking::record::{Ranked, RankingRecord};
 use crate::{Token, sources};
 
@@ -17,7 +17,7 @@ use crate::{Token, sources};
 /// prefixes of larger ones.
 const WORTH_RANKING: f32 = 0.05;
 /// Candidates whose path is less probable keep their share.
-const WORTH_SCORING: f32 = 0.001;
+const WORTH_SCORING: f32 = 0.002;
 /// Successors of the node's token over which scores are normalised.
 const NORMALISED: usize = 8;
 /// The least probability of all that are no candidates.
@@ -164,22 +164,23 @@ impl Stage<'_> {
     /// Replaces the scores by the network's: probabilities up to a factor. Returns that of all that are no candidates.
     #[inline(always)]
     fn network(&self, scores: &mut [(u32, f32)], total: f32, squash: f32, rest: &Rest) -> f32 {
-        let network = self.network;
-        let mut common = network.bias();
-        let add = |feature, value| network.add(&mut common, feature, value);
-        features::of_node(&self.node, self.children, total, add);
-        let odds = |base: f32, hidden| (base + network.output(&hidden)).clamp(-FURTHEST, FURTHEST).exp();
+        let (network, mut seen) = (self.network, Seen::new());
+        features::of_node(&self.node, self.children, total, &mut seen);
+        let common = network.add(network.bias(), &seen);
+        let odds = |base: f32, seen: &Seen| {
+            let output = network.output(&network.add(common, seen));
+            (base + output).clamp(-FURTHEST, FURTHEST).exp()
+        };
         for (child, score) in scores.iter_mut() {
             let child = &self.children[*child as usize];
-            let mut hidden = common;
-            let add = |feature, value| network.add(&mut hidden, feature, value);
-            let base = features::of_candidate(&self.node, child, uncorrected(child) * squash, *score, add);
-            *score = odds(base, hidden);
+            seen.clear();
+            let prob = uncorrected(child) * squash;
+            let base = features::of_candidate(&self.node, child, prob, *score, &mut seen);
+            *score = odds(base, &seen);
         }
-        let mut hidden = common;
-        let add = |feature, value| network.add(&mut hidden, feature, value);
-        let base = features::of_none(&self.node, rest.left, &rest.sources, add);
-        odds(base, hidden)
+        seen.clear();
+        let base = features::of_none(&self.node, rest.left, &rest.sources, &mut seen);
+        odds(base, &seen)
     }
 
     /// Gives the candidates their probabilities, corrected by this request, as parts of the node's. `rest` is what goes
@@ -209,20 +210,26 @@ impl Stage<'_> {
 
     #[cold]
     fn seen(&self, scores: &[(u32, f32)], total: f32, squash: f32, rest: &Rest) -> Ranked {
-        let mut common = [0.0; FEATURES];
-        features::of_node(&self.node, self.children, total, |feature, value| common[feature] = value);
+        let mut common = Seen::new();
+        features::of_node(&self.node, self.children, total, &mut common);
+        let row = |seen: &Seen| {
+            let mut row = [0.0; FEATURES];
+            common.write(&mut row);
+            seen.write(&mut row);
+            row
+        };
         let scored = scores.iter().map(|&(child, score)| (&self.children[child as usize], score));
         let mut rows: Vec<_> = scored
             .clone()
             .map(|(child, score)| {
-                let mut row = common;
-                let add = |feature, value: f32| row[feature] = value;
-                (features::of_candidate(&self.node, child, uncorrected(child) * squash, score, add), row)
+                let mut seen = Seen::new();
+                let prob = uncorrected(child) * squash;
+                (features::of_candidate(&self.node, child, prob, score, &mut seen), row(&seen))
             })
             .collect();
-        let add = |feature, value: f32| common[feature] = value;
-        rows.push((features::of_none(&self.node, rest.left, &rest.sources, add), [0.0; FEATURES]));
-        rows.last_mut().into_iter().for_each(|row| row.1 = common);
+        let mut seen = Seen::new();
+        let base = features::of_none(&self.node, rest.left, &rest.sources, &mut seen);
+        rows.push((base, row(&seen)));
         let tokens: Vec<_> = scored.map(|(child, _)| child.token).collect();
         let others = self.children.iter().map(|child| child.token);
         Ranked {

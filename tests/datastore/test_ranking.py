@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import world
 
-from sssd import Datastore, DatastoreBuilder, Drafter, InvalidArgumentError
+from sssd import Datastore, DatastoreBuilder, Drafter
 from sssd.datastore import build
+from sssd.errors import InvalidArgumentError
 
 DATA = Path(__file__).parent.parent / "data"
 END = 499

@@ -140,6 +140,12 @@ def test_the_weights_that_ship_are_those_that_their_provenance_names():
     assert sssd.Drafter().state_dict() == {"weights.v2": weights}
 
 
+def test_the_network_that_ships_is_that_of_its_provenance():
+    folder = ROOT / "rust/sssd-core/src/ranking"
+    provenance = tomllib.loads((folder / "network.toml").read_text())
+    assert hashlib.sha256((folder / "network.bin").read_bytes()).hexdigest() == provenance["sha256"]
+
+
 def test_readers_load_what_they_need_when_they_need_it():
     code = (
         "import sys\n"

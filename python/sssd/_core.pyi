@@ -103,6 +103,8 @@ class Drafter:
             ``Datastore`` (which may be closed afterwards). Or several by name, a mapping from names to such: sequences
             match all of them, or those that ``begin(datastores=...)`` names.
         load: how to open paths, ``"mmap"``, ``"mmap-wait"`` or ``"ram"``; see ``Datastore.open``.
+        ranking: rank the candidates of probable nodes anew where the datastore has tables for it (``DatastoreBuilder``):
+            more accepted tokens for some microseconds a draft. Without such tables nothing changes.
         live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
             42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
             1024).
@@ -128,6 +130,7 @@ class Drafter:
         end_token_ids: ArrayLike | None = None,
         datastore: _Store | Mapping[str, _Store] | None = None,
         load: Literal["mmap", "mmap-wait", "ram"] = "mmap",
+        ranking: bool = True,
         live_bytes: int | str = 67108864,
         soft_bytes: int | str = 16777216,
         max_bytes: int | str | None = None,
@@ -1432,6 +1435,7 @@ class FileInfo:
         segment_symbols: int,
         deduplicated: bool,
         file_bytes: int,
+        ranking_tokens: int | None,
     ) -> Self: ...
     @property
     def path(self) -> Path:
@@ -1458,6 +1462,9 @@ class FileInfo:
     def deduplicated(self) -> bool:
         """Whether repeated documents were left out."""
     @property
+    def ranking_tokens(self) -> int | None:
+        """Tokens that the tables for ranking were learned from, or None without tables."""
+    @property
     def file_bytes(self) -> int:
         """Bytes of the file."""
 
@@ -1475,6 +1482,10 @@ class DatastoreBuilder:
         max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
             too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
             Without one, segments have 2^28 tokens, and each thread takes 2.3 GB where a text has so many.
+        ranking: learn tables by which drafts rank candidates, from at most 2^25 tokens: some 4 us a token of one core,
+            and 404 bytes of the file for each token id. By default where the text has 2^23 tokens or more and
+            ``max_memory`` has room for it (about 2.6 kB for each token id). A datastore that is added whole hands its
+            tables on, if they were learned from a quarter of what there is in the end.
         threads: threads that sort segments, as far as ``max_memory`` allows, 1 to 64; by default the number of cores, at
             most 8. The file is the same whatever their number.
 
@@ -1491,6 +1502,7 @@ class DatastoreBuilder:
         fingerprint: bytes | None = None,
         deduplicate: bool = False,
         max_memory: int | None = None,
+        ranking: bool | None = None,
         threads: int | None = None,
     ) -> Self: ...
     def add(self, ids: ArrayLike) -> None:
@@ -1560,7 +1572,8 @@ class DatastoreBuilder:
         target as it was.
 
         Args:
-            progress: called about twenty times a second with the symbols indexed so far and their total.
+            progress: called about twenty times a second with the symbols indexed, and learned from, so far and their
+                total.
 
         Raises:
             OSError: the file cannot be written; the target is as it was.

@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it is a datastore")
     parser.add_argument("--deduplicate", action="store_true", help="leave out repeated documents")
     parser.add_argument(
+        "--ranking",
+        action=argparse.BooleanOptionalAction,
+        help="learn tables by which drafts rank candidates, some 4 us a token (default: from 2^23 tokens on)",
+    )
+    parser.add_argument(
         "--threads",
         type=at_least(1),
         metavar="N",
@@ -70,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
             options=read_options(arguments),
             deduplicate=arguments.deduplicate,
             max_memory=arguments.max_memory,
+            ranking=arguments.ranking,
             threads=arguments.threads,
             force=arguments.force,
             progress=show,

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row("tokens", *(f"{file.tokens:,}" for file in files))
         table.add_row("documents", *(f"{file.documents:,}" for file in files))
         table.add_row("deduplicated", *("yes" if file.deduplicated else "no" for file in files))
+        table.add_row("tables for ranking", *("yes" if file.ranking_tokens else "no" for file in files))
         table.add_row("segments", *(f"{file.segments:,}" for file in files))
         table.add_row("bytes", *(f"{file.file_bytes:,}" for file in files))
         table.add_row("bytes per token", *(f"{file.file_bytes / max(file.tokens, 1):.2f}" for file in files))

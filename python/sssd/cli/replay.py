@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-feedback", action="store_true", help="ignore recorded top-k probabilities")
     parser.add_argument(
+        "--no-ranking", action="store_true", help="do not rank candidates by the datastore's tables"
+    )
+    parser.add_argument(
         "--reliability", action="store_true", help="also print how far probabilities came true"
     )
     parser.add_argument(
@@ -76,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
                 requests = [replace(request, topk_ids=None, topk_probs=None) for request in requests]
             for budget in arguments.budgets:
                 call = (requests, budget, arguments.end_token_id, datastore, arguments.share == "live")
-                future = workers.submit(_replayed, *call)
+                future = workers.submit(_replayed, *call, not arguments.no_ranking)
                 future.add_done_callback(lambda _: progress.advance(task))
                 found.append((name, future))
         rows = [future.result().row(name) for name, future in found]
@@ -120,19 +123,26 @@ def _replayed(
     end_token_ids: list[int] | None,
     datastore: Datastore | None,
     live: bool,
+    ranking: bool = True,
 ) -> Replay:
     """All requests of a trace at one budget."""
     replay = Replay(budget)
-    drafter = Drafter(end_token_ids=end_token_ids, datastore=datastore) if live else None
+    drafter = Drafter(end_token_ids=end_token_ids, datastore=datastore, ranking=ranking) if live else None
     for request in requests:
-        replay.run(drafter or fresh_drafter(end_token_ids, datastore), request)
+        replay.run(drafter or fresh_drafter(end_token_ids, datastore, ranking), request)
     return replay
 
 
-def fresh_drafter(end_token_ids: list[int] | None, datastore: Datastore | None) -> Drafter:
+def fresh_drafter(
+    end_token_ids: list[int] | None, datastore: Datastore | None, ranking: bool = True
+) -> Drafter:
     """A drafter for one request that shares nothing with others."""
     return Drafter(
-        end_token_ids=end_token_ids, datastore=datastore, live_bytes=0, soft_bytes=PRIVATE_SOFT_BYTES
+        end_token_ids=end_token_ids,
+        datastore=datastore,
+        ranking=ranking,
+        live_bytes=0,
+        soft_bytes=PRIVATE_SOFT_BYTES,
     )
 
 

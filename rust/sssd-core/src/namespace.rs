@@ -10,6 +10,7 @@ use crate::memory::{MemoryFull, MemoryPool, Reservation};
 use crate::predictor::arena::Scratch;
 use crate::predictor::guest::Trust;
 use crate::predictor::weights::{Model, WeightsError};
+use crate::ranking::network::Network;
 use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::FeedbackTable;
 use crate::sources::live::LiveStore;
@@ -25,6 +26,8 @@ pub struct Common {
     store: Arc<StoreSlot>,
     /// Whether the store was readable when it was last looked at.
     readable: AtomicBool,
+    /// What ranks candidates, where the store has tables for it.
+    network: Option<Arc<Network>>,
     pool: Arc<MemoryPool>,
     /// For those who draft at the same time, each with what pays for it.
     scratch: Mutex<Vec<(Box<Scratch>, Reservation)>>,
@@ -35,7 +38,17 @@ impl Common {
     pub fn new(end_tokens: Vec<Token>, store: Option<Arc<dyn Corpus>>, pool: &Arc<MemoryPool>) -> Self {
         let readable = AtomicBool::new(true);
         let store = Arc::new(StoreSlot::new(store));
-        Self { end_tokens, store, readable, pool: Arc::clone(pool), scratch: Mutex::default() }
+        let (network, pool) = (Network::shipped(), Arc::clone(pool));
+        Self { end_tokens, store, readable, network, pool, scratch: Mutex::default() }
+    }
+
+    /// The same, with another network for ranking candidates, or none.
+    pub fn with_network(self, network: Option<Arc<Network>>) -> Self {
+        Self { network, ..self }
+    }
+
+    pub(crate) fn network(&self) -> Option<&Network> {
+        self.network.as_deref()
     }
 
     /// Looks whether the store can be read, as is to be done before every draft or step: until the next time drafts go

@@ -11,6 +11,8 @@ use crate::predictor::correct::Calibration;
 use crate::predictor::guest::Trust;
 use crate::predictor::inputs::{Inputs, Limits, Outside};
 use crate::predictor::weights::Model;
+use crate::ranking::network::Ranking;
+use crate::ranking::record::RankingRecord;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::{FEEDBACK_ORDERS, Recent, TopK};
@@ -426,6 +428,12 @@ impl Sequence {
         self.predictor.unruled(allowed, most, act);
     }
 
+    /// What the ranking stage has seen since the last call; it notes that from the first one on, for who learns a
+    /// network. The memory that takes is not charged.
+    pub fn record_ranking(&mut self) -> RankingRecord {
+        self.predictor.record_ranking()
+    }
+
     /// How many drafts were started.
     pub fn drafts(&self) -> u64 {
         self.drafts
@@ -462,6 +470,8 @@ impl Sequence {
         let live = knowledge.live.read();
         // the last token to come needs no draft
         let left = self.max_length.saturating_sub(self.index.tokens().len() - self.predicted + 1);
+        let tables = store.as_deref().and_then(|store| if limits.ranking { store.tables() } else { None });
+        let ranking = self.shared.common.network().zip(tables);
         let inputs = Inputs {
             index: &self.index,
             predicted: self.predicted,
@@ -472,6 +482,7 @@ impl Sequence {
             recent: &self.recent,
             model: &self.model,
             calibration: &self.calibration,
+            ranking: ranking.map(|(network, tables)| Ranking { network, tables }),
             end_tokens: self.end_tokens.as_deref().unwrap_or(self.shared.end_tokens()),
             age: self.past.len(),
             limits: Limits { max_depth: limits.max_depth.min(left), ..limits },
@@ -575,11 +586,17 @@ impl Drop for Sequence {
 mod tests {
     use super::*;
     use crate::memory::MemoryPool;
+    use crate::ranking::bilinear::LogBilinear;
+    use crate::ranking::bilinear::tests::Noise;
+    use crate::ranking::network::Network;
+    use crate::ranking::stage::tests::network;
     use crate::{Common, Corpus, Match};
     use proptest::prelude::*;
 
-    /// A corpus in which much follows everything: few samples, long lists, sums above 1 now and then.
-    struct Plenty;
+    /// A corpus in which much follows everything: few samples, long lists, sums above 1 now and then, and tables for
+    /// ranking that look random, if it has some.
+    #[derive(Default)]
+    struct Plenty(Option<Noise>);
 
     impl Corpus for Plenty {
         fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
@@ -599,6 +616,16 @@ mod tests {
             out.extend((0..6).zip(shares).map(|(n, share)| ((token * 2 + n) % 6, share)));
             out.extend((6..32).map(|n| (token + 10 * n, 0.003)));
         }
+
+        fn tables(&self) -> Option<&dyn LogBilinear> {
+            self.0.as_ref().map(|tables| tables as &dyn LogBilinear)
+        }
+    }
+
+    /// Of a drafter with this store and a network that looks random.
+    fn common(store: Option<Plenty>, pool: &Arc<MemoryPool>) -> Arc<Common> {
+        let store = store.map(|store| Arc::new(store) as Arc<dyn Corpus>);
+        Arc::new(Common::new(vec![7], store, pool).with_network(Some(Arc::new(network(1)))))
     }
 
     fn namespace() -> Namespace {
@@ -617,7 +644,9 @@ mod tests {
             prompt in prop::collection::vec(0u32..8, 0..150),
             operations in prop::collection::vec((0usize..4, 0usize..4, prop::collection::vec(0u32..8, 0..100)), 0..12),
         ) {
-            let (namespace, pool) = (namespace(), Arc::new(MemoryPool::new(usize::MAX)));
+            let pool = Arc::new(MemoryPool::new(usize::MAX));
+            let common = common(Some(Plenty(Some(Noise::new(60)))), &pool);
+            let namespace = Namespace::new(&"".into(), &common, 0, 0, 0).unwrap();
             let mut family = vec![(begin(&namespace, &pool, &prompt), prompt.len(), prompt)];
             for (member, kind, tokens) in operations {
                 let at = member % family.len();
@@ -646,7 +675,7 @@ mod tests {
                     sequence.predictor.forget();
                 }
             }
-            drop(family);
+            drop((family, namespace, common));
             prop_assert_eq!(pool.used(), 0);
         }
 
@@ -654,13 +683,13 @@ mod tests {
         #[test]
         fn a_cut_draft_is_a_smaller_one(
             tokens in prop::collection::vec(0u32..6, 1..200), most in 0usize..80, cut in 0usize..40, store: bool, feedback: bool,
-            live: bool, later: bool, predicted in 0usize..20,
+            live: bool, later: bool, ranking: bool, predicted in 0usize..20,
         ) {
             let pool = Arc::new(MemoryPool::new(usize::MAX));
             let (prompt, output) = tokens.split_at(tokens.len() / 2);
             let [mut one, mut two] = [(); 2].map(|()| {
-                let store: Option<Arc<dyn Corpus>> = if store { Some(Arc::new(Plenty)) } else { None };
-                let common = Arc::new(Common::new(vec![7], store, &pool));
+                let store = store.then(|| Plenty(ranking.then(|| Noise::new(60))));
+                let common = common(store, &pool);
                 let namespace = Namespace::new(&"".into(), &common, if live { 1 << 16 } else { 0 }, 1 << 16, 0).unwrap();
                 assert!(begin(&namespace, &pool, &tokens).finish(&mut || false));
                 Sequence::begin(&namespace, prompt, &output[..predicted.min(output.len())], Reservation::new(&pool, usize::MAX)).unwrap()
@@ -689,6 +718,47 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn ranking_changes_nothing_where_it_is_off_or_has_no_tables() {
+        let text: Vec<Token> = (0..120).map(|at| at * at % 6).collect();
+        let trees = |tables: bool, network: Option<Network>, ranking: bool| {
+            let pool = Arc::new(MemoryPool::new(usize::MAX));
+            let store: Arc<dyn Corpus> = Arc::new(Plenty(tables.then(|| Noise::new(60))));
+            let common = Common::new(vec![7], Some(store), &pool).with_network(network.map(Arc::new));
+            let namespace = Namespace::new(&"".into(), &Arc::new(common), 0, 0, 0).unwrap();
+            let mut sequence = begin(&namespace, &pool, &text[..20]);
+            let mut trees = Vec::new();
+            for part in text[20..].chunks(3) {
+                trees.push(sequence.draft(Limits { ranking, ..Limits::nodes(24) }).clone());
+                sequence.extend(part, None).unwrap();
+            }
+            trees
+        };
+        let without = trees(false, None, false);
+        assert_eq!(trees(true, Some(network(1)), false), without);
+        assert_eq!(trees(true, None, true), without);
+        assert_eq!(trees(false, Some(network(1)), true), without);
+        let ranked = trees(true, Some(network(1)), true);
+        assert!(ranked != without && ranked != trees(true, Some(network(2)), true));
+        assert_eq!(ranked, trees(true, Some(network(1)), true));
+    }
+
+    #[test]
+    fn the_topic_is_that_of_the_text_as_it_is() {
+        let pool = Arc::new(MemoryPool::new(usize::MAX));
+        let common = common(Some(Plenty(Some(Noise::new(60)))), &pool);
+        let namespace = Namespace::new(&"".into(), &common, 0, 0, 0).unwrap();
+        let [one, other]: [Vec<Token>; 2] = [3, 5].map(|step| (0..64).map(|at| at * step % 6).collect());
+        let mut sequence = begin(&namespace, &pool, &one);
+        sequence.draft(Limits::nodes(24));
+        sequence.truncate(0).unwrap();
+        sequence.prefill(&other).unwrap();
+        assert_eq!(
+            sequence.draft(Limits::nodes(24)),
+            begin(&namespace, &pool, &other).draft(Limits::nodes(24))
+        );
     }
 
     #[test]

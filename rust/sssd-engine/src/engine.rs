@@ -32,6 +32,8 @@ pub struct Options {
     pub end_tokens: Vec<Token>,
     /// A corpus that all namespaces see, at first; see [`Engine::store`].
     pub store: Option<Arc<dyn Corpus>>,
+    /// Whether candidates are ranked where the corpus has tables for it.
+    pub ranking: bool,
     /// Memory for the live store of each namespace.
     pub live_bytes: usize,
     /// Memory for the target's probabilities of each namespace.
@@ -53,6 +55,7 @@ impl Default for Options {
             vocab_size: None,
             end_tokens: Vec::new(),
             store: None,
+            ranking: true,
             live_bytes: 0,
             soft_bytes: 0,
             max_bytes: usize::MAX,
@@ -111,7 +114,11 @@ impl Engine {
         let pool = Arc::new(MemoryPool::new(options.max_bytes));
         // taken out, for it is replaced there
         let store = options.store.take();
-        let common = Arc::new(Common::new(options.end_tokens.clone(), store, &pool));
+        let mut common = Common::new(options.end_tokens.clone(), store, &pool);
+        if !options.ranking {
+            common = common.with_network(None);
+        }
+        let common = Arc::new(common);
         let engine = Self {
             tenants: Tenants::new(
                 Arc::clone(&common),

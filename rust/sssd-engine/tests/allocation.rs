@@ -78,7 +78,7 @@ fn steps_allocate_nothing_after_a_while() {
             work.requests.extend(requests.iter().map(Arc::clone));
             work.offsets.extend(0..=requests.len());
             work.tokens.extend(requests.iter().map(|_| 7));
-            let limits = Limits { max_nodes: 16, max_depth: 8, min_prob: 0.0, chain };
+            let limits = Limits { max_nodes: 16, max_depth: 8, min_prob: 0.0, chain, ..Limits::DEFAULT };
             work.plans.extend(requests.iter().map(|_| Plan { min_nodes: 1, limits }));
             drop(work);
             engine.run(&step);

@@ -424,6 +424,7 @@ impl PyFileInfo {
         segment_symbols: u64,
         deduplicated: bool,
         file_bytes: u64,
+        ranking_tokens: Option<u64>,
     ) -> PyResult<Self> {
         let fingerprint =
             fingerprint.map_or(Ok(Fingerprint::default()), |bytes| checked_fingerprint(py, bytes))?;
@@ -441,6 +442,7 @@ impl PyFileInfo {
             segment_symbols,
             deduplicated,
             file_bytes,
+            ranking_tokens,
         }))
     }
 
@@ -458,6 +460,7 @@ impl PyFileInfo {
             file.segment_symbols,
             file.deduplicated,
             file.file_bytes,
+            file.ranking_tokens,
         );
         Ok((slf.get_type().into_any(), fields.into_pyobject(py)?))
     }
@@ -510,6 +513,12 @@ impl PyFileInfo {
         self.0.deduplicated
     }
 
+    /// Tokens that the tables for ranking were learned from, or None without tables.
+    #[getter]
+    fn ranking_tokens(&self) -> Option<u64> {
+        self.0.ranking_tokens
+    }
+
     /// Bytes of the file.
     #[getter]
     fn file_bytes(&self) -> u64 {
@@ -529,6 +538,10 @@ impl PyFileInfo {
 ///     max_memory: bytes that the builder may allocate (16 per document of ``deduplicate`` come on top). A limit
 ///         too small for one segment gives several, which makes look-ups slower, and of which a file has at most 64.
 ///         Without one, segments have 2^28 tokens, and each thread takes 2.3 GB where a text has so many.
+///     ranking: learn tables by which drafts rank candidates, from at most 2^25 tokens: some 4 us a token of one core,
+///         and 404 bytes of the file for each token id. By default where the text has 2^23 tokens or more and
+///         ``max_memory`` has room for it (about 2.6 kB for each token id). A datastore that is added whole hands its
+///         tables on, if they were learned from a quarter of what there is in the end.
 ///     threads: threads that sort segments, as far as ``max_memory`` allows, 1 to 64; by default the number of cores, at
 ///         most 8. The file is the same whatever their number.
 ///
@@ -592,7 +605,9 @@ pub fn add<T>(
 #[pymethods]
 impl PyDatastoreBuilder {
     #[new]
-    #[pyo3(signature = (path, *, vocab_size, fingerprint=None, deduplicate=false, max_memory=None, threads=None))]
+    #[pyo3(signature = (path, *, vocab_size, fingerprint=None, deduplicate=false, max_memory=None, ranking=None,
+                        threads=None))]
+    #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
         path: PathBuf,
@@ -600,13 +615,14 @@ impl PyDatastoreBuilder {
         fingerprint: Option<&[u8]>,
         deduplicate: bool,
         max_memory: Option<u64>,
+        ranking: Option<bool>,
         threads: Option<usize>,
     ) -> PyResult<Self> {
         let fingerprint =
             fingerprint.map_or(Ok(Fingerprint::default()), |bytes| checked_fingerprint(py, bytes))?;
         let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_THREADS));
         let threads = threads.unwrap_or_else(cores);
-        let options = BuildOptions { vocab_size, fingerprint, deduplicate, max_memory, threads };
+        let options = BuildOptions { vocab_size, fingerprint, deduplicate, max_memory, ranking, threads };
         let builder = enter(py, true, || Builder::create(&path, options))?;
         let builder = builder.map_err(|failure| raised(py, failure))?;
         Ok(Self { builder: Arc::new(Mutex::new(Some(builder))), vocab_size })
@@ -656,7 +672,8 @@ impl PyDatastoreBuilder {
     /// target as it was.
     ///
     /// Args:
-    ///     progress: called about twenty times a second with the symbols indexed so far and their total.
+    ///     progress: called about twenty times a second with the symbols indexed, and learned from, so far and their
+    ///         total.
     ///
     /// Raises:
     ///     OSError: the file cannot be written; the target is as it was.
@@ -665,7 +682,7 @@ impl PyDatastoreBuilder {
     #[pyo3(signature = (progress=None))]
     fn finish(&self, py: Python<'_>, progress: Option<&Bound<'_, PyAny>>) -> PyResult<PyBuildSummary> {
         let builder = self.take(py).ok_or_else(|| finished(py))?;
-        let (total, temporary) = (builder.symbols(), builder.temporary_path().to_owned());
+        let (total, temporary) = (builder.work(), builder.temporary_path().to_owned());
         let watch = Arc::new(Progress::default());
         let worker = Arc::clone(&watch);
         // on a thread of its own, for the sorter cannot be interrupted

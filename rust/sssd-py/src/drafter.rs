@@ -35,6 +35,8 @@ const _: () = assert!(Limits::DEFAULT.max_nodes == 32 && Limits::DEFAULT.min_pro
 ///         ``Datastore`` (which may be closed afterwards). Or several by name, a mapping from names to such: sequences
 ///         match all of them, or those that ``begin(datastores=...)`` names.
 ///     load: how to open paths, ``"mmap"``, ``"mmap-wait"`` or ``"ram"``; see ``Datastore.open``.
+///     ranking: rank the candidates of probable nodes anew where the datastore has tables for it (``DatastoreBuilder``):
+///         more accepted tokens for some microseconds a draft. Without such tables nothing changes.
 ///     live_bytes: memory that the tokens of finished requests (the live store) may come to take in each namespace, about
 ///         42 bytes a token; 0 keeps none. Every size is a number or text such as ``"512M"`` (K, M, G, T: powers of
 ///         1024).
@@ -62,7 +64,7 @@ pub struct PyDrafter {
 impl PyDrafter {
     #[new]
     #[pyo3(signature = (*, vocab_size=None, end_token_ids=None, datastore=None, load="mmap",
-                        live_bytes=67_108_864, soft_bytes=16_777_216, max_bytes=None,
+                        ranking=true, live_bytes=67_108_864, soft_bytes=16_777_216, max_bytes=None,
                         max_sequence_bytes=None, threads=None, namespace_ttl=None))]
     #[allow(clippy::too_many_arguments)]
     pub fn new(
@@ -71,6 +73,7 @@ impl PyDrafter {
         end_token_ids: Option<&Bound<'_, PyAny>>,
         datastore: Option<&Bound<'_, PyAny>>,
         load: &str,
+        ranking: bool,
         #[pyo3(from_py_with = bytes)] live_bytes: i128,
         #[pyo3(from_py_with = bytes)] soft_bytes: i128,
         #[pyo3(from_py_with = optional_bytes)] max_bytes: Option<i128>,
@@ -111,6 +114,7 @@ impl PyDrafter {
             vocab_size,
             end_tokens,
             store,
+            ranking,
             live_bytes: size(py, "live_bytes", live_bytes)?,
             soft_bytes: size(py, "soft_bytes", soft_bytes)?,
             max_bytes: limit("max_bytes", max_bytes)?,

@@ -310,7 +310,8 @@ impl PySequence {
         let max_nodes = node_budget(py, "max_nodes", max_nodes)?;
         let min_prob = probability(py, "min_prob", min_prob)?;
         let max_depth = max_depth.map_or(Ok(usize::MAX), |depth| not_negative(py, "max_depth", depth))?;
-        let limits = Limits { max_nodes, max_depth, min_prob, chain: is_chain(py, shape)? };
+        let limits =
+            Limits { max_nodes, max_depth, min_prob, chain: is_chain(py, shape)?, ..Limits::DEFAULT };
         let sizing = read_sizing(py, cost, rate, rule, max_nodes)?;
         let (said, mut guide) = (Said { given, given_probs, allowed }, Guide::default());
         let callable = said.read(py, self.engine.options().vocab_size, &mut guide)?;

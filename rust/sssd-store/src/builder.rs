@@ -6,18 +6,24 @@
 //! order, and the finished file replaces the target in one step.
 
 use std::collections::{HashSet, TryReserveError};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sssd_core::Token;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::format::{Header, MAX_SEGMENTS, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, symbol_bits};
+use crate::bytes::{Load, Source};
+use crate::datastore::Datastore;
+use crate::format::{
+    Header, MAX_SEGMENTS, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, TablesEntry, symbol_bits,
+};
+use crate::learning;
 use crate::output::Output;
 use crate::packed::PackedWriter;
 use crate::progress::Progress;
 use crate::sorting::Sorting;
+use crate::tables::{Tables, tables_length};
 use crate::{Error, Fingerprint, Result};
 
 mod merge;
@@ -35,6 +41,12 @@ const MAX_THREADS: usize = 64;
 const MIN_SEGMENT_SYMBOLS: u64 = 1 << 16;
 /// Buffers of the writer and the reader, and what else does not grow with the corpus.
 const FIXED_MEMORY: u64 = 8 << 20;
+/// A text of fewer tokens is worth less than the tables' 404 bytes for each token of the vocabulary.
+const WORTH_LEARNING: u64 = 1 << 23;
+/// Tables that were learned from at least this part of a text are not learned anew.
+const ENOUGH: u64 = 4;
+/// Bytes of tables copied at a time.
+const PIECE: usize = 1 << 16;
 /// Tokens written between two looks at whether the build is still wanted.
 const CHUNK: usize = 1 << 18;
 
@@ -51,6 +63,9 @@ pub struct BuildOptions {
     /// give more segments, which cost look-up time, and of which a file has at most 64. `None`: segments of 2^28 tokens,
     /// 2.3 GB for each thread.
     pub max_memory: Option<u64>,
+    /// Learn tables for ranking candidates ([`sssd_core::LogBilinear`]). `None`: if there are 2^23 tokens or more and
+    /// `max_memory` allows it.
+    pub ranking: Option<bool>,
     /// Threads that sort segments, as far as `max_memory` allows, from the moment at which a segment is full; 1 to 64. The
     /// file is the same whatever their number. 1: [`Builder::finish`] sorts.
     pub threads: usize,
@@ -64,6 +79,7 @@ impl BuildOptions {
             fingerprint: Fingerprint::default(),
             deduplicate: false,
             max_memory: None,
+            ranking: None,
             threads: 1,
         }
     }
@@ -86,6 +102,17 @@ impl BuildOptions {
             )));
         }
         Ok(symbols.min(MAX_SORTED_SYMBOLS))
+    }
+
+    /// Whether the memory allows tables to be learned.
+    fn has_room_to_learn(&self) -> bool {
+        let needed = learning::memory(self.vocab_size) + FIXED_MEMORY;
+        self.max_memory.is_none_or(|limit| limit >= needed)
+    }
+
+    /// Whether tables are to be learned from so many tokens.
+    fn learns(&self, tokens: u64) -> bool {
+        self.ranking.unwrap_or(tokens >= WORTH_LEARNING && self.has_room_to_learn()) && tokens > 0
     }
 
     /// Segments that can be sorted at once.
@@ -128,6 +155,8 @@ pub struct Builder {
     partial: Vec<Token>,
     seen: HashSet<u128>,
     duplicates: u64,
+    /// Those of a store that was added whole.
+    inherited: Option<Arc<Tables>>,
     watch: Arc<Progress>,
     sorting: Sorting,
     failed: bool,
@@ -148,6 +177,14 @@ impl Builder {
             return Err(Error::InvalidArgument(problem));
         }
         let allowed_symbols = options.allowed_symbols()?;
+        if options.ranking == Some(true) && !options.has_room_to_learn() {
+            let least = (learning::memory(options.vocab_size) + FIXED_MEMORY).div_ceil(1 << 20);
+            return Err(Error::InvalidArgument(format!(
+                "max_memory is too small to learn tables for ranking: at least {least} MiB are needed with a vocabulary \
+                 of {} tokens",
+                options.vocab_size
+            )));
+        }
         let segment_symbols = allowed_symbols.min(MAX_SEGMENT_SYMBOLS);
         let sorting = Sorting::new(options.vocab_size, options.at_once(segment_symbols));
         let output = Output::create(target).map_err(Error::io(target))?;
@@ -166,6 +203,7 @@ impl Builder {
             partial: Vec::new(),
             seen: HashSet::new(),
             duplicates: 0,
+            inherited: None,
             watch: Arc::default(),
             sorting,
             failed: false,
@@ -201,6 +239,13 @@ impl Builder {
     /// Symbols (tokens and document ends) added so far.
     pub fn symbols(&self) -> u64 {
         self.segments.iter().map(|segment| segment.symbols).sum::<u64>() + self.symbols
+    }
+
+    /// What the progress of [`Builder::finish`] comes to: the symbols, and those that tables are learned from.
+    pub fn work(&self) -> u64 {
+        let symbols = self.symbols();
+        let learned = if self.options.learns(symbols) { learning::symbols_to_learn(symbols) } else { 0 };
+        symbols + learned
     }
 
     /// Adds one document, which may be empty. One longer than a segment is cut into several.
@@ -374,7 +419,9 @@ impl Builder {
 
     fn complete(mut self, progress: &Progress) -> io::Result<BuildSummary> {
         self.sorting.finish(&mut self.output, &mut self.segments, progress)?;
+        let tables = self.tables(progress)?;
         let header = Header {
+            tables,
             vocab_size: self.options.vocab_size,
             fingerprint: self.options.fingerprint,
             tokens: self.segments.iter().map(|segment| segment.suffixes).sum(),
@@ -389,6 +436,47 @@ impl Builder {
             self.output.seal(|body_end, checksums| header.seal(body_end, checksums, &self.segments))?;
         let segments = self.segments.len() as u64;
         Ok(BuildSummary { tokens, documents, duplicates: self.duplicates, segments, file_bytes })
+    }
+}
+
+impl Builder {
+    /// Writes the tables for ranking, if there are to be some: those of a store that was added, if they were learned from
+    /// enough, or new ones.
+    fn tables(&mut self, progress: &Progress) -> io::Result<Option<TablesEntry>> {
+        let tokens = self.segments.iter().map(|segment| segment.suffixes).sum();
+        if !self.options.learns(tokens) {
+            return Ok(None);
+        }
+        let start = self.output.align()?;
+        let enough = |tables: &Arc<Tables>| tables.learned().saturating_mul(ENOUGH) >= tokens;
+        let learned = match self.inherited.take().filter(enough) {
+            Some(tables) => self.copy_tables(&tables, progress)?,
+            None => self.learn_tables(progress)?,
+        };
+        Ok(Some(TablesEntry { place: start..self.output.position(), learned }))
+    }
+
+    fn copy_tables(&mut self, tables: &Tables, progress: &Progress) -> io::Result<u64> {
+        let (mut at, length) = (0, tables_length(self.options.vocab_size));
+        let mut piece = [0; PIECE];
+        while at < length {
+            progress.advance(0)?;
+            let piece = &mut piece[..(length - at).min(PIECE as u64) as usize];
+            tables.read(at, piece)?;
+            self.output.write_all(piece)?;
+            at += piece.len() as u64;
+        }
+        Ok(tables.learned())
+    }
+
+    fn learn_tables(&mut self, progress: &Progress) -> io::Result<u64> {
+        drop(self.output.read_back()?); // all of it is in the file
+        let path = self.output.temporary_path().to_owned();
+        let read = |failure: Error| io::Error::other(failure.to_string());
+        let source = Source::open(&path).map_err(read)?;
+        let bytes = source.load(&path, Load::MmapWait, progress).map_err(read)?;
+        let store = Datastore::of_segments(bytes, self.options.vocab_size, &self.segments)?;
+        learning::learn(&store, progress, &mut self.output)
     }
 }
 

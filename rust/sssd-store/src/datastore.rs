@@ -3,10 +3,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use sssd_core::{Corpus, Match, Token};
+use sssd_core::{Corpus, LogBilinear, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
-use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry};
+use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry, TablesEntry};
 use crate::lookup::{Lookup, MAX_MATCH, OFFSET_BITS, length, position, sample};
 use crate::progress::Progress;
 use crate::residency::Everything;
@@ -14,6 +14,7 @@ use crate::residency::Everything;
 use crate::residency::Residency;
 use crate::segment::{Interval, Query, Segment};
 use crate::successors::Merged;
+use crate::tables::Tables;
 use crate::tombstones::{Buried, Tombstones};
 use crate::{Error, Fingerprint, Result};
 
@@ -24,6 +25,8 @@ pub struct Datastore {
     parts: Vec<Part>,
     vocab_size: u32,
     merged: Merged,
+    /// Those of the largest file that has some.
+    tables: Option<Arc<Tables>>,
 }
 
 #[derive(Clone)]
@@ -32,6 +35,7 @@ struct OpenFile {
     /// The path from the root, whatever the folder is changed to.
     absolute: PathBuf,
     bytes: Arc<Bytes>,
+    tables: Option<Arc<Tables>>,
     /// With their path from the root.
     tombstones: Option<(Arc<Tombstones>, PathBuf)>,
 }
@@ -69,13 +73,15 @@ pub struct FileInfo {
     pub deduplicated: bool,
     /// Bytes of the file.
     pub file_bytes: u64,
+    /// Tokens that the tables for ranking were learned from, if it has some.
+    pub ranking_tokens: Option<u64>,
 }
 
 impl FileInfo {
     fn new(path: &Path, header: &Header) -> Self {
         Self {
             path: path.to_owned(),
-            version: format::VERSION,
+            version: header.version(),
             uuid: header.uuid,
             vocab_size: header.vocab_size,
             fingerprint: header.fingerprint,
@@ -85,6 +91,7 @@ impl FileInfo {
             segment_symbols: header.segment_symbols,
             deduplicated: header.deduplicated,
             file_bytes: header.file_length,
+            ranking_tokens: header.tables.as_ref().map(|tables| tables.learned),
         }
     }
 }
@@ -150,6 +157,7 @@ impl Datastore {
             parts: Vec::new(),
             vocab_size: 0,
             merged: Merged::empty(),
+            tables: None,
         }
     }
 
@@ -166,11 +174,17 @@ impl Datastore {
         let mut bytes = load()?;
         // all but the text and the suffixes
         let preferred = table.iter().flat_map(|entry| &entry.sections[2..]);
+        let preferred = preferred.chain(header.tables.iter().map(|entry| &entry.place));
         let mut ranges = Vec::new();
-        ranges.try_reserve(4 * table.len()).map_err(Error::memory("the segments of a datastore"))?;
+        ranges.try_reserve(4 * table.len() + 1).map_err(Error::memory("the segments of a datastore"))?;
         ranges.extend(preferred.map(|section| section.start as usize..section.end as usize));
         bytes.keep_account(ranges).map_err(Error::io(path))?;
         let bytes = Arc::new(bytes);
+        let id = u64::from_le_bytes(std::array::from_fn(|at| header.uuid[at]));
+        let open = |entry: &TablesEntry| {
+            Tables::open(&bytes, &entry.place, header.vocab_size, entry.learned, id).map(Arc::new)
+        };
+        let tables = header.tables.as_ref().map(open).transpose().map_err(Error::read(path))?;
         self.segments.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.parts.try_reserve(table.len()).map_err(Error::memory("the segments of a datastore"))?;
         self.files.try_reserve(1).map_err(Error::memory("the files of a datastore"))?;
@@ -183,7 +197,7 @@ impl Datastore {
         }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.files.push(OpenFile { info, absolute, bytes, tombstones: None });
+        self.files.push(OpenFile { info, absolute, bytes, tables, tombstones: None });
         Ok(())
     }
 
@@ -311,8 +325,36 @@ impl Datastore {
         if self.files.is_empty() {
             return Err(Error::InvalidArgument("no datastore file was given".into()));
         }
+        let largest =
+            self.files.iter().filter(|file| file.tables.is_some()).max_by_key(|file| file.info.tokens);
+        self.tables = largest.and_then(|file| file.tables.clone());
         self.forget_merged()?;
         Ok(self)
+    }
+
+    /// The segments of a file that is being written, to be read from while nothing else changes them.
+    pub(crate) fn of_segments(
+        bytes: Bytes,
+        vocab_size: u32,
+        table: &[SegmentEntry],
+    ) -> std::io::Result<Self> {
+        let (mut store, bytes) = (Self { vocab_size, ..Self::empty() }, Arc::new(bytes));
+        let searched = table.iter().filter(|entry| entry.suffixes > 0);
+        store.segments.try_reserve(table.len())?;
+        store.segments.extend(searched.map(|entry| Segment::new(Arc::clone(&bytes), vocab_size, entry)));
+        store.merged.reset(vocab_size)?;
+        Ok(store)
+    }
+
+    /// All segments with tokens.
+    pub(crate) fn all_segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The tables for ranking, if nothing of the text that they were learned from is dead.
+    pub(crate) fn living_tables(&self) -> Option<&Arc<Tables>> {
+        let dead = self.files.iter().any(|file| file.tombstones.is_some());
+        self.tables.as_ref().filter(|_| !dead)
     }
 
     fn forget_merged(&mut self) -> Result<()> {
@@ -390,14 +432,15 @@ impl Datastore {
         self.verify_blocks(progress, &|_, _| true)
     }
 
-    /// The same for the documents alone.
+    /// The same for the documents and the tables for ranking alone.
     pub(crate) fn verify_text(&self, progress: &Progress) -> Result<()> {
         self.verify_blocks(progress, &|file, block| {
+            let holds = |place: &Range<u64>| place.start < block.end && block.start < place.end;
+            if self.files[file].tables.as_ref().is_some_and(|tables| holds(&tables.place())) {
+                return true;
+            }
             let parts = self.parts.iter().filter(|part| part.file == file);
-            parts.filter_map(|part| part.segment).any(|segment| {
-                let text = self.segments[segment].text_place();
-                text.start < block.end && block.start < text.end
-            })
+            parts.filter_map(|part| part.segment).any(|segment| holds(&self.segments[segment].text_place()))
         })
     }
 
@@ -544,6 +587,10 @@ impl Corpus for Datastore {
             let parts = parts.map(|segment| (held(segment) as f32 / total as f32, segment.successors(token)));
             self.merged.merge(parts, count, out) && whole
         });
+    }
+
+    fn tables(&self) -> Option<&dyn LogBilinear> {
+        self.tables.as_deref().map(|tables| tables as &dyn LogBilinear)
     }
 
     fn is_readable(&self) -> bool {

@@ -5,13 +5,17 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use sssd_core::{CONTEXT, DIMENSIONS};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::packed::{bits_for, packed_len};
+use crate::tables::tables_length;
 use crate::{Error, Fingerprint, Result};
 
-/// Format version that this release writes and reads.
+/// Format version of a file without tables for ranking.
 pub const VERSION: u32 = 1;
+/// Format version of a file with them, the newest that this release writes and reads.
+pub const TABLES_VERSION: u32 = 2;
 /// Bytes of the header, and the alignment of sections.
 pub const PAGE: u64 = 4096;
 /// Bytes under one checksum.
@@ -50,6 +54,15 @@ pub struct Header {
     pub table_at: u64,
     pub segments: u64,
     pub table_hash: u64,
+    pub tables: Option<TablesEntry>,
+}
+
+/// Where the tables for ranking are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TablesEntry {
+    pub place: Range<u64>,
+    /// Tokens that they were learned from.
+    pub learned: u64,
 }
 
 /// A segment's counts and the places of its sections.
@@ -132,6 +145,11 @@ impl SegmentEntry {
 }
 
 impl Header {
+    /// The version of the format that a file with such a header has.
+    pub fn version(&self) -> u32 {
+        if self.tables.is_some() { TABLES_VERSION } else { VERSION }
+    }
+
     fn encode(&self) -> [u8; PAGE as usize] {
         let words = [
             self.tokens,
@@ -145,10 +163,16 @@ impl Header {
             self.segments,
             self.table_hash,
         ];
-        let fields = MAGIC.into_iter().chain(VERSION.to_le_bytes()).chain(self.vocab_size.to_le_bytes());
+        let version = self.version().to_le_bytes();
+        let fields = MAGIC.into_iter().chain(version).chain(self.vocab_size.to_le_bytes());
         let fields = fields.chain(self.uuid).chain(self.fingerprint);
+        let tables = self.tables.iter().flat_map(|entry| {
+            let shape = [DIMENSIONS as u32, CONTEXT as u32].into_iter().flat_map(u32::to_le_bytes);
+            let words = [entry.place.start, entry.place.end, entry.learned].into_iter();
+            words.flat_map(u64::to_le_bytes).chain(shape)
+        });
         let mut out = [0; PAGE as usize];
-        fill(&mut out, fields.chain(words.into_iter().flat_map(u64::to_le_bytes)));
+        fill(&mut out, fields.chain(words.into_iter().flat_map(u64::to_le_bytes)).chain(tables));
         let sum = crc32fast::hash(&out[..CRC_AT]);
         out[CRC_AT..].copy_from_slice(&sum.to_le_bytes());
         out
@@ -256,13 +280,13 @@ fn read_header(path: &Path, length: u64, read: Read) -> Result<Header> {
     }
     let mut fields = Fields(&page[MAGIC.len()..]);
     let found = fields.u32();
-    if found != VERSION {
-        return Err(Error::Version { path: path.to_owned(), found, supported: VERSION });
+    if !(VERSION..=TABLES_VERSION).contains(&found) {
+        return Err(Error::Version { path: path.to_owned(), found, supported: TABLES_VERSION });
     }
     if page[CRC_AT..] != crc32fast::hash(&page[..CRC_AT]).to_le_bytes() {
         return Err(corrupt("the header does not match its checksum"));
     }
-    let header = Header {
+    let mut header = Header {
         vocab_size: fields.u32(),
         uuid: fields.array(),
         fingerprint: fields.array(),
@@ -276,13 +300,25 @@ fn read_header(path: &Path, length: u64, read: Read) -> Result<Header> {
         table_at: fields.u64(),
         segments: fields.u64(),
         table_hash: fields.u64(),
+        tables: None,
     };
+    if found == TABLES_VERSION {
+        header.tables = Some(TablesEntry { place: fields.u64()..fields.u64(), learned: fields.u64() });
+        if (fields.u32(), fields.u32()) != (DIMENSIONS as u32, CONTEXT as u32) {
+            return Err(corrupt("the tables for ranking have a shape that no release has written"));
+        }
+    }
     if header.file_length != length {
         let problem = format!("{length} bytes long instead of {}", header.file_length);
         return Err(Error::corrupt(path, problem));
     }
     if header.vocab_size == 0 || header.vocab_size > MAX_VOCAB {
         return Err(corrupt("the vocabulary size is out of range"));
+    }
+    if let Some(TablesEntry { place, .. }) = &header.tables
+        && place.start.checked_add(tables_length(header.vocab_size)) != Some(place.end)
+    {
+        return Err(corrupt("the length of the tables for ranking contradicts the vocabulary"));
     }
     Ok(header)
 }
@@ -304,8 +340,11 @@ fn check_table(header: &Header, table: &[SegmentEntry]) -> std::result::Result<(
 /// Whether the sections lie in the body, one after the other.
 fn check_places(path: &Path, header: &Header, table: &[SegmentEntry]) -> Result<()> {
     let mut places = Vec::new();
-    places.try_reserve_exact(table.len() * SECTIONS).map_err(Error::memory("the segments of a datastore"))?;
+    places
+        .try_reserve_exact(table.len() * SECTIONS + 1)
+        .map_err(Error::memory("the segments of a datastore"))?;
     places.extend(table.iter().flat_map(|entry| &entry.sections));
+    places.extend(header.tables.iter().map(|entry| &entry.place));
     places.sort_unstable_by_key(|place| place.start);
     let mut end = PAGE;
     for place in places {

@@ -7,6 +7,7 @@ mod documents;
 mod error;
 mod format;
 mod index;
+mod learning;
 mod lookup;
 mod output;
 mod packed;
@@ -15,6 +16,7 @@ mod residency;
 mod segment;
 mod sorting;
 mod successors;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod tombstones;
@@ -24,7 +26,7 @@ pub use bytes::Load;
 pub use datastore::{Datastore, FileInfo};
 pub use documents::{Document, DocumentReader};
 pub use error::{Error, Result};
-pub use format::VERSION;
+pub use format::{TABLES_VERSION, VERSION};
 pub use progress::Progress;
 pub use tombstones::{TOMBSTONES_VERSION, write_tombstones};
 

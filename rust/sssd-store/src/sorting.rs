@@ -59,7 +59,7 @@ impl Sorting {
 
     /// Sorts what is left, and appends everything in order.
     pub fn finish(
-        mut self,
+        &mut self,
         output: &mut Output,
         segments: &mut [SegmentEntry],
         progress: &Progress,

@@ -5,6 +5,7 @@
 
 use crate::predictor::support::KINDS;
 use crate::predictor::weights::{PROBABILITIES, scale};
+use crate::sources;
 
 /// Knots along the scale of probabilities; between them the bias is interpolated.
 const KNOTS: usize = 8;
@@ -15,6 +16,9 @@ const KIND_PRIOR: f32 = 6.0;
 /// What is left of the old information after each outcome, and the furthest bias.
 const FADING: f32 = 0.998;
 const LIMIT: f32 = 2.5;
+/// What a source gives to the tokens that come, before there are any, and how fast that follows them.
+const FIRST_LUCK: f32 = 0.3;
+const LUCK_RATE: f32 = 0.03;
 
 #[derive(Clone, Copy)]
 struct Bias {
@@ -39,11 +43,14 @@ pub struct Calibration {
     kinds: [Bias; KINDS],
     /// exp of what the model and this request say of each kind.
     odds: [f32; KINDS],
+    /// What each source has lately given to the tokens that came.
+    luck: [f32; sources::COUNT],
 }
 
 impl Default for Calibration {
     fn default() -> Self {
-        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS] }
+        let luck = [FIRST_LUCK; sources::COUNT];
+        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS], luck }
     }
 }
 
@@ -83,6 +90,19 @@ impl Calibration {
             bias.pending += share * variance;
         }
         error
+    }
+
+    /// Notes what each source that says anything has given to the token that came.
+    pub fn note_sources(&mut self, speaks: u8, probs: Option<&[f32; sources::COUNT]>) {
+        for (source, luck) in self.luck.iter_mut().enumerate().filter(|(source, _)| speaks >> source & 1 != 0)
+        {
+            *luck += LUCK_RATE * (probs.map_or(0.0, |probs| probs[source]) - *luck);
+        }
+    }
+
+    /// What each source has lately given to the tokens that came.
+    pub fn luck(&self) -> &[f32; sources::COUNT] {
+        &self.luck
     }
 
     /// Learns from the outcomes noted.

@@ -101,6 +101,21 @@ pub fn newest_lower(child: &Candidate, above: Token, index: &Index) -> u32 {
     if child.path >= WORTH_LOWER { lower::newest(index, child.depth, child.token, above) } else { NONE }
 }
 
+/// The tokens of a node's context: its own, those of its path, those of the text.
+pub fn newest_first<'a>(
+    mut node: u32,
+    candidates: &'a [Candidate],
+    inputs: &Inputs<'a>,
+) -> impl Iterator<Item = Token> + 'a {
+    let path = std::iter::from_fn(move || {
+        // the root is the sequence's last token
+        let candidate = candidates.get(node as usize).filter(|_| node != 0)?;
+        node = candidate.parent;
+        Some(candidate.token)
+    });
+    path.chain(inputs.index.tokens()[inputs.predicted..].iter().rev().copied())
+}
+
 /// What the target held probable after the ends of a node's context, by their number of tokens.
 pub fn feedback(
     node: u32,
@@ -110,22 +125,6 @@ pub fn feedback(
     let mut found = [None; FEEDBACK_ORDERS.len()];
     inputs.feedback.find(newest_first(node, candidates, inputs), &mut found);
     found
-}
-
-/// The tokens of a node's path, and before it those of the request, newest first.
-fn newest_first<'a>(
-    mut node: u32,
-    candidates: &'a [Candidate],
-    inputs: &'a Inputs,
-) -> impl Iterator<Item = Token> + 'a {
-    let path = std::iter::from_fn(move || {
-        // the root is the sequence's last token
-        let candidate = candidates.get(node as usize).filter(|_| node != 0)?;
-        node = candidate.parent;
-        Some(candidate.token)
-    });
-    let before = inputs.index.tokens()[inputs.predicted..].iter().rev().copied();
-    path.chain(before)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use crate::index::Index;
 use crate::predictor::correct::Calibration;
 use crate::predictor::guest::Trust;
 use crate::predictor::weights::Model;
+use crate::ranking::network::Ranking;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
 use crate::sources::feedback::{FeedbackTable, Recent};
@@ -25,6 +26,8 @@ pub struct Inputs<'a> {
     pub recent: &'a Recent,
     pub model: &'a Model,
     pub calibration: &'a Calibration,
+    /// What candidates are ranked with, if they are.
+    pub ranking: Option<Ranking<'a>>,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
     /// Tokens of output so far.
@@ -66,6 +69,8 @@ pub struct Limits {
     pub min_prob: f32,
     /// Whether every node follows the one before: the most probable token after each, and no tree.
     pub chain: bool,
+    /// Whether candidates are ranked, where the datastore has tables for it.
+    pub ranking: bool,
 }
 
 impl Default for Limits {
@@ -76,7 +81,8 @@ impl Default for Limits {
 
 impl Limits {
     /// What a draft may come to unless somebody says so.
-    pub const DEFAULT: Self = Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001, chain: false };
+    pub const DEFAULT: Self =
+        Self { max_nodes: 32, max_depth: usize::MAX, min_prob: 0.001, chain: false, ranking: true };
 
     /// A number of nodes alone.
     pub fn nodes(max_nodes: usize) -> Self {
@@ -132,6 +138,7 @@ pub mod tests {
                 recent: &self.recent,
                 model: &self.model,
                 calibration: &self.calibration,
+                ranking: None,
                 end_tokens: &[],
                 age: 0,
                 limits: Limits::nodes(16),

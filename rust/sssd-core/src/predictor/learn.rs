@@ -33,6 +33,7 @@ pub fn learn(
         model.learn_age(age, support.kind(), error);
     }
     calibration.learn();
+    calibration.note_sources(expansion.speaks, truth.map(|at| &children[at].probs));
     truth.map(|at| first + at as u32)
 }
 

@@ -5,13 +5,13 @@ pub mod arena;
 mod blend;
 pub mod correct;
 mod frontier;
-mod gather;
+pub mod gather;
 pub mod guest;
 pub mod inputs;
 mod learn;
 mod mix;
 mod outside;
-mod refine;
+pub mod refine;
 mod support;
 mod vote;
 pub mod weights;
@@ -20,6 +20,8 @@ use crate::Token;
 use crate::allowed::Allowed;
 use crate::index::NONE;
 use crate::memory::{make_room, push};
+use crate::ranking::record::RankingRecord;
+use crate::ranking::stage::{self, Room};
 use crate::sources::live::LiveStore;
 use crate::sources::{FEEDBACK, GIVEN, LIVE, NO_CLASS, SUCCESSORS};
 use crate::stats::{Outcome, Stats};
@@ -40,6 +42,8 @@ const CONTEXTS: usize = 24;
 pub struct Predictor {
     arena: Arena,
     tree: DraftTree,
+    /// What ranking keeps from draft to draft.
+    ranking: Room,
     /// Nodes that the live store speaks for, and a position in the document.
     credits: Vec<(u32, u64)>,
     /// The newest node, until it is expanded: there may be no room for its children.
@@ -72,6 +76,7 @@ impl Predictor {
     /// Begins with the root: the last token, which is no node of the tree.
     fn start(&mut self, inputs: &Inputs, scratch: &mut Scratch) {
         let Limits { max_nodes, max_depth, min_prob, .. } = inputs.limits;
+        stage::start(&mut self.ranking, inputs);
         self.arena.clear();
         make_room(&mut self.arena.contexts, CONTEXTS * max_nodes);
         self.tree.clear();
@@ -111,6 +116,7 @@ impl Predictor {
             blend::blend_feedback(&found, &inputs.recent.tokens, model, said, contexts, &mut expansion);
         }
         let Scratch { successors, origins, table, frontier, .. } = scratch;
+        let ranking = &mut self.ranking;
         successors.clear();
         if let Some(store) = inputs.store {
             store.successors(token, successors);
@@ -120,10 +126,11 @@ impl Predictor {
         let mut children = Children { node, candidates, origins, table };
         let said = said[expansion.said.0 as usize..expansion.said.1 as usize].iter().copied();
         mix::offer(FEEDBACK, expansion.weights[FEEDBACK], said, &mut children);
-        let successors = successors.iter().map(|&(token, share)| (token, share, 0));
-        mix::offer(SUCCESSORS, expansion.weights[SUCCESSORS], successors, &mut children);
+        let listed = successors.iter().map(|&(token, share)| (token, share, 0));
+        mix::offer(SUCCESSORS, expansion.weights[SUCCESSORS], listed, &mut children);
         outside::offer(inputs, &expansion, &mut children);
         refine::refine(&mut candidates[start..], path, &expansion, inputs);
+        stage::rank(node, start, candidates, (&expansion, &tally), successors, inputs, ranking);
         outside::weigh(inputs, (start, path), candidates, table, heard, &mut expansion);
         let mut seen = 0;
         for (child, candidate) in (start as u32..).zip(&candidates[start..]) {
@@ -201,9 +208,15 @@ impl Predictor {
         }
     }
 
-    /// Forgets the last draft.
+    /// Forgets the last draft. The text may be another one from now on.
     pub fn forget(&mut self) {
         self.followed = None;
+        self.ranking.topic.forget();
+    }
+
+    /// What ranking sees is noted from now on; what it has seen since the last call.
+    pub fn record_ranking(&mut self) -> RankingRecord {
+        std::mem::take(self.ranking.record.get_or_insert_default())
     }
 
     /// Frees everything but the tree.
@@ -275,6 +288,6 @@ impl Predictor {
 
     pub fn memory_bytes(&self) -> usize {
         let credits = self.credits.capacity() * size_of::<(u32, u64)>();
-        self.arena.memory_bytes() + credits + self.tree.memory_bytes()
+        self.arena.memory_bytes() + credits + self.tree.memory_bytes() + self.ranking.memory_bytes()
     }
 }

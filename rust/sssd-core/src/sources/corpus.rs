@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::Token;
+use crate::ranking::bilinear::LogBilinear;
 use crate::sync::lock;
 
 /// An occurrence of the end of the context in a corpus, standing for `weight` occurrences.
@@ -32,6 +33,11 @@ pub trait Corpus: Send + Sync {
     /// Appends the most frequent successors of `token` (at most 32), most frequent first, each with its share
     /// of the token's occurrences.
     fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>);
+
+    /// What it has learned for ranking candidates, if it has.
+    fn tables(&self) -> Option<&dyn LogBilinear> {
+        None
+    }
 
     /// Whether it can be read now. Asked before each draft: one that cannot is left out of it.
     fn is_readable(&self) -> bool {

@@ -50,12 +50,13 @@ impl Sizing {
     /// draft.
     pub fn begin_step<'a>(&self, requests: impl Iterator<Item = (&'a mut Limits, &'a mut Option<Pace>)>) {
         let Self::Rule(rule) = self else { return };
-        let min_prob = rule.begin_step();
+        let (min_prob, ranks) = (rule.begin_step(), rule.ranks());
         for (limits, pace) in requests {
             let known = pace.get_or_insert_with(|| rule.pace());
             let nodes = min_prob.map_or(0, |_| rule.limit(known));
             limits.max_nodes = limits.max_nodes.min(nodes);
             limits.min_prob = min_prob.unwrap_or(1.0);
+            limits.ranking &= ranks;
         }
     }
 

@@ -22,6 +22,9 @@ use super::options::RuleOptions;
 
 /// Costs of more batches and contexts are not kept.
 const MOST_KEPT: usize = 256;
+/// What ranking adds to the tokens of a step, and its part of the time of a draft, on the datastore of `docs/predictor.md`.
+const RANKING_GAIN: f64 = 0.015;
+const RANKING_PART: f64 = 0.35;
 
 /// Sizes the drafts of batches by a cost curve, and corrects the curve by the times of steps. One rule serves any number
 /// of requests, batches and threads.
@@ -77,6 +80,9 @@ struct State {
     account: f64,
     pause: usize,
     paused: usize,
+    /// The share of a step that goes into drafts, were they ranked, and whether they are.
+    drafting: f64,
+    ranks: bool,
     /// Corrected costs by batch and context key.
     known: HashMap<(usize, i64), Arc<PassCosts>>,
 }
@@ -107,6 +113,8 @@ impl SizingRule {
             account: 0.0,
             pause: options.shortest_pause,
             paused: 0,
+            drafting: 0.0,
+            ranks: true,
             known: HashMap::new(),
         };
         Self { curve, max_nodes, options, state: Mutex::new(state) }
@@ -125,6 +133,11 @@ impl SizingRule {
     /// Least probability of a node worth drafting.
     pub fn min_prob(&self) -> f64 {
         self.lock().min_prob
+    }
+
+    /// Whether ranking candidates is worth its time.
+    pub fn ranks(&self) -> bool {
+        self.lock().ranks
     }
 
     /// What is remembered of a new request.
@@ -217,6 +230,9 @@ impl SizingRule {
         let made = tokens / batch as f64;
         let speedup = (made * plain / spent).min(options.most_speedup);
         state.speedup += options.rate_memory * (speedup - state.speedup);
+        if size > 0 {
+            state.weigh_ranking(drafted / spent, options);
+        }
         if size > 0 || drafted > 0.0 {
             // of a step without nodes only the drafting was in vain
             let lost = if size > 0 { spent - plain } else { drafted };
@@ -250,6 +266,13 @@ impl SizingRule {
 impl State {
     fn rate(&self, costs: &PassCosts, batch: usize) -> f64 {
         costs.plain_rate(batch) * self.speedup.max(1.0)
+    }
+
+    /// `share` of a step went into drafts.
+    fn weigh_ranking(&mut self, share: f64, options: &RuleOptions) {
+        let ranked = if self.ranks { share } else { share / (1.0 - RANKING_PART) };
+        self.drafting += options.rate_memory * (ranked - self.drafting);
+        self.ranks = self.drafting * RANKING_PART < RANKING_GAIN;
     }
 
     /// Asks for steps without drafts where their time is not known, or no longer.
@@ -361,6 +384,35 @@ mod tests {
         assert_eq!(rule.costs(1, 0.0), before);
         (0..9).for_each(|_| rule.observe(&step(Some(50.0), 0)));
         assert!(rule.costs(1, 0.0).0.seconds()[0] > 40.0);
+    }
+
+    #[test]
+    fn candidates_are_ranked_where_drafts_are_cheap() {
+        let axes = [vec![1.0], vec![1.0, 9.0], vec![0.0]];
+        let draft = DraftCost { step: 0.0, request: 0.0, node: 0.0, threads: 1 };
+        let curve = CostCurve::new(axes, vec![1.0, 1.0], Layout::Packed, Vec::new(), draft).unwrap();
+        let rule = SizingRule::new(Arc::new(curve), None, RuleOptions::default());
+        let after = |draft_seconds| {
+            for _ in 0..2000 {
+                let (seconds, prefill_tokens) = (Some(1.0), 0);
+                let (size, tokens, context) = (4, 2.0, 0.0);
+                rule.observe(&StepTimes {
+                    batch: 1,
+                    size,
+                    context,
+                    seconds,
+                    prefill_tokens,
+                    tokens,
+                    draft_seconds,
+                });
+            }
+            rule.ranks()
+        };
+        assert!(after(0.03));
+        assert!(!after(0.06));
+        // what it takes without ranking says that it would take too much with it
+        assert!(!after(0.04));
+        assert!(after(0.01));
     }
 
     #[test]

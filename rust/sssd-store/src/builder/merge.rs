@@ -30,6 +30,7 @@ impl Builder {
         let watch = Arc::clone(&self.watch);
         store.verify_text(&watch)?;
         self.end_stream()?;
+        self.inherit(store, chosen);
         let mut reader = DocumentReader::new(Arc::clone(store));
         let (mut documents, mut symbols) = (0, 0);
         while let Some(document) = reader.next_document()? {
@@ -45,6 +46,16 @@ impl Builder {
             }
         }
         watch.count(symbols)
+    }
+
+    /// Keeps the tables for ranking of a store that is added whole, unless it has better ones. Of a text of which
+    /// something is left out, nothing stays: tables are learned anew.
+    fn inherit(&mut self, store: &Datastore, chosen: &[bool]) {
+        let tables = store.living_tables().filter(|_| chosen.iter().all(|chosen| *chosen));
+        let held = self.inherited.as_ref().map_or(0, |tables| tables.learned());
+        if let Some(tables) = tables.filter(|tables| tables.learned() > held) {
+            self.inherited = Some(Arc::clone(tables));
+        }
     }
 
     /// Adds a document, unless it was added before.

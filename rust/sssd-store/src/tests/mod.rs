@@ -2,6 +2,7 @@ mod documents;
 mod hostile;
 mod oracle;
 mod part;
+mod ranking;
 mod scale;
 mod tombstones;
 

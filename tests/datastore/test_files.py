@@ -129,10 +129,10 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     # a folder that is no corpus, or that nobody can read as one
     with pytest.raises((errors.CorpusError, errors.InvalidArgumentError), match="corpus"):
         Datastore.open(tmp_path)
-    data[8] = 2
+    data[8] = 3
     path.with_name("newer").write_bytes(data)
     with pytest.raises(
-        errors.DatastoreVersionError, match="version 2, but this release reads version 1; upgrade"
+        errors.DatastoreVersionError, match="version 3, but this release reads version 2; upgrade"
     ):
         Datastore.open(tmp_path / "newer")
 

@@ -16,14 +16,14 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::bytes::{Load, Source};
 use crate::datastore::Datastore;
 use crate::format::{
-    Header, MAX_SEGMENTS, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, TablesEntry, symbol_bits,
+    Header, MAX_SEGMENTS, MAX_SUCCESSORS, MAX_VOCAB, SegmentEntry, TablesEntry, symbol_bits, tables_length,
 };
 use crate::learning;
 use crate::output::Output;
 use crate::packed::PackedWriter;
 use crate::progress::Progress;
 use crate::sorting::Sorting;
-use crate::tables::{Tables, tables_length};
+use crate::tables::Tables;
 use crate::{Error, Fingerprint, Result};
 
 mod merge;

@@ -9,7 +9,6 @@ use sssd_core::{CONTEXT, DIMENSIONS};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use crate::packed::{bits_for, packed_len};
-use crate::tables::tables_length;
 use crate::{Error, Fingerprint, Result};
 
 /// Format version of a file without tables for ranking.
@@ -37,6 +36,25 @@ const TRAILER: u64 = 40;
 const SECTIONS: usize = 6;
 const SEGMENT_ENTRY: usize = 8 * (4 + 2 * SECTIONS);
 const CRC_AT: usize = PAGE as usize - 4;
+
+/// Bytes of the weights of the tables for ranking.
+pub const WEIGHTS: u64 = 4 * (DIMENSIONS * (CONTEXT + 1)) as u64;
+/// Tables of rows.
+pub const ROWS: usize = 3;
+/// Of each token: what a row of each table is worth, what is added to its score, the logarithm of its share of the text.
+pub const PARAMETERS: usize = ROWS + 2;
+/// Rows begin at a line of the cache.
+const LINE: u64 = 64;
+
+/// Bytes of the tables for ranking.
+pub fn tables_length(vocab_size: u32) -> u64 {
+    rows_at(vocab_size) + (ROWS * DIMENSIONS) as u64 * u64::from(vocab_size)
+}
+
+/// Where in them the rows begin.
+pub fn rows_at(vocab_size: u32) -> u64 {
+    (WEIGHTS + 4 * PARAMETERS as u64 * u64::from(vocab_size)).next_multiple_of(LINE)
+}
 
 /// What the header says about the whole file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

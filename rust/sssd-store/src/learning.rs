@@ -13,10 +13,10 @@ use pulp::{Arch, NullaryFnOnce};
 use sssd_core::{CONTEXT, Corpus, DIMENSIONS, TOPIC, Token};
 
 use crate::datastore::Datastore;
-use crate::format::{MAX_SUCCESSORS, zeros};
+use crate::format::{MAX_SUCCESSORS, PARAMETERS, ROWS, rows_at, zeros};
 use crate::progress::Progress;
 use crate::residency::Everything;
-use crate::tables::{INPUT, NO_SHARE, OUTPUT, PARAMETERS, ROWS, TOPICS, Weights, rows_at};
+use crate::tables::{INPUT, NO_SHARE, OUTPUT, TOPICS, Weights};
 
 /// Symbols of a block.
 const BLOCK: usize = 1 << 12;

@@ -6,32 +6,15 @@ use std::sync::Arc;
 use sssd_core::{CONTEXT, DIMENSIONS, LogBilinear, Row, Token};
 
 use crate::bytes::Bytes;
+use crate::format::{PARAMETERS, ROWS, WEIGHTS, rows_at};
 use crate::residency::Reach;
 
 /// Of the context's positions and of the topic.
 pub type Weights = [[f32; DIMENSIONS]; CONTEXT + 1];
 
-const WEIGHTS: u64 = size_of::<Weights>() as u64;
-/// Of each token: what a row of each table is worth, what is added to its score, the logarithm of its share of the text.
-pub const PARAMETERS: usize = 5;
-const PARAMETER_BYTES: u64 = 4 * PARAMETERS as u64;
-/// Rows begin at a line of the cache.
-const LINE: u64 = 64;
 pub const INPUT: usize = 0;
 pub const TOPICS: usize = 1;
 pub const OUTPUT: usize = 2;
-/// Tables of rows.
-pub const ROWS: usize = 3;
-
-/// Bytes of the section.
-pub fn tables_length(vocab_size: u32) -> u64 {
-    rows_at(vocab_size) + ROWS as u64 * DIMENSIONS as u64 * u64::from(vocab_size)
-}
-
-/// Where in it the rows begin.
-pub fn rows_at(vocab_size: u32) -> u64 {
-    (WEIGHTS + PARAMETER_BYTES * u64::from(vocab_size)).next_multiple_of(LINE)
-}
 
 /// Those of an open file.
 pub struct Tables {

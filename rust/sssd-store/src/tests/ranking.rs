@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sssd_core::{Corpus, DIMENSIONS, LogBilinear, Token};
 
 use super::build;
-use crate::tables::tables_length;
+use crate::format::tables_length;
 use crate::{
     BuildOptions, Builder, Datastore, Error, Load, Progress, TABLES_VERSION, VERSION, write_tombstones,
 };

@@ -284,8 +284,15 @@ def main() -> None:
         ).stdout.strip()
         machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
         figures = {"command": f"python {' '.join(sys.argv)}", "commit": commit, "machine": machine}
+        lines = ",\n ".join(json.dumps(rounded(row)) for row in rows)
         with open(arguments.json, "w") as file:
-            json.dump(figures | {"summary": summary, "rows": rows}, file, indent=1)
+            file.write(json.dumps(figures | {"summary": rounded(summary)}, indent=1)[:-2])
+            file.write(f',\n "rows": [\n {lines}\n ]\n}}\n')
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """The same with floats of four digits after the point."""
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def few(path: str, arguments: argparse.Namespace) -> list[Request]:

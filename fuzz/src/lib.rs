@@ -4,8 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use sssd_core::{DraftTree, Limits, MAX_TOKEN, Token, TopK};
-use sssd_engine::{Engine, Plan, Record, Request, StateReader, Step};
+use sssd_core::{Corpus, DraftTree, Limits, MAX_TOKEN, Token, TopK};
+use sssd_engine::{Engine, Options, Plan, Record, Request, StateReader, Step};
+use sssd_store::Datastore;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Memory of every engine that is fuzzed: bytes from outside must not make it use more.
@@ -117,4 +118,44 @@ pub fn learned(engine: &Engine, folder: &Path) -> Vec<String> {
     }
     records.sort();
     records
+}
+
+/// Asks everything that a store answers; what it says must be of its vocabulary.
+fn ask_store(store: &Datastore) {
+    let vocab = store.vocab_size();
+    let (mut matches, mut successors, mut window) = (Vec::new(), Vec::new(), [0; 40]);
+    for context in [[0, 1, 3, 8, 0, 1], [8, 7, 6, 5, 4, 3], [99, 98, 50, 20, 9, 8]] {
+        matches.clear();
+        store.matches(&context, 6, 16, &mut matches);
+        for found in &matches {
+            assert!(found.weight >= 1.0 && (1..=6).contains(&found.length));
+            let length = store.continuation(found.position, &mut window);
+            assert!(window[..length].iter().all(|&token| token < vocab), "{window:?}");
+        }
+        for token in context {
+            successors.clear();
+            store.successors(token, &mut successors);
+            assert!(successors.len() <= 32 && successors.iter().all(|&(token, _)| token < vocab));
+            assert!(successors.iter().all(|&(_, share)| (0.0..=1.0).contains(&share)));
+        }
+    }
+    for position in [0, 1, u64::from(u32::MAX), 1 << 32, u64::MAX] {
+        store.continuation(position, &mut window);
+    }
+    let _ = (store.count(&[1, 3]), store.occurrences(&[8], 100), store.verify());
+}
+
+/// Asks a store, and drafts from it.
+pub fn use_store(store: Datastore) {
+    ask_store(&store);
+    let vocab = store.vocab_size();
+    let options = Options {
+        vocab_size: Some(vocab),
+        store: Some(Arc::new(store)),
+        max_bytes: MAX_BYTES,
+        ..Options::default()
+    };
+    let engine = Engine::new(options).unwrap();
+    use_namespace(&engine, "", &[0, 1, 3, 8, 0, 1, 3].map(|token| token % vocab));
+    check_memory(&engine);
 }

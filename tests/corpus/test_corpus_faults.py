@@ -21,6 +21,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from folders import VOCABULARY, held, opened, records
 from sssd.corpus import Corpus
 from sssd.corpus.manifest import is_own
+from sssd import Drafter
 from sssd.errors import SssdError
 base, folder, kind = Path(sys.argv[1]) / "base", Path(sys.argv[1]) / "corpus", sys.argv[2]
 corpus = Corpus(folder, grace=0)
@@ -56,7 +57,6 @@ def clean():
     assert not os.listdir(folder / ".work")
     assert corpus.verify() == []
 def killed(before):
-    fresh()
     child = os.fork()
     if not child:
         try:
@@ -75,6 +75,7 @@ fresh(), arm(), work()
 calls = shim.fault_calls().decode().split()
 outcomes = Counter()
 for call in range(len(calls)):
+    fresh()
     _, status = os.waitpid(killed(lambda: arm(call)), 0)
     assert os.WIFSIGNALED(status), (call, calls[call])
     outcomes["new" if whole() == new else "old"] += 1
@@ -95,16 +96,40 @@ print(*calls)
 print(failed)
 """
 ANY_MOMENT = """
+def tokens(found):
+    return sum(len(ids) * times for ids, times in found.items())
+def reading():
+    "Another process that reopens the corpus without end; it ends by itself only if it meets something else."
+    child = os.fork()
+    if not child:
+        try:
+            drafter = Drafter(datastore=folder)
+            sequence = drafter.begin([1, 2, 3])
+            while True:
+                drafter.reopen()
+                store = drafter.datastore
+                assert (store.count([]) if store else 0) in (tokens(old), tokens(new))
+                sequence.draft(8)
+        except BaseException as error:
+            print("reader:", repr(error), file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+    return child
 fresh()
 started = time.perf_counter()
 work()
 longest = 1.2 * (time.perf_counter() - started)
 chance, outcomes = random.Random(1), Counter()
 for _ in range(int(sys.argv[3])):
+    fresh()
+    reader = reading()
     child = killed(lambda: None)
     time.sleep(chance.uniform(0, longest))
-    os.kill(child, signal.SIGKILL)
+    for process in chance.sample([child, reader], 2):
+        os.kill(process, signal.SIGKILL)
     os.waitpid(child, 0)
+    _, status = os.waitpid(reader, 0)
+    assert os.WIFSIGNALED(status), "the reader met neither"
     outcomes["new" if whole() == new else "old"] += 1
     clean()
 print(dict(outcomes))
@@ -137,7 +162,7 @@ def test_every_call_that_fails_or_is_the_last_leaves_old_or_new(folder: Path, sh
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_writer_killed_at_any_moment_leaves_old_or_new(folder: Path, kind: str) -> None:
+def test_a_writer_killed_at_any_moment_leaves_and_shows_readers_old_or_new(folder: Path, kind: str) -> None:
     outcomes = run(folder, ANY_MOMENT, kind, os.environ.get("SSSD_KILLS", "10"))
     logging.getLogger(__name__).info("%s: %s", kind, outcomes)
 

@@ -19,7 +19,7 @@ pub const OFFSET_BITS: u32 = 32;
 const FIRST_LENGTH: usize = 3;
 /// A look-up that has taken so long ends with what it has found, if something is not in memory: one that is merely put off
 /// by the system has to find the same whenever it runs. With all in memory it takes 4 to 30 us.
-const LONGEST: Duration = Duration::from_micros(200);
+const LONGEST: Duration = Duration::from_micros(100);
 /// Ranks that are tried in place of a sample whose text is not in memory.
 const NEIGHBOURS: u64 = 4;
 

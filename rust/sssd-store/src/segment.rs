@@ -294,37 +294,42 @@ impl Segment {
     /// first to the last rank that is known to belong to it.
     #[cold]
     fn part<R: Reach>(&self, query: &Query, first: Interval, last: Interval, reach: R) -> Option<Interval> {
+        const EQUAL: Option<Ordering> = Some(Ordering::Equal);
+        const UNSEEN: u64 = u64::MAX;
         let (text, suffixes) = (self.text(reach), self.suffix_array(reach));
-        let seen = |rank: u64| {
-            let position = suffixes.sees(rank).then(|| suffixes.packed.get(rank))?;
-            if text.sees(position + 1) { compare(text, position, query) } else { None }
+        // each place is read once, when all are on their way
+        let orders = |stretch: &Interval| {
+            let mut places = SmallVec::<[u64; FENCE as usize]>::new();
+            let mut orders = SmallVec::<[Option<Ordering>; FENCE as usize]>::new();
+            // the entries of a stretch lie in one page or two
+            let ends = [stretch.start, stretch.end.saturating_sub(1)];
+            let all = ends.into_iter().all(|rank| suffixes.sees(rank));
+            let place = |rank| (all || suffixes.sees(rank)).then(|| suffixes.packed.get(rank) + 1);
+            places.extend(
+                stretch.clone().map(|rank| place(rank).filter(|&at| text.sees(at)).unwrap_or(UNSEEN)),
+            );
+            places.iter().filter(|&&at| at != UNSEEN).for_each(|&at| text.packed.prefetch(at));
+            let order = |&at: &u64| if at == UNSEEN { None } else { compare(text, at - 1, query) };
+            orders.extend(places.iter().map(order));
+            orders
         };
-        let belongs = |rank: &u64| seen(*rank) == Some(Ordering::Equal);
-        let after = |stretch: &Interval| {
-            stretch
-                .clone()
-                .rev()
-                .find(|&rank| seen(rank) == Some(Ordering::Less))
-                .map_or(stretch.start, |rank| rank + 1)
-        };
-        let before = |stretch: &Interval| {
-            stretch.clone().find(|&rank| seen(rank) == Some(Ordering::Greater)).unwrap_or(stretch.end)
-        };
-        // what may belong to it is of use when the next draft looks here
-        let ask = |ranks: Interval| {
-            let unseen = ranks.filter(|&rank| seen(rank).is_none()).take(ASKED);
-            unseen.filter_map(|rank| suffixes.get(rank)).for_each(|position| _ = text.has(position + 1));
-        };
+        let found = orders(&first);
         if first == last {
-            ask(after(&first)..before(&first));
-            let start = first.clone().find(belongs)?;
-            let end = (start..first.end).rev().find(belongs).unwrap_or(start);
-            return Some(start..end + 1);
+            let below = found.iter().rposition(|&order| order == Some(Ordering::Less)).map_or(0, |at| at + 1);
+            let above =
+                found.iter().position(|&order| order == Some(Ordering::Greater)).unwrap_or(found.len());
+            // what may belong to it is of use when the next draft looks here
+            let unseen = (below..above).filter(|&at| found[at].is_none()).take(ASKED);
+            unseen.filter_map(|at| suffixes.get(first.start + at as u64)).for_each(|at| _ = text.has(at + 1));
+            let start = found.iter().position(|&order| order == EQUAL)? as u64;
+            let end = found.iter().rposition(|&order| order == EQUAL)? as u64;
+            return Some(first.start + start..first.start + end + 1);
         }
         // the fences between them belong to it
-        let start = first.clone().find(belongs).unwrap_or(first.end);
-        let end = last.clone().rev().find(belongs).map_or(last.start, |rank| rank + 1);
-        Some(start..end.max(start))
+        let start = found.iter().position(|&order| order == EQUAL).unwrap_or(found.len()) as u64;
+        let end = orders(&last).iter().rposition(|&order| order == EQUAL).map_or(0, |at| at as u64 + 1);
+        let start = first.start + start;
+        Some(start..(last.start + end).max(start))
     }
 
     /// Where the living suffix of this number starts: its rank, if all live.

@@ -3,7 +3,7 @@
 use crate::Token;
 use crate::index::Index;
 use crate::predictor::correct::Calibration;
-use crate::predictor::weights::Model;
+use crate::predictor::overlay::Overlay;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
 use crate::sources::feedback::{FeedbackTable, Recent};
@@ -20,7 +20,7 @@ pub struct Inputs<'a> {
     pub live: Option<&'a dyn Corpus>,
     pub feedback: &'a FeedbackTable,
     pub recent: &'a Recent,
-    pub model: &'a Model,
+    pub model: &'a Overlay,
     pub calibration: &'a Calibration,
     /// Nothing is drafted after these.
     pub end_tokens: &'a [Token],
@@ -75,6 +75,7 @@ pub mod tests {
 
     use super::*;
     use crate::memory::{MemoryPool, Reservation};
+    use crate::predictor::overlay::tests::shipped;
 
     /// What a request without datastore drafts from.
     pub struct Parts {
@@ -82,7 +83,7 @@ pub mod tests {
         pub aligned: Aligned,
         feedback: FeedbackTable,
         recent: Recent,
-        model: Model,
+        model: Overlay,
         pub calibration: Calibration,
     }
 
@@ -91,8 +92,8 @@ pub mod tests {
             let mut index = Index::default();
             index.append(tokens).unwrap();
             let mut calibration = Calibration::default();
-            let model = Model::default();
-            calibration.start(model.ages(0));
+            let model = shipped(0);
+            calibration.start(&model.ages(0));
             let (aligned, recent) = (Aligned::default(), Recent::default());
             Self {
                 index,

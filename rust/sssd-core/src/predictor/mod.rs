@@ -9,6 +9,7 @@ mod gather;
 pub mod inputs;
 mod learn;
 mod mix;
+pub mod overlay;
 mod refine;
 mod support;
 mod vote;
@@ -25,7 +26,7 @@ use arena::{Arena, Candidate, Expansion, Scratch, Tally};
 use correct::Calibration;
 use inputs::{Inputs, Limits};
 use mix::Children;
-use weights::Model;
+use overlay::Overlay;
 
 /// Contexts to have room for at a node, so that few drafts need more.
 const CONTEXTS: usize = 24;
@@ -184,7 +185,7 @@ impl Predictor {
     /// Learns from the tokens that the target has produced after the last draft. Tells nothing without tokens.
     pub fn learn(
         &mut self,
-        model: &mut Model,
+        model: &mut Overlay,
         calibration: &mut Calibration,
         tokens: &[Token],
         stats: &mut Stats,
@@ -214,7 +215,7 @@ impl Predictor {
     }
 
     /// Learns from one token, and returns the candidate for it.
-    fn follow(&self, token: Token, model: &mut Model, calibration: &mut Calibration) -> Option<u32> {
+    fn follow(&self, token: Token, model: &mut Overlay, calibration: &mut Calibration) -> Option<u32> {
         let expanded = &self.arena.candidates[self.followed? as usize];
         // a draft of this size does not expand its last node; a larger one that was cut did, and must not learn more
         if i32::from(expanded.node) >= self.max_nodes as i32 - 1 {

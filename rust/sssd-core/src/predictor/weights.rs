@@ -44,7 +44,7 @@ pub const WORDS: usize = ESCAPES + REFINEMENTS + GATES + BIASES;
 /// of another shape, or whose rows mean something else, are other weights: whoever changes what a row means counts
 /// the version up.
 const MAGIC: [u8; 8] = *b"sssd wts";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const SHAPES: [usize; 11] =
     [BLENDED, CLASSES, COUNTS, DISTINCTS, ROWS, PROBABILITIES, sources::COUNT, CLASSES, PEAKS, AGES, KINDS];
 const HEADER: [u8; MAGIC.len() + 4 + 4 * SHAPES.len()] = {

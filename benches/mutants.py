@@ -161,8 +161,8 @@ PREDICTOR = [
     Mutant(
         "requests hand on half of what they learn",
         f"{CORE}/predictor/weights.rs",
-        "i32::from(own.value)) / 4)",
-        "i32::from(own.value)) / 2)",
+        "i32::from(self.value)) / 4)",
+        "i32::from(self.value)) / 2)",
     ),
     Mutant(
         "a recent token counts as long ago",
@@ -172,13 +172,13 @@ PREDICTOR = [
     ),
     Mutant(
         "refinements are not interpolated",
-        f"{CORE}/predictor/weights.rs",
+        f"{CORE}/predictor/overlay.rs",
         "let above = scale - step as f32;",
         "let above = 0.0 * (scale - step as f32);",
     ),
     Mutant(
         "ages learn with the wrong sign",
-        f"{CORE}/predictor/weights.rs",
+        f"{CORE}/predictor/overlay.rs",
         "AGE_RATE * gradient",
         "-AGE_RATE * gradient",
     ),

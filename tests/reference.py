@@ -30,7 +30,7 @@ NONE = -1
 
 CLASSES, COUNTS, DISTINCTS, PEAKS, STEPS, AGES, KINDS = 12, 8, 5, 8, 17, 9, 12
 HALF = 8.5
-TEXTS, OTHERS = 9 * 6 * 2 * 2, 3 * 4 * 7 * 4 * 2
+TEXTS, OTHERS = 9 * 6 * 2 * 2, 3 * 4 * 7 * 4 * 4
 GROUPS = (0, 1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 5, 5)
 
 
@@ -110,7 +110,8 @@ class Candidate:
         feedback = self.look(FEEDBACK, (1, 2, 3, 4, 5, 6)) if FEEDBACK in speaks else 0
         if live or aligned or feedback:
             group = 2 + (request > 3) if request else int(self.occurrence > 0)
-            return TEXTS + (((live * 4 + aligned) * 7 + feedback) * 4 + group) * 2 + (STORE in speaks)
+            store = self.look(STORE, (1, 2, 2, 3)) if STORE in speaks else 0
+            return TEXTS + (((live * 4 + aligned) * 7 + feedback) * 4 + group) * 4 + store
         group = request or (0, 6, 7, 8)[self.occurrence]
         store = max(self.look(STORE, GROUPS), 1) if STORE in speaks else 0
         return ((group * 6 + store) * 2 + (LOWER in self.classes)) * 2 + (SUCCESSORS in self.classes)

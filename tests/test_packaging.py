@@ -101,7 +101,7 @@ def test_the_sdist_holds_what_distributions_build_test_and_document_with(tmp_pat
     with tarfile.open(path) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     wanted = "LICENSE README.md CHANGELOG.md Cargo.lock constraints.txt THIRD-PARTY-NOTICES pyproject.toml"
-    wanted += " tests/test_repo.py tests/data/golden/state-2.xz docs/architecture.md docs/images/live.png"
+    wanted += " tests/test_repo.py tests/data/golden/state-3.xz docs/architecture.md docs/images/live.png"
     wanted += (
         " rust/sssd-core/src/predictor/weights.bin python/sssd/pictures/page.js examples/custom_decoder.py"
     )

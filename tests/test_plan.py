@@ -87,7 +87,7 @@ def circles(needs):
 def test_circles_are_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b", "c"}
     assert needs_in_rust(ROOT / "rust/sssd-core/src")["predictor::mix"] == {
-        *("predictor::arena", "predictor::weights", "sources")
+        *("predictor::arena", "predictor::overlay", "predictor::weights", "sources")
     }
     assert {"sssd.errors", "sssd._core"} - needs_in_python()["sssd"] == {"sssd._core"}
 

@@ -10,7 +10,18 @@ import pytest
 
 from sssd import Drafter, DraftTree
 from sssd.cli import main
-from sssd.replay import Replay, Request, TraceError, bootstrap, count_accepted, read_trace, trace_name
+from sssd.replay import (
+    Replay,
+    Request,
+    Sampling,
+    TraceError,
+    accepted_path,
+    bootstrap,
+    count_accepted,
+    reached,
+    read_trace,
+    trace_name,
+)
 
 PASSAGE = list(range(10, 30))
 RECORD = {"prompt_ids": [*PASSAGE, 1], "response_ids": PASSAGE}
@@ -139,6 +150,96 @@ def test_a_datastore_is_matched(tmp_path):
     without.run(Drafter(), request)
     assert without.accepted == 0
     assert with_store.accepted >= 14
+
+
+class TestSampling:
+    """A target that samples, replayed from what it held probable."""
+
+    def request(self, length=400, probs=(0.5, 0.3, 0.2)):
+        random = np.random.default_rng(3)
+        ids = np.array([random.permutation(50)[: len(probs)] for _ in range(length)], np.int32)
+        return Request(
+            np.arange(5, dtype=np.int32), ids[:, 0].copy(), ids, np.tile(np.float32(probs), (length, 1))
+        )
+
+    @pytest.mark.parametrize(
+        ("sampling", "expected"),
+        [
+            (Sampling(), (0.5, 0.3, 0.2)),
+            (Sampling(0.5), (0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38)),
+            (Sampling(top_p=0.7), (0.625, 0.375, 0)),
+            (Sampling(top_p=0.4), (1, 0, 0)),
+            (Sampling(0.01), (1, 0, 0)),
+        ],
+    )
+    def test_draws_are_as_frequent_as_they_are_probable(self, sampling, expected):
+        request = self.request(20_000)
+        drawn = request.topk_ids == sampling.draws(request)[:, None]
+        np.testing.assert_allclose(drawn.mean(0), expected, atol=0.015)
+        shuffled = Request(
+            request.prompt_ids, request.response_ids, request.topk_ids[:, ::-1], request.topk_probs[:, ::-1]
+        )
+        assert np.array_equal(sampling.draws(request), sampling.draws(shuffled))
+
+    def test_draws_are_the_same_for_the_same_seed_and_request(self):
+        request = self.request()
+        assert np.array_equal(Sampling().draws(request), Sampling().draws(request))
+        assert not np.array_equal(Sampling().draws(request), Sampling(seed=1).draws(request))
+
+    def test_a_sure_target_is_replayed_as_recorded(self):
+        request = self.request(probs=(1.0, 0.0, 0.0))
+        sampled, recorded = Replay(8, Sampling()), Replay(8)
+        for replay in (sampled, recorded):
+            replay.run(Drafter(), request)
+        assert (sampled.accepted, sampled.steps) == (recorded.accepted, recorded.steps)
+
+    def test_the_text_stays_the_recording_and_draws_end_steps(self):
+        request, replay, texts = self.request(), Replay(8, Sampling()), []
+        sequence = Drafter().begin(request.prompt_ids)
+        replay.follow(sequence, request, lambda *_: texts.append(sequence.token_ids))
+        whole = np.concatenate([request.prompt_ids, request.response_ids])
+        assert all(np.array_equal(text, whole[: len(text)]) for text in texts)
+        # at half of the positions another token is drawn
+        assert replay.steps > 150
+        assert np.array_equal(sequence.token_ids, whole)
+
+    def test_nodes_are_counted_whose_parents_were_reached(self):
+        tree = DraftTree([5, 6, 7, 8, 9], [-1, -1, 0, 1, 2])
+        for path, recording, counted in (
+            ([0, 2], [5, 7, 1], [True, True, True, False, True]),
+            # what follows a draw that was not recorded is not known
+            ([0, 2], [5, 8, 1], [True, True, True, False, False]),
+            ([1], [5, 7, 1], [True, True, False, False, False]),
+            ([], [4], [True, True, False, False, False]),
+            ([0], [5], [True, True, False, False, False]),
+        ):
+            found = reached(tree, np.array(path, np.int64), np.array(recording))
+            assert found.tolist() == counted
+
+    def test_right_probabilities_are_found_right(self):
+        """Of a drafter that knows the distribution, what is expected is what is accepted."""
+        random, request = np.random.default_rng(0), self.request()
+        accepted = expected = 0.0
+        for _ in range(4000):
+            at = random.integers(0, len(request.response_ids) - 3)
+            ids, said = request.topk_ids[at : at + 3], request.response_ids[at : at + 3]
+            drawn = [row[random.choice(3, p=[0.5, 0.3, 0.2])] for row in ids]
+            # the first two tokens, and what follows the one that was recorded
+            tree = DraftTree([ids[0, 0], ids[0, 1], ids[1, 0], ids[1, 1]], [-1, -1, 0, 0])
+            known = next((n + 1 for n in range(3) if drawn[n] != said[n]), 3)
+            path = accepted_path(tree, np.array(drawn[:known], np.int32))
+            found = reached(tree, path, said)
+            accepted += len(path)
+            expected += np.array([0.5, 0.3, 0.5, 0.3])[found].sum()
+        assert expected == pytest.approx(accepted, rel=0.04)
+
+    def test_recordings_without_probabilities_are_refused(self, tmp_path, capsys):
+        path = write(tmp_path / "x.jsonl", RECORD)
+        assert main(["replay", str(path), "--temperature", "1"]) == 1
+        assert "topk_probs" in capsys.readouterr().err
+        for options in (["--temperature", "0"], ["--temperature", "1", "--top-p", "2"]):
+            with pytest.raises(SystemExit):
+                main(["replay", str(path), *options])
 
 
 class TestForResearchers:

@@ -3,6 +3,9 @@
 The rule: the first response token comes from the prefill; at each step the drafter sees prompt and
 generated tokens and drafts at most ``max_nodes`` nodes; the longest root path that equals the recording is
 accepted; then the accepted tokens and one more are appended (fewer at the end).
+
+A recording with the target's most probable tokens can also be replayed as if the target sampled
+(:class:`Sampling`): what the target says is then drawn from them anew.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +46,48 @@ class Request:
     prediction_ids: NDArray[np.int32] | None = None
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """A target that samples: at each position of a recording it draws from its recorded top-k.
+
+    The text stays the recorded one, for only after it are the target's distributions known. A step's draws
+    are compared with the draft up to the first that differs from the recording; the drafter learns from
+    them, and the recorded token then takes that draw's place: tokens per step are a lower bound. Expected
+    tokens and the reliability are those of the children of nodes that were reached, given their parents: what
+    would follow a draw that was not recorded is not known, and a sum over all nodes that follow the recording
+    would be one over those that the target holds most probable.
+    """
+
+    temperature: float = 1.0
+    """Of the softmax, above 0."""
+    top_p: float = 1.0
+    """Share of the probability that is drawn from, most probable tokens first."""
+    seed: int = 0
+
+    def draws(self, request: Request) -> NDArray[np.int32]:
+        """A token for each position of the response, int32 [n]; the same for the same request.
+
+        Raises:
+            TraceError: the request holds no distributions, or one without a positive probability.
+        """
+        if request.topk_ids is None or request.topk_probs is None:
+            raise TraceError("sampling needs recordings with 'topk_ids' and 'topk_probs'")
+        order = np.argsort(-request.topk_probs, axis=1, kind="stable")
+        ids = np.take_along_axis(request.topk_ids, order, 1)
+        probs = np.take_along_axis(request.topk_probs.astype(np.float64), order, 1)
+        if not ((probs[:, -1:] >= 0) & (probs[:, :1] > 0) & np.isfinite(probs)).all():
+            raise TraceError("sampling needs a positive probability at each position")
+        probs = (probs / probs[:, :1]) ** (1 / self.temperature)
+        probs /= probs.sum(1, keepdims=True)
+        # the first token is always among them, as in top-p (Holtzman et al., 2020)
+        probs[:, 1:][np.cumsum(probs, 1)[:, :-1] >= self.top_p] = 0
+        edges = np.cumsum(probs / probs.sum(1, keepdims=True), axis=1)
+        random = np.random.default_rng([self.seed, len(ids), *request.response_ids[:8].tolist()])
+        places = (random.random((len(ids), 1)) >= edges).sum(1).clip(max=ids.shape[1] - 1)
+        drawn: NDArray[np.int32] = np.take_along_axis(ids, places[:, None], 1)[:, 0]
+        return drawn
+
+
 RELIABILITY_BINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 """Edges of the bins of node probabilities in the reliability table."""
 
@@ -52,6 +97,9 @@ class Replay:
     """Counts and times of replayed requests at one ``max_nodes``."""
 
     max_nodes: int
+    sampling: Sampling | None = None
+    feedback: bool = True
+    """Whether recorded probabilities are handed to the drafter."""
     requests: int = 0
     tokens: int = 0
     """Response tokens after the first of each request."""
@@ -80,22 +128,27 @@ class Replay:
     def follow(self, sequence: Sequence, request: Request, watch: "Watch | None" = None) -> None:
         """Replays one request on a sequence that holds its prompt; ``watch`` sees each step."""
         response = request.response_ids
+        said = response if self.sampling is None else self.sampling.draws(request)
         before = self.steps
         self.requests += 1
         self.tokens += max(len(response) - 1, 0)
-        extend(sequence, request, 0, 1)
+        extend(sequence, request, 0, 1, response, self.feedback)
         position = 1
         while position < len(response):
             start = perf_counter_ns()
             tree = sequence.draft(self.max_nodes)
             self.draft_ns.append(perf_counter_ns() - start)
-            path = accepted_path(tree, response[position:])
-            self._count(tree, path)
+            known = recorded(response[position:], said[position:]) if self.sampling else len(said) - position
+            path = accepted_path(tree, said[position : position + known])
+            self._count(tree, path, None if self.sampling is None else response[position:])
             if watch:
                 watch(position, tree, path)
-            end = min(position + len(path) + 1, len(response))
+            end = position + min(len(path) + 1, known)
             start = perf_counter_ns()
-            extend(sequence, request, position, end)
+            extend(sequence, request, position, end, said, self.feedback)
+            if said[end - 1] != response[end - 1]:
+                sequence.truncate(len(sequence) - 1)
+                sequence.prefill(response[end - 1 : end])
             self.append_ns += perf_counter_ns() - start
             position = end
         self.outcomes.append((max(len(response) - 1, 0), self.steps - before))
@@ -105,16 +158,19 @@ class Replay:
         """Where the tokens per step of other requests of the kind lie, as :func:`bootstrap` has it."""
         return bootstrap(self.outcomes)
 
-    def _count(self, tree: DraftTree, path: NDArray[np.int64]) -> None:
+    def _count(self, tree: DraftTree, path: NDArray[np.int64], recording: NDArray[np.int32] | None) -> None:
         self.accepted += len(path)
         self.drafted += len(tree)
-        self.expected += tree.expected_accepted
-        probs = tree.probs
+        probs, counted = tree.probs, np.ones(len(tree), bool)
+        if recording is not None:
+            counted = reached(tree, path, recording)
+            probs = (probs / np.append(probs, 1)[tree.parents])[counted]
+        self.expected += tree.expected_accepted if recording is None else float(probs.sum())
         bins = np.searchsorted(RELIABILITY_BINS[1:-1], probs, side="right")
         accepted = np.zeros(len(tree))
         accepted[path] = 1
-        for counts, rows in ((self.sources, tree.sources), (self.bins, bins)):
-            for column, weights in enumerate((None, accepted, probs)):
+        for counts, rows in ((self.sources, tree.sources[counted]), (self.bins, bins)):
+            for column, weights in enumerate((None, accepted[counted], probs)):
                 counts[:, column] += np.bincount(rows, weights, minlength=len(counts))
 
     def row(self, trace: str) -> dict[str, Any]:
@@ -181,14 +237,32 @@ def _counts(counts: NDArray[np.float64]) -> dict[str, float]:
     return {"drafted": int(counts[0]), "accepted": int(counts[1]), "predicted": float(counts[2])}
 
 
-def extend(sequence: Sequence, request: Request, start: int, end: int) -> None:
-    """Appends the response from ``start`` to ``end``, with the target's probabilities if recorded."""
-    if request.topk_ids is None or request.topk_probs is None:
-        sequence.extend(request.response_ids[start:end])
+def extend(
+    sequence: Sequence,
+    request: Request,
+    start: int,
+    end: int,
+    said: NDArray[np.int32] | None = None,
+    feedback: bool = True,
+) -> None:
+    """Appends the response, or what was said, from ``start`` to ``end``, with the target's probabilities."""
+    tokens = (request.response_ids if said is None else said)[start:end]
+    if not feedback or request.topk_ids is None or request.topk_probs is None:
+        sequence.extend(tokens)
     else:
-        sequence.extend(
-            request.response_ids[start:end], request.topk_ids[start:end], request.topk_probs[start:end]
-        )
+        sequence.extend(tokens, request.topk_ids[start:end], request.topk_probs[start:end])
+
+
+def recorded(recording: NDArray[np.int32], said: NDArray[np.int32]) -> int:
+    """How many tokens of ``said`` come after the recording alone: up to the first that differs, included."""
+    differs = np.flatnonzero(recording != said)
+    return int(differs[0]) + 1 if len(differs) else len(said)
+
+
+def reached(tree: DraftTree, path: NDArray[np.int64], recording: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which nodes have the root, or an accepted node of the recording, for a parent, bool [nodes]."""
+    same = tree.token_ids[path] == recording[: len(path)]
+    return np.isin(tree.parents, [-1, *path[same].tolist()]) & (tree.depths <= len(recording))
 
 
 def accepted_path(tree: DraftTree, recording: NDArray[np.int32]) -> NDArray[np.int64]:

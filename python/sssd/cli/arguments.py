@@ -236,6 +236,22 @@ def at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
+def above_zero(most: float = float("inf")) -> Callable[[str], float]:
+    """A type of arguments: finite numbers above zero, at most ``most``."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not (0 < value < float("inf") and value <= most):
+            limit = "" if most == float("inf") else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"must be above 0{limit}, got {text}")
+        return value
+
+    return number
+
+
 def budgets(text: str) -> list[int]:
     """Node budgets separated by commas."""
     try:

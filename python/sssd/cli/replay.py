@@ -5,7 +5,6 @@ import csv
 import signal
 import sys
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from rich.box import MARKDOWN, Box
 from rich.table import Table
 
 from sssd import SOURCES, Datastore, Drafter
-from sssd.cli.arguments import add_trace_arguments, at_least, budgets, open_datastore
+from sssd.cli.arguments import above_zero, add_trace_arguments, at_least, budgets, open_datastore
 from sssd.cli.output import check_writable, progress_bar, show
 from sssd.cli.traces import Traces, write_json
-from sssd.replay import Replay, Request
+from sssd.replay import Replay, Request, Sampling
 
 PRIVATE_SOFT_BYTES = 1 << 20
 """Room for one request's distributions, where every request has a drafter of its own."""
@@ -44,6 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-ranking", action="store_true", help="do not rank candidates by the datastore's tables"
     )
     parser.add_argument(
+        "--temperature",
+        type=above_zero(),
+        metavar="T",
+        help="replay a target that samples: draws from the recorded top-k probabilities at this temperature",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=above_zero(1),
+        default=1.0,
+        metavar="P",
+        help="with --temperature: the share drawn from",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="with --temperature: of the draws")
+    parser.add_argument(
         "--reliability", action="store_true", help="also print how far probabilities came true"
     )
     parser.add_argument(
@@ -64,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replays each trace at each budget and prints a table; returns 1 if a file could not be read."""
     check_writable(arguments.json, arguments.plot)
+    sampling = None
+    if arguments.temperature is not None:
+        sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
     if arguments.plot:
         from sssd.hardware import plot
 
@@ -75,10 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
         task = progress.add_task("replaying", total=len(traces.inputs) * len(arguments.budgets))
         for name, requests in traces:
             progress.update(task, description=name)
-            if arguments.no_feedback:
-                requests = [replace(request, topk_ids=None, topk_probs=None) for request in requests]
             for budget in arguments.budgets:
-                call = (requests, budget, arguments.end_token_id, datastore, arguments.share == "live")
+                replay = Replay(budget, sampling, feedback=not arguments.no_feedback)
+                call = (requests, replay, arguments.end_token_id, datastore, arguments.share == "live")
                 future = workers.submit(_replayed, *call, not arguments.no_ranking)
                 future.add_done_callback(lambda _: progress.advance(task))
                 found.append((name, future))
@@ -119,14 +134,13 @@ def _workers(jobs: int) -> Executor:
 
 def _replayed(
     requests: list[Request],
-    budget: int,
+    replay: Replay,
     end_token_ids: list[int] | None,
     datastore: Datastore | None,
     live: bool,
     ranking: bool = True,
 ) -> Replay:
-    """All requests of a trace at one budget."""
-    replay = Replay(budget)
+    """All requests of a trace, counted in ``replay``."""
     drafter = Drafter(end_token_ids=end_token_ids, datastore=datastore, ranking=ranking) if live else None
     for request in requests:
         replay.run(drafter or fresh_drafter(end_token_ids, datastore, ranking), request)

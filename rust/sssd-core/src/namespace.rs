@@ -1,7 +1,6 @@
 //! What sequences share: the datastore, the end tokens, and what requests learn from one another: the live store, the
 //! target's distributions, the predictor's weights, and how the sources fared.
 
-use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -9,7 +8,8 @@ use std::time::Instant;
 use crate::memory::{MemoryFull, MemoryPool, Reservation};
 use crate::predictor::arena::Scratch;
 use crate::predictor::guest::Trust;
-use crate::predictor::weights::{Model, WeightsError};
+use crate::predictor::overlay::Overlay;
+use crate::predictor::weights::{Model, Weights, WeightsError};
 use crate::ranking::network::Network;
 use crate::sources::corpus::StoreSlot;
 use crate::sources::feedback::FeedbackTable;
@@ -226,47 +226,6 @@ impl Namespace {
     }
 }
 
-/// The predictor's weights, and what pays for them: nothing for those that ship.
-pub(crate) struct Weights {
-    model: Model,
-    paid: Option<Reservation>,
-}
-
-impl Weights {
-    pub fn shipped() -> Arc<Self> {
-        static SHIPPED: OnceLock<Arc<Weights>> = OnceLock::new();
-        Arc::clone(SHIPPED.get_or_init(|| Arc::new(Self { model: Model::default(), paid: None })))
-    }
-
-    fn new(model: Model, mut paid: Reservation) -> Result<Arc<Self>, MemoryFull> {
-        paid.try_resize(model.memory_bytes())?;
-        Ok(Arc::new(Self { model, paid: Some(paid) }))
-    }
-
-    /// The weights to change; a copy that `paid` pays for, if others have them too.
-    pub fn own(this: &mut Arc<Self>, mut paid: Reservation) -> Result<&mut Model, MemoryFull> {
-        if Arc::get_mut(this).is_none() {
-            paid.try_resize(this.model.memory_bytes())?;
-            *this = Self::new(this.model.try_clone()?, paid)?;
-        }
-        // nobody else has it
-        Arc::get_mut(this).map(|own| &mut own.model).ok_or(MemoryFull::System { wanted: 0 })
-    }
-
-    /// Bytes charged.
-    pub fn charged_bytes(&self) -> usize {
-        self.paid.as_ref().map_or(0, Reservation::bytes)
-    }
-}
-
-impl Deref for Weights {
-    type Target = Model;
-
-    fn deref(&self) -> &Model {
-        &self.model
-    }
-}
-
 /// The trust in drafts from outside before there were any.
 fn initial_trust() -> &'static Arc<Trust> {
     static INITIAL: OnceLock<Arc<Trust>> = OnceLock::new();
@@ -307,12 +266,12 @@ impl Knowledge {
         Ok(())
     }
 
-    /// Takes over what a request has learned since it started from `base`, if there is memory for it.
-    pub fn learn(&self, base: &Arc<Weights>, learned: &Arc<Weights>) {
-        if !Arc::ptr_eq(base, learned)
+    /// Takes over what a request has learned, if there is memory for it.
+    pub fn learn(&self, learned: &Overlay) {
+        if learned.has_learned()
             && let Ok(model) = Weights::own(&mut lock(&self.model), self.paid.new_empty())
         {
-            model.merge(base, learned);
+            learned.merge_into(model);
         }
     }
 

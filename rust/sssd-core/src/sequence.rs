@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use crate::index::{Index, Lookahead, grown};
 use crate::memory::{MemoryFull, Reservation, try_clone, try_reserve};
-use crate::namespace::{Namespace, Shared, Weights};
+use crate::namespace::{Namespace, Shared};
 use crate::predictor::Predictor;
 use crate::predictor::correct::Calibration;
 use crate::predictor::guest::Trust;
 use crate::predictor::inputs::{Inputs, Limits, Outside};
-use crate::predictor::weights::Model;
+use crate::predictor::overlay::Overlay;
+use crate::predictor::weights::{Model, Weights};
 use crate::ranking::network::Ranking;
 use crate::ranking::record::RankingRecord;
 use crate::sources::aligned::Aligned;
@@ -38,9 +39,8 @@ pub struct Sequence {
     recent: Recent,
     /// What `aligned` was before each token of the output, to go back to.
     past: Vec<Aligned>,
-    /// The weights that it started with, and its own.
-    base: Arc<Weights>,
-    model: Arc<Weights>,
+    /// The weights that it started with, but for what it has changed.
+    model: Overlay,
     calibration: Calibration,
     /// How far drafts from outside were trusted when it started, and are now if there were any.
     trusted: Arc<Trust>,
@@ -96,8 +96,7 @@ impl Sequence {
             aligned: Aligned::default(),
             recent: Recent::default(),
             past: Vec::new(),
-            model: Arc::clone(&base),
-            base,
+            model: Overlay::new(base, reservation.new_empty()),
             calibration: Calibration::default(),
             predictor: Predictor::default(),
             stats: Stats::default(),
@@ -156,8 +155,7 @@ impl Sequence {
 
     /// Takes over what its namespace has learned by now, in place of what it started with and has learned itself.
     pub fn relearn(&mut self) {
-        self.base = self.shared.knowledge.model();
-        self.model = Arc::clone(&self.base);
+        self.model = Overlay::new(self.shared.knowledge.model(), self.reservation.new_empty());
         (self.trusted, self.trust) = (self.shared.knowledge.trust(), None);
     }
 
@@ -278,8 +276,7 @@ impl Sequence {
             past: try_clone(&self.past)?,
             recent: self.recent.clone(),
             // what was learned up to here is merged once, by this sequence
-            base: Arc::clone(&self.model),
-            model: Arc::clone(&self.model),
+            model: self.model.fork(self.reservation.new_empty())?,
             calibration: self.calibration.clone(),
             trusted: self.trust.as_deref().map_or_else(|| Arc::clone(&self.trusted), |own| Arc::new(*own)),
             trust: None,
@@ -316,13 +313,8 @@ impl Sequence {
         if self.predictor.awaits_outcome() {
             let live = &self.shared.knowledge.live;
             let placeholder = tokens.iter().position(|&token| token > MAX_TOKEN);
-            let Ok(model) = Weights::own(&mut self.model, self.reservation.new_empty()) else {
-                // as a draft that did not fit into memory
-                self.predictor.forget();
-                return None;
-            };
             outcome = self.predictor.learn(
-                model,
+                &mut self.model,
                 &mut self.calibration,
                 self.trust.as_deref_mut(),
                 &tokens[..placeholder.unwrap_or(tokens.len())],
@@ -414,7 +406,7 @@ impl Sequence {
         }
         self.drafts += 1;
         self.drafted_at = self.tokens().len();
-        self.calibration.start(self.model.ages(self.past.len()));
+        self.calibration.start(&self.model.ages(self.past.len()));
         let shared = Arc::clone(&self.shared);
         shared.common.with_scratch(|scratch| {
             self.with_inputs(limits, outside, |predictor, inputs| predictor.draft(nodes, inputs, scratch));
@@ -513,7 +505,7 @@ impl Sequence {
     /// Ends the request: later ones learn from it. False if it was interrupted, and part of its text is not learned.
     pub fn finish(mut self, interrupted: &mut dyn FnMut() -> bool) -> bool {
         let committed = self.commit(interrupted);
-        self.shared.knowledge.learn(&self.base, &self.model);
+        self.shared.knowledge.learn(&self.model);
         if let Some(learned) = &self.trust {
             self.shared.knowledge.learn_trust(&self.trusted, learned);
         }
@@ -524,15 +516,15 @@ impl Sequence {
         self.shared.knowledge.count(&std::mem::take(&mut self.stats));
     }
 
-    /// What the predictor has learned so far.
-    pub fn model(&self) -> &Model {
-        &self.model
+    /// A copy of the predictor's tables with what has been learned so far.
+    pub fn model(&self) -> Result<Model, MemoryFull> {
+        self.model.to_model()
     }
 
     /// Bytes of memory that the sequence holds, what it shares with forks included.
     pub fn memory_bytes(&self) -> usize {
         let (own, shared) = self.index.memory_bytes();
-        self.model.charged_bytes()
+        self.model.memory_bytes()
             + own
             + shared
             + self.past.capacity() * size_of::<Aligned>()
@@ -712,7 +704,7 @@ mod tests {
                 let top = feedback.then_some(TopK { k: 8, ids: &ids, probs: &probs });
                 let outcome = one.extend(output, top).unwrap();
                 prop_assert_eq!(outcome, two.extend(output, top).unwrap());
-                prop_assert!(one.model() == two.model());
+                prop_assert!(one.model().unwrap() == two.model().unwrap());
                 if let Some(Outcome { drafted, accepted }) = outcome {
                     prop_assert!(drafted.is_some_and(|nodes| accepted <= nodes && nodes <= cut));
                 }

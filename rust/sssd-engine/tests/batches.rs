@@ -106,7 +106,7 @@ fn counted(engine: &Engine, requests: &[Arc<Request>]) -> [(u64, u64); 2] {
 fn weights(requests: &[Arc<Request>]) -> Vec<Vec<u8>> {
     requests
         .iter()
-        .map(|request| request.with(|sequence| sequence.model().to_bytes().unwrap()).unwrap())
+        .map(|request| request.with(|sequence| sequence.model().unwrap().to_bytes().unwrap()).unwrap())
         .collect()
 }
 

@@ -394,7 +394,8 @@ impl PySequence {
 
     /// What the predictor has learned so far in this sequence, for ``Drafter.load_state_dict``.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let model = self.with(py, true, |sequence| sequence.model().clone())?;
+        let model = self.with(py, true, |sequence| sequence.model())?;
+        let model = model.map_err(|full| memory_full(py, &full))?;
         state_dict(py, &model)
     }
 

@@ -4,6 +4,7 @@
 use crate::Token;
 use crate::memory::push;
 use crate::predictor::arena::{Candidate, Expansion, Tally, Vote};
+use crate::predictor::overlay::Overlay;
 use crate::predictor::weights::{EscapeCell, Model};
 use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
 use crate::sources::{CLASSES, FEEDBACK, SAMPLED, SOURCES};
@@ -15,7 +16,7 @@ type Contexts = Vec<(u8, EscapeCell)>;
 pub fn blend(
     votes: &[Vote],
     tally: &Tally,
-    model: &Model,
+    model: &Overlay,
     candidates: &mut [Candidate],
     contexts: &mut Contexts,
     expansion: &mut Expansion,
@@ -45,7 +46,7 @@ pub fn blend(
 fn weigh_votes(
     source: usize,
     tally: &Tally,
-    model: &Model,
+    model: &Overlay,
     values: &mut [f32; CLASSES],
     contexts: &mut Contexts,
 ) {
@@ -79,7 +80,7 @@ fn weigh_votes(
 pub fn blend_feedback(
     found: &[Option<Distribution>; FEEDBACK_ORDERS.len()],
     recent: &[(Token, f32)],
-    model: &Model,
+    model: &Overlay,
     said: &mut Vec<(Token, f32, u8)>,
     contexts: &mut Contexts,
     expansion: &mut Expansion,
@@ -121,6 +122,7 @@ pub fn blend_feedback(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::predictor::overlay::tests::shipped;
     use crate::sources::{LIVE, REQUEST, STORE};
 
     /// The probabilities of two tokens: one was seen twice after a context of class 3 and once after class 1, the other
@@ -134,13 +136,13 @@ mod tests {
         let votes = [vote(0, 3), vote(0, 3), vote(0, 1), vote(1, 1)];
         let mut candidates = [Candidate::new(5, 0, 1), Candidate::new(6, 0, 1)];
         let (mut contexts, mut expansion) = (Vec::new(), Expansion::default());
-        blend(&votes, &tally, &Model::default(), &mut candidates, &mut contexts, &mut expansion);
+        blend(&votes, &tally, &shipped(0), &mut candidates, &mut contexts, &mut expansion);
         (candidates.map(|candidate| candidate.probs[source]), expansion, contexts)
     }
 
     #[test]
     fn longer_contexts_come_first_and_pass_on_what_escapes() {
-        let model = Model::default();
+        let model = shipped(0);
         for source in [REQUEST, LIVE, STORE] {
             let (probs, expansion, contexts) = blended(source);
             let nested = source != STORE;
@@ -159,7 +161,7 @@ mod tests {
 
     #[test]
     fn feedback_is_blended_in_the_same_way_and_recent_tokens_come_last() {
-        let model = Model::default();
+        let model = shipped(0);
         let known = |ids: [Token; 2], probs: [f32; 2]| {
             let mut known = Distribution { writes: 3, ..Distribution::default() };
             known.ids[..2].copy_from_slice(&ids);

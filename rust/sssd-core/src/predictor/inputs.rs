@@ -6,7 +6,7 @@ use crate::given::Given;
 use crate::index::Index;
 use crate::predictor::correct::Calibration;
 use crate::predictor::guest::Trust;
-use crate::predictor::weights::Model;
+use crate::predictor::overlay::Overlay;
 use crate::ranking::network::Ranking;
 use crate::sources::aligned::Aligned;
 use crate::sources::corpus::Corpus;
@@ -24,7 +24,7 @@ pub struct Inputs<'a> {
     pub live: Option<&'a dyn Corpus>,
     pub feedback: &'a FeedbackTable,
     pub recent: &'a Recent,
-    pub model: &'a Model,
+    pub model: &'a Overlay,
     pub calibration: &'a Calibration,
     /// What candidates are ranked with, if they are.
     pub ranking: Option<Ranking<'a>>,
@@ -96,6 +96,7 @@ pub mod tests {
 
     use super::*;
     use crate::memory::{MemoryPool, Reservation};
+    use crate::predictor::overlay::tests::shipped;
 
     /// What a request without datastore drafts from.
     pub struct Parts {
@@ -103,7 +104,7 @@ pub mod tests {
         pub aligned: Aligned,
         feedback: FeedbackTable,
         recent: Recent,
-        model: Model,
+        model: Overlay,
         pub calibration: Calibration,
         trust: Trust,
     }
@@ -113,8 +114,8 @@ pub mod tests {
             let mut index = Index::default();
             index.append(tokens).unwrap();
             let mut calibration = Calibration::default();
-            let model = Model::default();
-            calibration.start(model.ages(0));
+            let model = shipped(0);
+            calibration.start(&model.ages(0));
             let (aligned, recent) = (Aligned::default(), Recent::default());
             Self {
                 index,

@@ -4,8 +4,8 @@ use crate::Token;
 use crate::predictor::arena::{Arena, Candidate, Expansion};
 use crate::predictor::correct::Calibration;
 use crate::predictor::mix;
+use crate::predictor::overlay::Overlay;
 use crate::predictor::refine::LEAST_REFINED;
-use crate::predictor::weights::Model;
 use crate::sources::{FEEDBACK, NO_CLASS};
 
 /// Learns from `token`, which came after the node with this expansion, in an output of `age` tokens. Returns the
@@ -15,7 +15,7 @@ pub fn learn(
     expansion: &Expansion,
     arena: &Arena,
     age: usize,
-    model: &mut Model,
+    model: &mut Overlay,
     calibration: &mut Calibration,
 ) -> Option<u32> {
     let (first, end) = expansion.children;
@@ -43,7 +43,7 @@ fn learn_escapes(
     truth: Option<&Candidate>,
     expansion: &Expansion,
     arena: &Arena,
-    model: &mut Model,
+    model: &mut Overlay,
 ) {
     let said = &arena.said[expansion.said.0 as usize..expansion.said.1 as usize];
     for (source, bounds) in expansion.contexts.windows(2).enumerate() {
@@ -65,6 +65,8 @@ fn learn_escapes(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::predictor::overlay::tests::shipped;
+    use crate::predictor::weights::Model;
     use crate::sources::{REQUEST, STORE};
 
     /// Two candidates, 5 and 6, the first with contexts of classes 4 and 2 in the request.
@@ -92,11 +94,11 @@ mod tests {
     fn learned(token: Token) -> (Option<u32>, [f32; 3], [f32; 2], [f32; 2]) {
         let (arena, expansion, cells) = expanded();
         let (before, mut model, mut calibration) =
-            (Model::default(), Model::default(), Calibration::default());
-        calibration.start(before.ages(0));
+            (shipped(usize::MAX), shipped(usize::MAX), Calibration::default());
+        calibration.start(&before.ages(0));
         let followed = learn(token, &expansion, &arena, 0, &mut model, &mut calibration);
         let gates = [expansion.gates[REQUEST], expansion.gates[STORE]];
-        let refined = |model: &Model, at: usize| {
+        let refined = |model: &Overlay, at: usize| {
             let candidate = &arena.candidates[at];
             model.refine(candidate.support(expansion.speaks).row(), candidate.mixed)
         };

@@ -2,6 +2,7 @@
 
 use crate::Token;
 use crate::predictor::arena::{Candidate, Expansion, Origin, TokenTable, child};
+use crate::predictor::overlay::Overlay;
 use crate::predictor::weights::{GateCell, Model};
 use crate::sources;
 
@@ -16,7 +17,7 @@ pub fn list_gate(source: usize, list: &[(Token, f32)]) -> Option<GateCell> {
 }
 
 /// Gives each source its weight, over those that have anything to say.
-pub fn weigh(model: &Model, expansion: &mut Expansion) {
+pub fn weigh(model: &Overlay, expansion: &mut Expansion) {
     let Expansion { gates, weights, speaks, .. } = expansion;
     let mut total = 0.0;
     for (source, gate) in gates.iter().enumerate() {
@@ -88,14 +89,15 @@ pub fn offer(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::predictor::overlay::tests::shipped;
     use crate::sources::{FEEDBACK, NO_CLASS, REQUEST, STORE, SUCCESSORS};
 
     #[test]
     fn weights_are_a_softmax_over_those_who_speak() {
-        let (mut model, mut expansion) = (Model::default(), Expansion::default());
+        let (mut model, mut expansion) = (shipped(usize::MAX), Expansion::default());
         let cells = [Model::gate_cell(REQUEST, 3, 0.5), Model::gate_cell(STORE, 2, 0.9)];
         (expansion.gates[REQUEST], expansion.gates[STORE]) = (Some(cells[0]), Some(cells[1]));
-        let odds = |model: &Model| (model.gate(cells[0]) - model.gate(cells[1])).exp();
+        let odds = |model: &Overlay| (model.gate(cells[0]) - model.gate(cells[1])).exp();
         weigh(&model, &mut expansion);
         assert!((expansion.weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         assert!((expansion.weights[REQUEST] / expansion.weights[STORE] / odds(&model) - 1.0).abs() < 1e-5);

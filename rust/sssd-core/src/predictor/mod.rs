@@ -11,6 +11,7 @@ pub mod inputs;
 mod learn;
 mod mix;
 mod outside;
+pub mod overlay;
 pub mod refine;
 mod support;
 mod vote;
@@ -31,7 +32,7 @@ use correct::Calibration;
 use guest::Trust;
 use inputs::{Inputs, Limits};
 use mix::Children;
-use weights::Model;
+use overlay::Overlay;
 
 /// Contexts to have room for at a node, so that few drafts need more.
 const CONTEXTS: usize = 24;
@@ -234,7 +235,7 @@ impl Predictor {
     /// Learns from the tokens that the target has produced after the last draft. Tells nothing without tokens.
     pub fn learn(
         &mut self,
-        model: &mut Model,
+        model: &mut Overlay,
         calibration: &mut Calibration,
         mut trust: Option<&mut Trust>,
         tokens: &[Token],
@@ -268,7 +269,7 @@ impl Predictor {
     fn follow(
         &self,
         token: Token,
-        model: &mut Model,
+        model: &mut Overlay,
         calibration: &mut Calibration,
         trust: Option<&mut Trust>,
     ) -> Option<u32> {

@@ -16,8 +16,10 @@ const LIVE_GROUPS: [u8; 16] = [0, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2];
 const ALIGNED_GROUPS: [u8; 16] = [0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3];
 /// Where the target's probabilities speak; 0 is left for where they do not.
 const FEEDBACK_GROUPS: [u8; 16] = [1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6];
+/// Beside other sources a datastore that speaks: of other tokens, after a short match, after a long one.
+const BESIDE_GROUPS: [u8; 16] = [1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3];
 /// Otherwise: live store, aligned text, feedback; of the request never, occurred, short or long match; datastore.
-const OTHER_RADICES: [usize; 5] = [3, 4, 7, 4, 2];
+const OTHER_RADICES: [usize; 5] = [3, 4, 7, 4, 4];
 const TEXTS: usize = product(&TEXT_RADICES);
 /// Number of rows.
 pub const ROWS: usize = TEXTS + product(&OTHER_RADICES);
@@ -135,7 +137,11 @@ impl Support {
             0 => usize::from(self.occurrence != Occurrence::Never),
             group => 2 + usize::from(group > 3),
         };
-        Some(number([live, aligned, feedback, request, usize::from(self.speaks(STORE))], OTHER_RADICES))
+        let store = match self.speaks(STORE) {
+            false => 0,
+            true => self.look(STORE, &BESIDE_GROUPS),
+        };
+        Some(number([live, aligned, feedback, request, store], OTHER_RADICES))
     }
 }
 
@@ -172,6 +178,8 @@ mod tests {
             support(&[(REQUEST, 7)], &[FEEDBACK], Never),
             support(&[(REQUEST, 7), (FEEDBACK, 0)], &[], Never),
             support(&[(REQUEST, 7), (FEEDBACK, 3)], &[STORE], Never),
+            support(&[(REQUEST, 7), (FEEDBACK, 3), (STORE, 1)], &[], Never),
+            support(&[(REQUEST, 7), (FEEDBACK, 3), (STORE, 2)], &[], Never),
         ];
         let mut rows: Vec<_> = all.iter().map(|support| support.row()).collect();
         rows.sort_unstable();

@@ -181,8 +181,9 @@ def decode(
     plain_tokens, plain_seconds = None, 0.0
     if how.compare:
         streamer = _Streamer(tokenizer, show_plain or _ignore)
-        call = lambda: model.generate(**inputs, **how.options, streamer=streamer)  # noqa: E731
-        output, plain_seconds = _timed(call, how.seed)
+        output, plain_seconds = _timed(
+            lambda: model.generate(**inputs, **how.options, streamer=streamer), how.seed
+        )
         plain_tokens = output[0, start:].tolist()
     pieces: list[tuple[str, bool]] = []
 

@@ -232,6 +232,7 @@ pub fn ask(
 fn answer(py: Python<'_>, step: &Arc<Step>, callables: &Callables, vocab_size: Option<u32>) -> PyResult<()> {
     // copied, for the callables may do what they like
     let places = step.lock().places().0.to_vec();
+    let mut answered = false;
     for (item, path) in &places {
         // a path that what was answered meanwhile forbids is none
         if !step.lock().places().1.get(*item).is_some_and(|guide| guide.allowed.permits(path)) {
@@ -245,7 +246,12 @@ fn answer(py: Python<'_>, step: &Arc<Step>, callables: &Callables, vocab_size: O
         let mask = words.as_deref().map_or(Mask::Anything, Mask::Words);
         if let Some(guide) = step.lock().places().1.get_mut(*item) {
             guide.allowed.insert(path, mask).map_err(|full| memory_full(py, &full))?;
+            answered = true;
         }
     }
-    Ok(())
+    // the first place is always one that the rules permit: without an answer this would go on for ever
+    if answered {
+        return Ok(());
+    }
+    Err(error(py, "InternalError", "a draft lacks rules that none can give; please report it"))
 }

@@ -32,6 +32,7 @@ class Options:
         max_bytes: what the drafter may hold in all. Requests beyond it are decoded without drafts.
         threads: for the drafting of a step.
         namespace_ttl: seconds after which a namespace that nobody uses is forgotten.
+        ranking: whether candidates are ranked by the datastore's tables, where it has some.
         learn: whether later requests learn from finished ones.
         stop: whether drafts that do not pay are left out, by the times of the engine's own steps.
         curve: file of a cost curve to begin with (``python -m sssd profile``); by default by the model's
@@ -49,6 +50,7 @@ class Options:
     max_bytes: int | str = "2G"
     threads: int = 1
     namespace_ttl: float | None = 3600.0
+    ranking: bool = True
     learn: bool = True
     stop: bool = True
     curve: str | None = None
@@ -98,6 +100,7 @@ class Options:
             max_bytes=self.max_bytes,
             threads=self.threads,
             namespace_ttl=self.namespace_ttl,
+            ranking=self.ranking,
             **options,
         )
 

@@ -520,9 +520,11 @@ impl Step {
         self.share.lock()
     }
 
-    /// Does what was asked for, or goes on with it. False if drafts lack rules.
-    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool<Self>) -> bool {
+    /// Does what was asked for, or goes on with it. False if drafts lack rules. No helper sees what `begin` lists before
+    /// it is counted anew.
+    pub(crate) fn run(self: &Arc<Self>, pool: &ThreadPool<Self>, begin: impl FnOnce(&mut Work)) -> bool {
         let mut work = self.lock();
+        begin(&mut work);
         loop {
             if work.requests.len() == 1 {
                 work.serve(0);

@@ -9,7 +9,7 @@ use sssd_core::{
     Sequence, StoreSlot, Token, TopK, WeightsError,
 };
 
-use crate::batch::Step;
+use crate::batch::{Step, Work};
 use crate::guide::Guide;
 use crate::metrics::{Metrics, Undrafted};
 use crate::request::{Interrupted, PIECE, Request, RequestError};
@@ -470,15 +470,18 @@ impl Engine {
     /// Does a step that has been filled. False if its [`Work::places`](crate::Work::places) lack rules: then it goes on
     /// with [`Engine::resume`] once its guides have them, or ends with [`Engine::give_up`].
     pub fn run(&self, step: &Arc<Step>) -> bool {
-        step.lock().prepare();
-        self.resume(step)
+        self.advance(step, Work::prepare)
     }
 
     /// Goes on with a step.
     pub fn resume(&self, step: &Arc<Step>) -> bool {
+        self.advance(step, |_| {})
+    }
+
+    fn advance(&self, step: &Arc<Step>, begin: impl FnOnce(&mut Work)) -> bool {
         let start = Instant::now();
         self.common.look_at_store();
-        let done = step.run(&self.threads);
+        let done = step.run(&self.threads, begin);
         Metrics::time(&self.metrics.step_ns, start.elapsed());
         if done {
             self.count_step(step);

@@ -301,10 +301,7 @@ impl Segment {
         let orders = |stretch: &Interval| {
             let mut places = SmallVec::<[u64; FENCE as usize]>::new();
             let mut orders = SmallVec::<[Option<Ordering>; FENCE as usize]>::new();
-            // the entries of a stretch lie in one page or two
-            let ends = [stretch.start, stretch.end.saturating_sub(1)];
-            let all = ends.into_iter().all(|rank| suffixes.sees(rank));
-            let place = |rank| (all || suffixes.sees(rank)).then(|| suffixes.packed.get(rank) + 1);
+            let place = |rank| suffixes.sees(rank).then(|| suffixes.packed.get(rank) + 1);
             places.extend(
                 stretch.clone().map(|rank| place(rank).filter(|&at| text.sees(at)).unwrap_or(UNSEEN)),
             );

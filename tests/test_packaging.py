@@ -57,6 +57,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert scripts.split() == [
         *("[console_scripts]", "sssd-tools=sssd.cli:main"),
         *("[sglang.srt.plugins]", "sssd=sssd.sglang:plugin"),
+        *("[vllm.general_plugins]", "sssd=sssd.vllm.plugin:plugin"),
     ]
 
 

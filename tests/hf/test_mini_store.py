@@ -104,6 +104,7 @@ def test_who_drafts_nothing_builds_nothing(world):
 
 @pytest.mark.parametrize("datastore", ["mini", None])
 def test_the_server_has_it_by_default(world, datastore):
+    pytest.importorskip("starlette")
     from sssd.server import Engine
 
     model, tokenizer, _ = world

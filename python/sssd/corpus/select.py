@@ -264,10 +264,10 @@ def most_useful(documents: Sequence[Ids], traffic: Iterable[Ids], total: int) ->
     chosen: list[int] = []
     left = total
     while heap and left > 0:
-        gain, tie, number = heapq.heappop(heap)
+        _, tie, number = heapq.heappop(heap)
         size = len(documents[number])
         now = -worth[held[number]].sum() / max(1, size)
-        if heap and now > heap[0][0] and now > gain:
+        if heap and (now, tie) > heap[0][:2]:
             heapq.heappush(heap, (now, tie, number))
         elif size <= left:
             chosen.append(number)

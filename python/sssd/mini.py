@@ -18,6 +18,7 @@ from sssd._core import Datastore, Drafter
 from sssd.caching import cache_folder
 from sssd.datastore import Built, Progress, build
 from sssd.errors import DatastoreError, InvalidArgumentError, SssdError
+from sssd.locking import wait_for_lock
 from sssd.reading.tokenizer import LoadedTokenizer, load_tokenizer
 
 MINI: Final = "mini"
@@ -25,7 +26,6 @@ MINI: Final = "mini"
 
 _WAIT_SECONDS = 120.0
 """How long one process waits for another's store, before it makes its own."""
-_LOOK_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -108,6 +108,24 @@ def mini_store(tokenizer: Any) -> Path:
                 left.unlink(missing_ok=True)
             _make(path, loaded)
     return path
+
+
+def new_drafter(datastore: Any, tokenizer: str | Path | Callable[[], Any] | None, **options: Any) -> Drafter:
+    """A drafter whose datastore may be the mini store of a tokenizer, if one is given.
+
+    Args:
+        datastore: as in ``Drafter``, or :data:`MINI`.
+        tokenizer: as in :func:`attach`.
+        options: what else ``Drafter`` takes.
+
+    Raises:
+        What ``Drafter`` raises.
+    """
+    is_mini = isinstance(datastore, str) and datastore == MINI
+    drafter = Drafter(datastore=None if is_mini else datastore, **options)
+    if is_mini and tokenizer is not None:
+        attach(drafter, tokenizer)
+    return drafter
 
 
 def attach(drafter: Drafter, tokenizer: str | Path | Callable[[], Any]) -> threading.Thread | None:
@@ -241,12 +259,7 @@ def _alone(path: Path) -> Iterator[None]:
         return
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        until = time.monotonic() + _WAIT_SECONDS
-        while time.monotonic() < until:
-            with suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(_LOOK_SECONDS)
+        wait_for_lock(lock, _WAIT_SECONDS)
         yield
     finally:
         fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child has the file open too

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from sssd._core import Drafter, Sequence
 from sssd.errors import InvalidArgumentError, SssdError
-from sssd.mini import MINI, attach
+from sssd.mini import MINI, new_drafter
 
 _SURE = 1e4
 """The logit of a drafted token; those of the others are 0."""
@@ -81,12 +81,9 @@ class DraftModel:
     ) -> None:
         if vocab_size < 1 or max_tokens < 1:
             raise InvalidArgumentError("vocab_size and max_tokens must be at least 1")
-        named = None if datastore == MINI else datastore
-        self.drafter = drafter or Drafter(
-            vocab_size=vocab_size, end_token_ids=end_token_ids, datastore=named, threads=1
+        self.drafter = drafter or new_drafter(
+            datastore, tokenizer, vocab_size=vocab_size, end_token_ids=end_token_ids, threads=1
         )
-        if datastore == MINI and drafter is None and tokenizer is not None:
-            attach(self.drafter, tokenizer)
         self.vocab_size, self.learn, self.max_tokens = vocab_size, learn, max_tokens
         self.layers = [self]
         self.failed = 0

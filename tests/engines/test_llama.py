@@ -142,7 +142,7 @@ def test_any_texts_in_turn(llama, turns):
 def test_the_mini_store_needs_a_tokenizer(llama, monkeypatch):
     attached = []
     note = lambda drafter, tokenizer: attached.append((drafter, tokenizer))  # noqa: E731
-    monkeypatch.setattr(llama.draft_model, "attach", note)
+    monkeypatch.setattr("sssd.mini.attach", note)
     llama.DraftModel(vocab_size=64)
     llama.DraftModel(vocab_size=64, tokenizer="tokenizer.json", datastore=None)
     llama.DraftModel(drafter=Drafter(vocab_size=64), tokenizer="tokenizer.json")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sssd.corpus.documents import Table
 from sssd.corpus.manifest import NAME, Manifest, Segment, is_own, load_manifest
 from sssd.errors import CorruptCorpusError, LockedError
+from sssd.locking import wait_for_lock
 from sssd.reading.options import shown
 
 LOCK = ".lock"
@@ -23,8 +24,6 @@ WORK = ".work"
 
 SHARDS = "shards"
 """Folder of the corpora that jobs of an array write."""
-
-_WAIT_SECONDS = 0.05
 
 
 class Folder:
@@ -108,7 +107,10 @@ def writing(path: Path, *, timeout: float, grace: float, create: bool = False) -
         load_manifest(path)
     lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _acquire(lock, path, timeout)
+        if not wait_for_lock(lock, timeout):
+            raise LockedError(
+                f"another process is writing to {shown(path)}; wait for it (--wait SECONDS, timeout=)"
+            )
         folder = Folder(path, grace)
         folder.clean()
         yield folder
@@ -116,22 +118,6 @@ def writing(path: Path, *, timeout: float, grace: float, create: bool = False) -
             folder.clean()
     finally:
         os.close(lock)
-
-
-def _acquire(lock: int, path: Path, timeout: float) -> None:
-    import fcntl  # not on every system, and readers do without
-
-    until = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise LockedError(
-                    f"another process is writing to {shown(path)}; wait for it (--wait SECONDS, timeout=)"
-                ) from None
-            time.sleep(_WAIT_SECONDS)
 
 
 def replace_file(work: Path, target: Path, data: bytes) -> None:

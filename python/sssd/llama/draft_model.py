@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sssd._core import Drafter, Sequence, SizingRule
 from sssd.errors import SssdError
 from sssd.hardware import CostCurve
-from sssd.mini import MINI, attach
+from sssd.mini import MINI, new_drafter
 
 logger = logging.getLogger("llama_cpp.sssd")
 
@@ -77,12 +77,9 @@ class DraftModel(LlamaDraftModel):  # type: ignore[misc]
         curve: CostCurve | None = None,
         namespace: str = "",
     ) -> None:
-        named = None if datastore == MINI else datastore
-        self.drafter = drafter or Drafter(
-            vocab_size=vocab_size, end_token_ids=end_token_ids, datastore=named, threads=1
+        self.drafter = drafter or new_drafter(
+            datastore, tokenizer, vocab_size=vocab_size, end_token_ids=end_token_ids, threads=1
         )
-        if datastore == MINI and drafter is None and tokenizer is not None:
-            attach(self.drafter, tokenizer)
         self.max_tokens, self.learn, self.namespace = max_tokens, learn, namespace
         self.drafted = self.accepted = self.failed = 0
         self._rule = SizingRule(curve or linear(0.3), max_nodes=max_tokens)

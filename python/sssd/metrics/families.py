@@ -72,7 +72,8 @@ class Drafters:
     """Drafters whose numbers are read together.
 
     Args:
-        drafter: The first.
+        drafter: The first; :meth:`add` takes others beside it.
+        prefix: Start of all names.
         labels: What tells it from others, such as ``{"model": "llama-3"}``.
         replica: Its ``metrics`` as well, as ``sharing``.
         namespaces: Of how many namespaces to show what they hold, those with most memory first. Each is a
@@ -85,12 +86,13 @@ class Drafters:
     def __init__(
         self,
         drafter: Drafter,
+        prefix: str = "sssd",
         *,
         labels: Mapping[str, str] | None = None,
         replica: Replica | None = None,
         namespaces: int = 0,
     ) -> None:
-        self.namespaces = namespaces
+        self.prefix, self.namespaces = prefix, namespaces
         self._labels = tuple(labels or ())
         if own := [name for name in self._labels if name in _OWN_LABELS or not name.isidentifier()]:
             raise InvalidArgumentError(

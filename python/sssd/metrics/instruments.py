@@ -45,8 +45,8 @@ class Instruments(Drafters):
         replica: Replica | None = None,
         namespaces: int = 0,
     ) -> None:
-        super().__init__(drafter, labels=labels, replica=replica, namespaces=namespaces)
-        self._meter, self._prefix, self._made = meter, prefix, set[str]()
+        super().__init__(drafter, prefix, labels=labels, replica=replica, namespaces=namespaces)
+        self._meter, self._made = meter, set[str]()
         self._make()
 
     def add(self, drafter: Drafter, *, labels: Mapping[str, str], replica: Replica | None = None) -> None:
@@ -60,7 +60,7 @@ class Instruments(Drafters):
             if family.name in self._made:
                 continue
             self._made.add(family.name)
-            name, unit = f"{self._prefix}.{family.name}", _unit(family.name)
+            name, unit = f"{self.prefix}.{family.name}", _unit(family.name)
             if family.kind == "gauge":
                 self._meter.create_observable_gauge(name, [self._reader(family.name)], unit, family.text)
             elif family.kind == "counter":

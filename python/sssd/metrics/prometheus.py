@@ -1,6 +1,6 @@
 """Drafters for Prometheus: ``pip install 'sssd[prometheus]'``."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -10,9 +10,7 @@ except ImportError as error:
         f"sssd.metrics.Collector needs prometheus-client: pip install 'sssd[prometheus]' ({error})"
     ) from error
 
-from sssd._core import Drafter
 from sssd.metrics.families import Drafters, Family
-from sssd.sharing import Replica
 
 
 class Collector(Drafters, BaseCollector):
@@ -29,18 +27,6 @@ class Collector(Drafters, BaseCollector):
     Raises:
         InvalidArgumentError: A label has a name that metrics use themselves.
     """
-
-    def __init__(
-        self,
-        drafter: Drafter,
-        prefix: str = "sssd",
-        *,
-        labels: Mapping[str, str] | None = None,
-        replica: Replica | None = None,
-        namespaces: int = 0,
-    ) -> None:
-        super().__init__(drafter, labels=labels, replica=replica, namespaces=namespaces)
-        self.prefix = prefix
 
     def collect(self) -> Iterator[Metric]:
         """Yields all metrics."""

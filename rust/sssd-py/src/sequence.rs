@@ -462,19 +462,18 @@ impl PySequence {
             work.requests.push(Arc::clone(&self.request));
             work.plans.push(plan);
             (work.draft, work.guided, work.sizing) = (true, true, sizing);
-            work.guides.truncate(0);
+            work.guides.clear();
             work.guides.push(guide);
         }
         let mut done = Ok(());
         if !call(py, true, || self.engine.run(&step))? {
             done = ask(py, &self.engine, &step, &vec![callable], self.engine.options().vocab_size);
         }
-        let (mut tree, mut failure) = (DraftTree::default(), None);
-        {
-            let work = step.lock();
-            work.trees(|_, drafted| tree.copy_from(drafted));
-            failure = work.failures().next().or(failure);
-        }
+        let mut tree = DraftTree::default();
+        let work = step.lock();
+        work.trees(|_, drafted| tree.copy_from(drafted));
+        let failure = work.failures().next();
+        drop(work);
         self.engine.put_back(step);
         done?;
         match failure {

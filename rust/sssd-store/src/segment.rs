@@ -295,20 +295,15 @@ impl Segment {
     #[cold]
     fn part<R: Reach>(&self, query: &Query, first: Interval, last: Interval, reach: R) -> Option<Interval> {
         const EQUAL: Option<Ordering> = Some(Ordering::Equal);
-        const UNSEEN: u64 = u64::MAX;
         let (text, suffixes) = (self.text(reach), self.suffix_array(reach));
         // each place is read once, when all are on their way
         let orders = |stretch: &Interval| {
-            let mut places = SmallVec::<[u64; FENCE as usize]>::new();
-            let mut orders = SmallVec::<[Option<Ordering>; FENCE as usize]>::new();
-            let place = |rank| suffixes.sees(rank).then(|| suffixes.packed.get(rank) + 1);
-            places.extend(
-                stretch.clone().map(|rank| place(rank).filter(|&at| text.sees(at)).unwrap_or(UNSEEN)),
-            );
-            places.iter().filter(|&&at| at != UNSEEN).for_each(|&at| text.packed.prefetch(at));
-            let order = |&at: &u64| if at == UNSEEN { None } else { compare(text, at - 1, query) };
-            orders.extend(places.iter().map(order));
-            orders
+            let seen = |rank| suffixes.sees(rank).then(|| suffixes.packed.get(rank));
+            let place = |rank| seen(rank).filter(|&at| text.sees(at + 1));
+            let places: SmallVec<[Option<u64>; FENCE as usize]> = stretch.clone().map(place).collect();
+            places.iter().flatten().for_each(|&at| text.packed.prefetch(at + 1));
+            let orders = places.iter().map(|&place| compare(text, place?, query));
+            orders.collect::<SmallVec<[Option<Ordering>; FENCE as usize]>>()
         };
         let found = orders(&first);
         if first == last {

@@ -1485,7 +1485,7 @@ class DatastoreBuilder:
         ranking: learn tables by which drafts rank candidates, from at most 2^25 tokens: some 4 us a token of one core,
             and 404 bytes of the file for each token id. By default where the text has 2^23 tokens or more and
             ``max_memory`` has room for it (about 2.6 kB for each token id). A datastore that is added whole hands its
-            tables on, if they were learned from a quarter of what there is in the end.
+            tables on, if they were learned from three quarters of what there is in the end.
         threads: threads that sort segments, as far as ``max_memory`` allows, 1 to 64; by default the number of cores, at
             most 8. The file is the same whatever their number.
 

@@ -44,7 +44,7 @@ const FIXED_MEMORY: u64 = 8 << 20;
 /// A text of fewer tokens is worth less than the tables' 404 bytes for each token of the vocabulary.
 const WORTH_LEARNING: u64 = 1 << 23;
 /// Tables that were learned from at least this part of a text are not learned anew.
-const ENOUGH: u64 = 4;
+const ENOUGH: [u64; 2] = [3, 4];
 /// Bytes of tables copied at a time.
 const PIECE: usize = 1 << 16;
 /// Tokens written between two looks at whether the build is still wanted.
@@ -448,7 +448,9 @@ impl Builder {
             return Ok(None);
         }
         let start = self.output.align()?;
-        let enough = |tables: &Arc<Tables>| tables.learned().saturating_mul(ENOUGH) >= tokens;
+        let enough = |tables: &Arc<Tables>| {
+            tables.learned().saturating_mul(ENOUGH[1]) >= ENOUGH[0].saturating_mul(tokens)
+        };
         let learned = match self.inherited.take().filter(enough) {
             Some(tables) => self.copy_tables(&tables, progress)?,
             None => self.learn_tables(progress)?,

@@ -141,12 +141,12 @@ fn merged(folder: &Path, sizes: [u32; 2], leave_out: bool, bury: bool) -> (Optio
 #[test]
 fn a_store_that_is_merged_whole_hands_its_tables_on() {
     let folder = tempfile::tempdir().unwrap();
-    assert_eq!(merged(folder.path(), [10, 29], false, false), (Some(2000), true));
+    assert_eq!(merged(folder.path(), [30, 9], false, false), (Some(6000), true));
     // learned from too little of it
-    assert_eq!(merged(folder.path(), [10, 31], false, false), (Some(8200), false));
+    assert_eq!(merged(folder.path(), [29, 10], false, false), (Some(7800), false));
     // nothing of a document that is left out stays
-    assert_eq!(merged(folder.path(), [10, 29], true, false), (Some(7600), false));
-    assert_eq!(merged(folder.path(), [10, 29], false, true), (Some(7600), false));
+    assert_eq!(merged(folder.path(), [30, 9], true, false), (Some(7600), false));
+    assert_eq!(merged(folder.path(), [30, 9], false, true), (Some(7600), false));
 }
 
 #[test]

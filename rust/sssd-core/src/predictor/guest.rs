@@ -32,8 +32,7 @@ const PRECISION: Features = [1.2, 9.0, 18.0, 18.0];
 const FADING: f32 = 0.995;
 /// Of the probability that the sources leave unsaid, what a token that they do not name gets of it.
 const UNNAMED: f32 = 0.03;
-/// The log-odds of the combination against the sources: at the start, at most, and what is left of them at each outcome.
-const LEAD: f32 = 1.5;
+/// The log-odds of the combination against the sources, which start even: at most, and what is left of them at each outcome.
 const MOST_LEAD: f32 = 7.0;
 const LEAD_FADING: f32 = 0.98;
 #[derive(Clone, Copy)]
@@ -98,7 +97,7 @@ impl Default for Trust {
             [0.5, 0.12, 0.06, 0.04, 0.02, 0.005][rank] + if rank == 0 { 0.05 * depth as f32 } else { 0.0 }
         };
         let cells = std::array::from_fn(|cell| Cell { share: share(cell), count: PRIOR_COUNT });
-        Self { cells, weights: WEIGHTS, information: [[0.0; FEATURES]; FEATURES], lead: LEAD }
+        Self { cells, weights: WEIGHTS, information: [[0.0; FEATURES]; FEATURES], lead: 0.0 }
     }
 }
 
@@ -135,8 +134,7 @@ impl Trust {
         cell.share += (outcome - cell.share) / cell.count;
         let said = |prob: f32| (if came { prob } else { 1.0 - prob }).max(0.01).ln();
         let gain = said(heard.combined) - said(heard.own);
-        self.lead =
-            (self.lead * LEAD_FADING + LEAD * (1.0 - LEAD_FADING) + gain).clamp(-MOST_LEAD, MOST_LEAD);
+        self.lead = (self.lead * LEAD_FADING + gain).clamp(-MOST_LEAD, MOST_LEAD);
         self.learn_weights(&heard.features, outcome);
     }
 

@@ -1,6 +1,6 @@
 """Drafts from outside as one more source, by replay: ours, the guest, both, and the rule of shipped hybrids.
 
-Usage: given.py TRACE.jsonl ... [--topk smollm2-topk.jsonl.xz] [--json FILE] [--budgets 8,16] [--requests 40]
+Usage: given.py TRACE.jsonl ... [--topk smollm2-topk.jsonl.xz] [--json FILE] [--budgets 8,16] [--keep]
 
 Guests, all made from the recording:
   q/TELLS  a chain of 8 tokens, each right with a confidence drawn around q, none after a wrong one; it tells
@@ -19,7 +19,7 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,19 +200,29 @@ def run(
 
 
 def measure(
-    name: str, guests: dict[str, Any], requests: list[Request], budgets: list[int], store: Datastore | None
+    name: str,
+    guests: dict[str, Any],
+    requests: list[Request],
+    budgets: list[int],
+    store: Datastore | None,
+    keep: bool,
 ) -> list[dict[str, Any]]:
     """Rows of a workload: one for each guest and budget."""
     rows = []
     soft = 1 << 20 if requests[0].topk_ids is not None else 0
 
-    def fresh() -> Drafter:
-        return Drafter(datastore=store, live_bytes=0, soft_bytes=soft, threads=1)
+    def drafters() -> Iterator[Drafter]:
+        """One for each request, or the same for all: what a request learned is kept by its end."""
+        drafter = Drafter(datastore=store, live_bytes=0, soft_bytes=soft, threads=1)
+        while True:
+            yield drafter
+            if not keep:
+                drafter = Drafter(datastore=store, live_bytes=0, soft_bytes=soft, threads=1)
 
     for nodes in budgets:
         alone = Counts()
-        for request in requests:
-            run("ours", None, request, nodes, fresh(), alone)
+        for request, drafter in zip(requests, drafters(), strict=False):
+            run("ours", None, request, nodes, drafter, alone)
         for label, make in guests.items():
             counts = Counts(alone.steps.copy(), alone.accepted.copy(), alone.expected.copy())
             counts.steps = defaultdict(int, counts.steps)
@@ -220,9 +230,9 @@ def measure(
                 defaultdict(int, counts.accepted),
                 defaultdict(float, counts.expected),
             )
-            for request in requests:
-                for way in ("guest", "both", "hybrid"):
-                    run(way, make(request), request, nodes, fresh(), counts)
+            for way in ("guest", "both", "hybrid"):
+                for request, drafter in zip(requests, drafters(), strict=False):
+                    run(way, make(request), request, nodes, drafter, counts)
             ours, guest, both, hybrid = (counts.per_step(way) for way in ("ours", "guest", "both", "hybrid"))
             row = {
                 "trace": name,
@@ -253,6 +263,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40, help="requests of each trace")
     parser.add_argument("--tokens", type=int, default=4000, help="response tokens of each trace, about")
     parser.add_argument("--datastore")
+    parser.add_argument("--keep", action="store_true", help="one drafter for all requests of a trace")
     arguments = parser.parse_args()
     budgets = [int(budget) for budget in arguments.budgets.split(",")]
     store = Datastore(arguments.datastore) if arguments.datastore else None
@@ -265,10 +276,17 @@ def main() -> None:
     }
     rows = []
     for path in arguments.traces:
-        rows += measure(trace_name(path), guests, few(path, arguments), budgets, store)
+        rows += measure(trace_name(path), guests, few(path, arguments), budgets, store, arguments.keep)
     if arguments.topk:
         with_topk = guests | {"mtp": multi_token_head, "racer": racer}
-        rows += measure(trace_name(arguments.topk), with_topk, few(arguments.topk, arguments), budgets, store)
+        rows += measure(
+            trace_name(arguments.topk),
+            with_topk,
+            few(arguments.topk, arguments),
+            budgets,
+            store,
+            arguments.keep,
+        )
     better = [row for row in rows if row["accepted_guest"] > 0.05]
     useless = [row for row in rows if row["accepted_guest"] <= 0.05]
     summary = {

@@ -271,9 +271,14 @@ impl FeedbackTable {
     fn place(&self, hash: u32, tag: u32) -> Option<&[AtomicU64]> {
         let home = self.home(hash);
         let bucket = self.bucket(home);
-        let beside = || if self.is_growing() { vacant(self.bucket(home ^ 1)) } else { None };
+        let (held, free) = search(bucket, tag);
+        if held.is_some() {
+            return held;
+        }
+        let beside = if self.is_growing() { self.bucket(home ^ 1) } else { &[] };
+        let (held, beside) = search(beside, tag);
         let oldest = || entries(bucket).min_by_key(|entry| entry[TIME].load(Ordering::Relaxed) >> HASH_BITS);
-        self.held(home, tag).or_else(|| vacant(bucket)).or_else(beside).or_else(oldest)
+        held.or(free).or(beside).or_else(oldest)
     }
 
     fn is_growing(&self) -> bool {
@@ -330,6 +335,19 @@ impl FeedbackTable {
 
 fn entries(bucket: &[AtomicU64]) -> impl Iterator<Item = &[AtomicU64]> {
     bucket.chunks_exact(WORDS)
+}
+
+/// The entry of a tag, and the first vacant one.
+fn search(bucket: &[AtomicU64], tag: u32) -> (Option<&[AtomicU64]>, Option<&[AtomicU64]>) {
+    let mut free = None;
+    for entry in entries(bucket) {
+        match seqlock::tag(entry) {
+            held if held == tag => return (Some(entry), free),
+            0 if free.is_none() => free = Some(entry),
+            _ => {}
+        }
+    }
+    (None, free)
 }
 
 fn vacant(bucket: &[AtomicU64]) -> Option<&[AtomicU64]> {

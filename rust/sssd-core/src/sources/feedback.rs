@@ -320,9 +320,10 @@ impl FeedbackTable {
         if old == new {
             return;
         }
-        for from in entries(self.bucket(old)).chain(entries(self.bucket(old ^ 1))) {
-            let belongs =
-                |words: &[u64; WORDS]| words[0] >> 32 != 0 && words[TIME] as usize & (all - 1) == new;
+        let both = entries(self.bucket(old)).chain(entries(self.bucket(old ^ 1)));
+        // most are vacant
+        for from in both.filter(|entry| seqlock::tag(entry) != 0) {
+            let belongs = |words: &[u64; WORDS]| words[TIME] as usize & (all - 1) == new;
             if let Some(words) = seqlock::read(from).filter(belongs)
                 && let Some(to) = vacant(self.bucket(new)).or_else(|| vacant(self.bucket(new ^ 1)))
                 && seqlock::put(to, &words)

@@ -177,6 +177,18 @@ PREDICTOR = [
         "let above = 0.0 * (scale - step as f32);",
     ),
     Mutant(
+        "a changed word moves those after it on its page to no other place",
+        f"{CORE}/predictor/overlay.rs",
+        "page.before[at / 8 + 1..].iter_mut().for_each(|before| *before += 1);",
+        "page.before[at / 8 + 1..].iter_mut().for_each(|before| *before += 0);",
+    ),
+    Mutant(
+        "what a kind of evidence says is kept as it was at first",
+        f"{CORE}/predictor/correct.rs",
+        "if *sum != new {",
+        "if *sum == 0.0 {",
+    ),
+    Mutant(
         "ages learn with the wrong sign",
         f"{CORE}/predictor/overlay.rs",
         "AGE_RATE * gradient",
@@ -185,8 +197,8 @@ PREDICTOR = [
     Mutant(
         "the noise of a bias is not taken off",
         f"{CORE}/predictor/correct.rs",
-        "bias.value - 0.5 *",
-        "bias.value - 0.0 *",
+        "self.value - 0.5 *",
+        "self.value - 0.0 *",
     ),
     Mutant(
         "outcomes do not fade",

@@ -37,8 +37,9 @@ pub fn blend(
         peaks[source] = peaks[source].max(*prob);
     }
     for (source, peak) in peaks.into_iter().enumerate() {
-        let longest = tally.held[source].checked_ilog2();
-        expansion.gates[source] = longest.map(|class| Model::gate_cell(source, class as usize, peak));
+        if let Some(longest) = tally.held[source].checked_ilog2() {
+            expansion.gates[source] = Some(Model::gate_cell(source, longest as usize, peak));
+        }
     }
 }
 

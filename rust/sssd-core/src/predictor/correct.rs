@@ -25,7 +25,7 @@ struct Bias {
     value: f32,
     /// The value less half its variance, since the exponential of noise is above 1 in the mean.
     centred: f32,
-    /// exp(centred), to correct without logarithms.
+    /// exp(centred), to correct without logarithms; of a kind, exp of its part of [`Calibration::sums`].
     odds: f32,
     information: f32,
     /// Of outcomes not yet accounted for.
@@ -41,8 +41,8 @@ const NEUTRAL: Bias =
 pub struct Calibration {
     knots: [Bias; KNOTS],
     kinds: [Bias; KINDS],
-    /// exp of what the model and this request say of each kind.
-    odds: [f32; KINDS],
+    /// What the model and this request together said of each kind at the last draft.
+    sums: [f32; KINDS],
     /// What each source has lately given to the tokens that came.
     luck: [f32; sources::COUNT],
 }
@@ -50,7 +50,7 @@ pub struct Calibration {
 impl Default for Calibration {
     fn default() -> Self {
         let luck = [FIRST_LUCK; sources::COUNT];
-        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS], luck }
+        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], sums: [0.0; KINDS], luck }
     }
 }
 
@@ -64,8 +64,12 @@ fn position(prob: f32) -> (usize, f32) {
 impl Calibration {
     /// Sets what the model says of each kind, before a draft.
     pub fn start(&mut self, biases: &[f32]) {
-        for ((odds, kind), bias) in self.odds.iter_mut().zip(&self.kinds).zip(biases) {
-            *odds = (kind.centred + bias).exp();
+        for ((sum, kind), bias) in self.sums.iter_mut().zip(&mut self.kinds).zip(biases) {
+            let new = kind.centred + bias;
+            // most kinds have nothing new to say
+            if *sum != new {
+                (*sum, kind.odds) = (new, new.exp());
+            }
         }
     }
 
@@ -74,7 +78,7 @@ impl Calibration {
     pub fn correct(&self, kind: usize, prob: f32) -> f32 {
         let (knot, above) = position(prob);
         let knots = self.knots[knot].odds * (1.0 - above) + self.knots[knot + 1].odds * above;
-        let odds = prob * knots * self.odds[kind];
+        let odds = prob * knots * self.kinds[kind].odds;
         odds / (1.0 - prob + odds)
     }
 
@@ -107,15 +111,24 @@ impl Calibration {
 
     /// Learns from the outcomes noted.
     pub fn learn(&mut self) {
-        let knots = self.knots.iter_mut().map(|bias| (bias, KNOT_PRIOR));
-        let kinds = self.kinds.iter_mut().map(|bias| (bias, KIND_PRIOR));
-        for (bias, prior) in knots.chain(kinds).filter(|(bias, _)| bias.pending > 0.0) {
-            bias.information = (bias.information * FADING).max(prior) + bias.pending;
-            bias.value = (bias.value + bias.gradient / bias.information).clamp(-LIMIT, LIMIT);
-            bias.centred = bias.value - 0.5 * (bias.information - prior) / bias.information.powi(2);
-            bias.odds = bias.centred.exp();
-            (bias.gradient, bias.pending) = (0.0, 0.0);
+        for knot in self.knots.iter_mut().filter(|knot| knot.pending > 0.0) {
+            knot.learn(KNOT_PRIOR);
+            knot.odds = knot.centred.exp();
         }
+        // those of kinds stay as they are until the next draft
+        for kind in self.kinds.iter_mut().filter(|kind| kind.pending > 0.0) {
+            kind.learn(KIND_PRIOR);
+        }
+    }
+}
+
+impl Bias {
+    /// Learns from the outcomes noted.
+    fn learn(&mut self, prior: f32) {
+        self.information = (self.information * FADING).max(prior) + self.pending;
+        self.value = (self.value + self.gradient / self.information).clamp(-LIMIT, LIMIT);
+        self.centred = self.value - 0.5 * (self.information - prior) / self.information.powi(2);
+        (self.gradient, self.pending) = (0.0, 0.0);
     }
 }
 

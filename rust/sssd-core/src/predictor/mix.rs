@@ -19,12 +19,19 @@ pub fn list_gate(source: usize, list: &[(Token, f32)]) -> Option<GateCell> {
 /// Gives each source its weight, over those that have anything to say.
 pub fn weigh(model: &Overlay, expansion: &mut Expansion) {
     let Expansion { gates, weights, speaks, .. } = expansion;
-    let mut total = 0.0;
     for (source, gate) in gates.iter().enumerate() {
-        if let &Some(cell) = gate {
-            *speaks |= 1 << source;
-            weights[source] = model.gate(cell).exp();
-            total += weights[source];
+        *speaks |= u8::from(gate.is_some()) << source;
+    }
+    // alone a source has all the weight, as most do
+    if speaks.is_power_of_two() {
+        weights[speaks.trailing_zeros() as usize] = 1.0;
+        return;
+    }
+    let mut total = 0.0;
+    for (weight, gate) in weights.iter_mut().zip(gates) {
+        if let &mut Some(cell) = gate {
+            *weight = model.gate(cell).exp();
+            total += *weight;
         }
     }
     weights.iter_mut().for_each(|weight| *weight /= total.max(f32::MIN_POSITIVE));

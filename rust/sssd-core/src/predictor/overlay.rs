@@ -1,8 +1,9 @@
 //! A request's weights: those it started from, and the words of them that it has changed. A request changes a few
 //! hundred words of the tables, so that it holds some kilobytes in place of a copy.
 //!
-//! The changed words stand in their order, in groups of 32: a bit for each group that has any, then for each of these
-//! a bit for each word. Counting the bits before one tells where its word is, without hashing or searching.
+//! The words are in pages, and the changed ones of a page one beside the other, in their order. A page has a bit for each
+//! of its words, and for each eight of these how many of the page come before: where a word is takes a few reads,
+//! however many have changed, and four bytes are spent on it and hardly one more.
 
 use std::sync::Arc;
 
@@ -12,10 +13,25 @@ use crate::predictor::weights::{
     EscapeCell, GateCell, Model, Rate, WORDS, Weights, ages_word, refinement_word, scale,
 };
 
-const GROUP: usize = 32;
-const MARKS: usize = WORDS.div_ceil(GROUP * 64);
+/// Words of a page, in bytes of bits, and pages.
+const BYTES: usize = 16;
+const PAGE: usize = 8 * BYTES;
+const PAGES: usize = WORDS.div_ceil(PAGE);
+/// In place of a page: none of its words has changed.
+const NO_PAGE: u8 = u8::MAX;
+const _: () = assert!(PAGES <= NO_PAGE as usize);
+/// How many bits are set.
+const ONES: [u8; 256] = {
+    let mut ones = [0; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        ones[bits] = bits.count_ones() as u8;
+        bits += 1;
+    }
+    ones
+};
 /// By how much arrays grow.
-const MORE_GROUPS: usize = 16;
+const MORE_PAGES: usize = 8;
 const MORE_WORDS: usize = 64;
 
 /// How many outcomes a cell remembers, rates of learning, and limits of what is learned.
@@ -26,20 +42,40 @@ const GATE_LIMIT: f32 = 8.0;
 const AGE_RATE: f32 = 0.01;
 const AGE_LIMIT: f32 = 2.0;
 
-/// The changed words of a group: which, and where the first of them is.
+/// The changed words of a page.
 #[derive(Clone, Copy)]
-struct Group {
-    changed: u32,
-    start: u32,
+struct Page {
+    /// Where the first of them is.
+    start: u16,
+    changed: [u8; BYTES],
+    /// How many come before each eight words.
+    before: [u8; BYTES],
+}
+
+const UNCHANGED: Page = Page { start: 0, changed: [0; BYTES], before: [0; BYTES] };
+
+impl Page {
+    /// Whether the word at `at` has changed, and the next one of the same eight.
+    #[inline]
+    fn changed(&self, at: usize) -> [bool; 2] {
+        let bits = self.changed[at / 8] >> (at % 8);
+        [bits & 1 != 0, bits & 2 != 0]
+    }
+
+    /// Where the word at `at` is, or would be.
+    #[inline]
+    fn place(&self, at: usize) -> usize {
+        let before = self.changed[at / 8] & ((1 << (at % 8)) - 1);
+        usize::from(self.start) + usize::from(self.before[at / 8] + ONES[usize::from(before)])
+    }
 }
 
 /// The weights of a request.
 pub struct Overlay {
     base: Arc<Weights>,
-    /// A bit for each group with changed words, and how many such groups come before each 64.
-    marks: [u64; MARKS],
-    before: [u16; MARKS],
-    groups: Vec<Group>,
+    /// Where each page is in `held`, in which they are in the order in which they came; so are their words in `words`.
+    pages: [u8; PAGES],
+    held: Vec<Page>,
     words: Vec<u32>,
     /// Of a fork: the words that it began with. What was learned up to there is another's to hand on.
     inherited: Vec<(u16, u32)>,
@@ -52,9 +88,8 @@ impl Overlay {
         paid.admit();
         Self {
             base,
-            marks: [0; MARKS],
-            before: [0; MARKS],
-            groups: Vec::new(),
+            pages: [NO_PAGE; PAGES],
+            held: Vec::new(),
             words: Vec::new(),
             inherited: Vec::new(),
             paid,
@@ -64,10 +99,10 @@ impl Overlay {
     /// The same weights for a fork, which hands on only what it changes itself.
     pub fn fork(&self, mut paid: Reservation) -> Result<Self, MemoryFull> {
         let inherited = self.words.len() * size_of::<(u16, u32)>();
-        paid.try_resize(inherited + size_of_val(&*self.groups) + size_of_val(&*self.words))?;
+        paid.try_resize(inherited + size_of_val(&*self.held) + size_of_val(&*self.words))?;
         let mut fork = Self::new(Arc::clone(&self.base), paid);
-        (fork.marks, fork.before) = (self.marks, self.before);
-        (fork.groups, fork.words) = (try_clone(&self.groups)?, try_clone(&self.words)?);
+        fork.pages = self.pages;
+        (fork.held, fork.words) = (try_clone(&self.held)?, try_clone(&self.words)?);
         try_reserve(&mut fork.inherited, self.words.len())?;
         fork.inherited.extend(self.changes());
         Ok(fork)
@@ -89,8 +124,10 @@ impl Overlay {
 
     /// Moves the weight by the difference between posterior and prior share of the source.
     pub fn learn_gate(&mut self, cell: GateCell, gradient: f32) {
-        let gate = self.gate(cell) + GATE_RATE * gradient;
-        self.set(cell.word(), gate.clamp(-GATE_LIMIT, GATE_LIMIT).to_bits());
+        self.change(cell.word(), |word| {
+            let gate = f32::from_bits(word) + GATE_RATE * gradient;
+            gate.clamp(-GATE_LIMIT, GATE_LIMIT).to_bits()
+        });
     }
 
     /// The probability of a token that the mixture gives `mixed` and whose support has this row.
@@ -114,15 +151,18 @@ impl Overlay {
     }
 
     pub fn learn_age(&mut self, tokens: usize, kind: usize, gradient: f32) {
-        let word = ages_word(tokens) + kind;
-        let bias = f32::from_bits(self.get(word)) + AGE_RATE * gradient;
-        self.set(word, bias.clamp(-AGE_LIMIT, AGE_LIMIT).to_bits());
+        self.change(ages_word(tokens) + kind, |word| {
+            let bias = f32::from_bits(word) + AGE_RATE * gradient;
+            bias.clamp(-AGE_LIMIT, AGE_LIMIT).to_bits()
+        });
     }
 
     fn update(&mut self, word: usize, outcome: bool, memory: u16) {
-        let mut rate = Rate::from_word(self.get(word));
-        rate.update(outcome, memory);
-        self.set(word, rate.to_word());
+        self.change(word, |word| {
+            let mut rate = Rate::from_word(word);
+            rate.update(outcome, memory);
+            rate.to_word()
+        });
     }
 
     #[inline]
@@ -130,95 +170,91 @@ impl Overlay {
         self.find(word).map_or_else(|| self.base.words()[word], |at| self.words[at])
     }
 
-    /// A word and the next: most are of the same group, and most groups have not changed.
+    /// A word and the next: most are of the same eight, and most of these have not changed.
     #[inline]
     fn pair(&self, word: usize) -> [u32; 2] {
         let base = self.base.words();
-        let (mark, place, at) = (word / (GROUP * 64), word / GROUP % 64, word % GROUP);
-        if at == GROUP - 1 {
+        let at = word % 8;
+        if at == 7 {
             return [self.get(word), self.get(word + 1)];
         }
-        if self.marks[mark] >> place & 1 == 0 {
+        let changed = self.page(word).map(|page| (page, page.changed(word % PAGE)));
+        let Some((page, [low, high])) = changed.filter(|&(_, [low, high])| low || high) else {
             return [base[word], base[word + 1]];
-        }
-        let Group { changed, start } = self.groups[self.group(mark, place)];
-        let first = (start + (changed & ((1 << at) - 1)).count_ones()) as usize;
-        let [low, high] = [changed >> at & 1, changed >> (at + 1) & 1].map(|bit| bit != 0);
+        };
+        let first = page.place(word % PAGE);
         [
             if low { self.words[first] } else { base[word] },
             if high { self.words[first + usize::from(low)] } else { base[word + 1] },
         ]
     }
 
+    /// The page of a word, if any word of it has changed.
+    #[inline]
+    fn page(&self, word: usize) -> Option<&Page> {
+        self.held.get(usize::from(self.pages[word / PAGE]))
+    }
+
     /// Where a word is, if it has changed.
     #[inline]
     fn find(&self, word: usize) -> Option<usize> {
-        let (mark, place) = (word / (GROUP * 64), word / GROUP % 64);
-        if self.marks[mark] >> place & 1 == 0 {
-            return None;
-        }
-        let group = self.groups[self.group(mark, place)];
-        let bit = 1u32 << (word % GROUP);
-        (group.changed & bit != 0).then(|| (group.start + (group.changed & (bit - 1)).count_ones()) as usize)
+        let page = self.page(word)?;
+        page.changed(word % PAGE)[0].then(|| page.place(word % PAGE))
     }
 
-    /// How many groups with changed words come before this one.
+    /// Lets `act` change a word.
     #[inline]
-    fn group(&self, mark: usize, place: usize) -> usize {
-        let before = self.marks[mark] & ((1 << place) - 1);
-        usize::from(self.before[mark]) + before.count_ones() as usize
-    }
-
-    fn set(&mut self, word: usize, value: u32) {
+    fn change(&mut self, word: usize, act: impl FnOnce(u32) -> u32) {
         if let Some(at) = self.find(word) {
-            self.words[at] = value;
-        } else if self.base.words()[word] != value && self.make_room().is_ok() {
-            // what there is no memory for is not learned
-            self.insert(word, value);
+            self.words[at] = act(self.words[at]);
+            return;
+        }
+        let before = self.base.words()[word];
+        let after = act(before);
+        // what there is no memory for is not learned
+        if after != before && self.make_room().is_ok() {
+            self.insert(word, after);
         }
     }
 
     /// Adds a word, for which there is room.
     fn insert(&mut self, word: usize, value: u32) {
-        let (mark, place) = (word / (GROUP * 64), word / GROUP % 64);
-        let at = self.group(mark, place);
-        if self.marks[mark] >> place & 1 == 0 {
-            let start = self.groups.get(at).map_or(self.words.len() as u32, |next| next.start);
-            self.groups.insert(at, Group { changed: 0, start });
-            self.marks[mark] |= 1 << place;
-            self.before[mark + 1..].iter_mut().for_each(|before| *before += 1);
+        let own = &mut self.pages[word / PAGE];
+        if *own == NO_PAGE {
+            *own = self.held.len() as u8;
+            self.held.push(Page { start: self.words.len() as u16, ..UNCHANGED });
         }
-        let group = &mut self.groups[at];
-        let bit = 1u32 << (word % GROUP);
-        let place = group.start + (group.changed & (bit - 1)).count_ones();
-        group.changed |= bit;
-        self.groups[at + 1..].iter_mut().for_each(|later| later.start += 1);
-        self.words.insert(place as usize, value);
+        let (own, at) = (usize::from(*own), word % PAGE);
+        let page = &mut self.held[own];
+        let place = page.place(at);
+        page.changed[at / 8] |= 1 << (at % 8);
+        page.before[at / 8 + 1..].iter_mut().for_each(|before| *before += 1);
+        self.held[own + 1..].iter_mut().for_each(|later| later.start += 1);
+        self.words.insert(place, value);
     }
 
-    /// Pays for, and makes, room for one word in a group of its own.
+    /// Pays for, and makes, room for one word on a page of its own.
     fn make_room(&mut self) -> Result<(), MemoryFull> {
         let more = |len, capacity, step| if len == capacity { step } else { 0 };
-        let groups = more(self.groups.len(), self.groups.capacity(), MORE_GROUPS);
+        let pages = more(self.held.len(), self.held.capacity(), MORE_PAGES);
         let words = more(self.words.len(), self.words.capacity(), MORE_WORDS);
-        if groups + words == 0 {
+        if pages + words == 0 {
             return Ok(());
         }
-        let bytes = groups * size_of::<Group>() + words * size_of::<u32>();
+        let bytes = pages * size_of::<Page>() + words * size_of::<u32>();
         self.paid.try_resize(self.memory_bytes() + bytes)?;
-        let made = try_reserve(&mut self.groups, groups).and_then(|()| try_reserve(&mut self.words, words));
+        let made = try_reserve(&mut self.held, pages).and_then(|()| try_reserve(&mut self.words, words));
         self.paid.try_resize(self.memory_bytes())?;
         made
     }
 
     /// The changed words and their values, in order.
     fn changes(&self) -> impl Iterator<Item = (u16, u32)> + '_ {
-        let marked =
-            self.marks.iter().enumerate().flat_map(|(mark, &bits)| ones(bits).map(move |at| mark * 64 + at));
-        let words = marked.zip(&self.groups).flat_map(|(number, group)| {
-            ones(u64::from(group.changed)).map(move |at| (number * GROUP + at) as u16)
-        });
-        words.zip(self.words.iter().copied())
+        let pages = (0..WORDS).step_by(PAGE).filter_map(|first| Some((first, self.page(first)?)));
+        pages.flat_map(move |(first, page)| {
+            let changed = (0..PAGE).filter(|&at| page.changed(at)[0]);
+            changed.map(move |at| ((first + at) as u16, self.words[page.place(at)]))
+        })
     }
 
     /// Whether there is something to hand on.
@@ -251,17 +287,8 @@ impl Overlay {
         fn bytes<T>(items: &Vec<T>) -> usize {
             items.capacity() * size_of::<T>()
         }
-        bytes(&self.groups) + bytes(&self.words) + bytes(&self.inherited)
+        bytes(&self.held) + bytes(&self.words) + bytes(&self.inherited)
     }
-}
-
-/// Where bits are set, lowest first.
-fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let at = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
-        bits &= bits - 1;
-        Some(at)
-    })
 }
 
 #[cfg(test)]
@@ -292,7 +319,7 @@ pub mod tests {
             let base = Weights::shipped();
             let fill = |overlay: &mut Overlay, words: &[(usize, u32)], map: &mut BTreeMap<usize, u32>| {
                 for &(word, value) in words {
-                    overlay.set(near(word), value);
+                    overlay.change(near(word), |_| value);
                     map.insert(near(word), value);
                 }
             };
@@ -320,7 +347,7 @@ pub mod tests {
     #[test]
     fn what_there_is_no_memory_for_is_not_learned() {
         let mut overlay = shipped(1000);
-        (0..WORDS).for_each(|word| overlay.set(word, 7));
+        (0..WORDS).for_each(|word| overlay.change(word, |_| 7));
         let held = overlay.words.len();
         assert!((100..300).contains(&held) && overlay.memory_bytes() <= 1000, "{held}");
         assert_eq!((overlay.get(held - 1), overlay.get(held)), (7, Model::default().words()[held]));
@@ -331,9 +358,9 @@ pub mod tests {
     fn refinements_are_interpolated_and_learned_at_the_nearest_step() {
         let mut overlay = shipped(usize::MAX);
         let word = |step| refinement_word(0, step);
-        (0..PROBABILITIES).for_each(|step| overlay.set(word(step), 0));
+        (0..PROBABILITIES).for_each(|step| overlay.change(word(step), |_| 0));
         let step = scale(0.3) as usize;
-        overlay.set(word(step + 1), Rate::new(0.5, 100).to_word());
+        overlay.change(word(step + 1), |_| Rate::new(0.5, 100).to_word());
         assert!((overlay.refine(0, 0.3) - 0.5 * (scale(0.3) - step as f32)).abs() < 1e-6);
         overlay.learn_refinement(0, 0.5, true);
         let count = |at: &usize| Rate::from_word(overlay.get(word(*at))).count == 1;

@@ -271,9 +271,14 @@ impl FeedbackTable {
     fn place(&self, hash: u32, tag: u32) -> Option<&[AtomicU64]> {
         let home = self.home(hash);
         let bucket = self.bucket(home);
-        let beside = || if self.is_growing() { vacant(self.bucket(home ^ 1)) } else { None };
+        let (held, free) = search(bucket, tag);
+        if held.is_some() {
+            return held;
+        }
+        let beside = if self.is_growing() { self.bucket(home ^ 1) } else { &[] };
+        let (held, beside) = search(beside, tag);
         let oldest = || entries(bucket).min_by_key(|entry| entry[TIME].load(Ordering::Relaxed) >> HASH_BITS);
-        self.held(home, tag).or_else(|| vacant(bucket)).or_else(beside).or_else(oldest)
+        held.or(free).or(beside).or_else(oldest)
     }
 
     fn is_growing(&self) -> bool {
@@ -315,9 +320,10 @@ impl FeedbackTable {
         if old == new {
             return;
         }
-        for from in entries(self.bucket(old)).chain(entries(self.bucket(old ^ 1))) {
-            let belongs =
-                |words: &[u64; WORDS]| words[0] >> 32 != 0 && words[TIME] as usize & (all - 1) == new;
+        let both = entries(self.bucket(old)).chain(entries(self.bucket(old ^ 1)));
+        // most are vacant
+        for from in both.filter(|entry| seqlock::tag(entry) != 0) {
+            let belongs = |words: &[u64; WORDS]| words[TIME] as usize & (all - 1) == new;
             if let Some(words) = seqlock::read(from).filter(belongs)
                 && let Some(to) = vacant(self.bucket(new)).or_else(|| vacant(self.bucket(new ^ 1)))
                 && seqlock::put(to, &words)
@@ -330,6 +336,19 @@ impl FeedbackTable {
 
 fn entries(bucket: &[AtomicU64]) -> impl Iterator<Item = &[AtomicU64]> {
     bucket.chunks_exact(WORDS)
+}
+
+/// The entry of a tag, and the first vacant one.
+fn search(bucket: &[AtomicU64], tag: u32) -> (Option<&[AtomicU64]>, Option<&[AtomicU64]>) {
+    let mut free = None;
+    for entry in entries(bucket) {
+        match seqlock::tag(entry) {
+            held if held == tag => return (Some(entry), free),
+            0 if free.is_none() => free = Some(entry),
+            _ => {}
+        }
+    }
+    (None, free)
 }
 
 fn vacant(bucket: &[AtomicU64]) -> Option<&[AtomicU64]> {

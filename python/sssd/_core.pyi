@@ -1271,6 +1271,7 @@ class Datastore:
         vocab_size: int | None = None,
         fingerprint: bytes | None = None,
         tombstones: SequenceABC[_StrPath | None] | None = None,
+        domains: SequenceABC[SequenceABC[tuple[int, int, int]]] | None = None,
     ) -> Datastore:
         """Opens one file, or several as one store, or the corpus in a folder (``sssd.corpus``) as it is now.
 

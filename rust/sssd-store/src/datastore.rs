@@ -3,9 +3,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use sssd_core::{Corpus, LogBilinear, Match, Token};
+use sssd_core::{Corpus, DOMAINS, LogBilinear, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
+use crate::domains::{DomainRun, Stretches, stretches};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry, TablesEntry};
 use crate::lookup::{Lookup, MAX_MATCH, OFFSET_BITS, length, position, sample};
 use crate::progress::Progress;
@@ -22,6 +23,9 @@ use crate::{Error, Fingerprint, Result};
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
+    /// Of each segment which domain its text is of, if there are several.
+    domains: Vec<Stretches>,
+    domain_count: usize,
     parts: Vec<Part>,
     vocab_size: u32,
     merged: Merged,
@@ -38,6 +42,8 @@ struct OpenFile {
     tables: Option<Arc<Tables>>,
     /// With their path from the root.
     tombstones: Option<(Arc<Tombstones>, PathBuf)>,
+    /// Its documents by domain; one by itself unless that is said.
+    runs: Arc<[DomainRun]>,
 }
 
 /// The documents of one segment, in the order of the file's table.
@@ -154,6 +160,8 @@ impl Datastore {
         Self {
             files: Vec::new(),
             segments: Vec::new(),
+            domains: Vec::new(),
+            domain_count: 1,
             parts: Vec::new(),
             vocab_size: 0,
             merged: Merged::empty(),
@@ -197,7 +205,9 @@ impl Datastore {
         }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.files.push(OpenFile { info, absolute, bytes, tables, tombstones: None });
+        let domain = self.files.len().min(DOMAINS - 1) as u8;
+        let runs = [DomainRun { documents: info.documents, tokens: info.tokens, domain }].into();
+        self.files.push(OpenFile { info, absolute, bytes, tables, tombstones: None, runs });
         Ok(())
     }
 
@@ -277,12 +287,17 @@ impl Datastore {
     pub fn union<'a>(stores: impl IntoIterator<Item = &'a Self>) -> Result<Self> {
         let memory = || Error::memory("the segments of a datastore");
         let mut all = Self::empty();
+        let mut known = 0;
         for store in stores {
             for file in &store.files {
                 all.files.first().map_or(Ok(()), |first| agree(&first.info, &file.info))?;
                 all.files.try_reserve(1).map_err(memory())?;
                 all.files.push(file.clone());
+                if let (Some(file), true) = (all.files.last_mut(), known > 0) {
+                    file.runs = file.runs.iter().map(|run| run.after(known)).collect();
+                }
             }
+            known += store.domain_count();
             let (files, segments) = (all.files.len() - store.files.len(), all.segments.len());
             all.parts.try_reserve(store.parts.len()).map_err(memory())?;
             all.segments.try_reserve(store.segments.len()).map_err(memory())?;
@@ -329,7 +344,68 @@ impl Datastore {
             self.files.iter().filter(|file| file.tables.is_some()).max_by_key(|file| file.info.tokens);
         self.tables = largest.and_then(|file| file.tables.clone());
         self.forget_merged()?;
+        self.find_domains()?;
         Ok(self)
+    }
+
+    /// Says for each file which domains its documents are of, in their order. Each is sampled by itself from now on.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if that is not said of all files and all of their documents, or of more than
+    /// [`DOMAINS`] domains; [`Error::OutOfMemory`].
+    pub fn set_domains(&mut self, files: &[Vec<DomainRun>]) -> Result<()> {
+        if files.len() != self.files.len() {
+            let (given, files) = (files.len(), self.files.len());
+            return Err(Error::InvalidArgument(format!("domains of {given} files are given, not of {files}")));
+        }
+        for (file, runs) in self.files.iter_mut().zip(files) {
+            let sum = |of: fn(&DomainRun) -> u64| runs.iter().map(of).fold(0, u64::saturating_add);
+            let (documents, tokens) = (sum(|run| run.documents), sum(|run| run.tokens));
+            let path = file.info.path.display();
+            if (documents, tokens) != (file.info.documents, file.info.tokens) {
+                return Err(Error::InvalidArgument(format!(
+                    "{path} has {} documents of {} tokens, but domains are given of {documents} of {tokens}",
+                    file.info.documents, file.info.tokens
+                )));
+            }
+            if let Some(run) = runs.iter().find(|run| usize::from(run.domain) >= DOMAINS) {
+                let most = DOMAINS - 1;
+                return Err(Error::InvalidArgument(format!("{path}: domain {} is above {most}", run.domain)));
+            }
+            file.runs = runs.as_slice().into();
+        }
+        self.find_domains()
+    }
+
+    /// Of each file its domains, as they were said.
+    pub fn domains_of_files(&self) -> impl ExactSizeIterator<Item = &[DomainRun]> {
+        self.files.iter().map(|file| &*file.runs)
+    }
+
+    /// How many domains its documents are of.
+    pub fn domain_count(&self) -> usize {
+        self.domain_count
+    }
+
+    fn find_domains(&mut self) -> Result<()> {
+        self.domains.clear();
+        let runs = self.files.iter().flat_map(|file| file.runs.iter());
+        self.domain_count = runs.map(|run| usize::from(run.domain) + 1).max().unwrap_or(1);
+        if self.domain_count == 1 {
+            return Ok(());
+        }
+        self.domains.try_reserve(self.segments.len()).map_err(Error::memory("the domains of a datastore"))?;
+        for (index, file) in self.files.iter().enumerate() {
+            let parts = || self.parts.iter().filter(|part| part.file == index);
+            let symbols = |part: &Part| match part.segment {
+                Some(segment) => self.segments[segment].symbols(),
+                None => part.documents,
+            };
+            let all = stretches(&file.runs, parts().map(symbols))?;
+            let searched = parts().zip(all).filter(|(part, _)| part.segment.is_some());
+            self.domains.extend(searched.map(|(_, stretches)| stretches));
+        }
+        Ok(())
     }
 
     /// The segments of a file that is being written, to be read from while nothing else changes them.
@@ -529,6 +605,13 @@ impl Datastore {
             .map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out, Everything))
     }
 
+    /// What can be looked up of a context: its last tokens, those of the vocabulary.
+    fn usable<'a>(&self, context: &'a [Token], max_length: usize) -> &'a [Token] {
+        let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
+        let usable = valid.take(max_length.min(MAX_MATCH)).count();
+        &context[context.len() - usable..]
+    }
+
     fn segment_at(&self, position: u64) -> Option<&Segment> {
         usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index))
     }
@@ -548,10 +631,27 @@ impl Datastore {
 
 impl Corpus for Datastore {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
-        let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
-        let usable = valid.take(max_length.min(MAX_MATCH)).count();
-        let context = &context[context.len() - usable..];
+        let context = self.usable(context, max_length);
         if let Some(mut lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
+            lookup.matches(max_samples, out);
+        }
+    }
+
+    fn domains(&self) -> usize {
+        self.domain_count
+    }
+
+    fn matches_by_domain(
+        &self,
+        context: &[Token],
+        max_length: usize,
+        max_samples: usize,
+        weights: &[f32; DOMAINS],
+        out: &mut Vec<Match>,
+    ) {
+        let context = self.usable(context, max_length);
+        if let Some(lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
+            let mut lookup = if self.domains.is_empty() { lookup } else { lookup.by_domain(&self.domains, weights) };
             lookup.matches(max_samples, out);
         }
     }

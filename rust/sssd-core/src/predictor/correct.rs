@@ -3,6 +3,7 @@
 //! The learned tables know the average request; this is what is special about one: a few biases on the log-odds,
 //! each moved by Newton steps on the logistic loss from a prior at 0, so that a handful of outcomes already counts.
 
+use crate::predictor::domains::Domains;
 use crate::predictor::support::KINDS;
 use crate::predictor::weights::{PROBABILITIES, scale};
 use crate::sources;
@@ -45,12 +46,14 @@ pub struct Calibration {
     odds: [f32; KINDS],
     /// What each source has lately given to the tokens that came.
     luck: [f32; sources::COUNT],
+    /// Which of the datastore's domains its text is like.
+    pub domains: Domains,
 }
 
 impl Default for Calibration {
     fn default() -> Self {
         let luck = [FIRST_LUCK; sources::COUNT];
-        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS], luck }
+        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS], luck, domains: Domains::default() }
     }
 }
 

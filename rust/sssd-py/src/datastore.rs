@@ -77,7 +77,8 @@ impl PyDatastore {
     ///         are passed over. A corpus has its own.
     ///     domains: for each file its documents by domain (source, say), in their order: (documents, tokens, domain) of those
     ///         that follow one another, domains from 0 to 15. By default each file is a domain, and a corpus tells its own.
-    ///         Drafts sample each domain by itself, and a request learns which ones its text is like.
+    ///         Drafts sample small domains (an eighth of all tokens or less, at most 2^21) by themselves, and a request learns
+    ///         which ones its text is like.
     ///     load: ``"mmap"`` maps the files, whose memory is shared with other processes; they must not be changed in
     ///         place meanwhile (replacing them is safe). Drafts never wait for a disk: they leave out what is not in
     ///         memory, have it read in the background, and look up for 200 us at most (``docs/large-stores.md``).
@@ -259,7 +260,7 @@ impl PyDatastore {
         let paths = store.absolute_paths().map(Path::to_owned).collect();
         let uuids = store.files().map(uuid).collect();
         let tombstones = store.tombstones_paths().map(|path| path.map(Path::to_owned)).collect();
-        let domains = self::domains(&store).collect();
+        let domains = domains(&store);
         Ok((py.import("sssd.datastore")?.getattr("_reopen")?, (paths, load, uuids, tombstones, domains)))
     }
 
@@ -289,7 +290,7 @@ impl PyDatastore {
 }
 
 /// Absolute paths, how they were opened, what identifies their contents, the paths of their tombstones, and their domains.
-type Files = (Vec<PathBuf>, &'static str, Vec<String>, Vec<Option<PathBuf>>, Vec<Vec<Run>>);
+type Files = (Vec<PathBuf>, &'static str, Vec<String>, Vec<Option<PathBuf>>, Option<Vec<Vec<Run>>>);
 
 /// What follows some occurrences.
 #[derive(Default)]

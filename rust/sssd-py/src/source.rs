@@ -122,8 +122,10 @@ impl Source {
     /// Of an open store's files.
     pub fn of_files(store: &Datastore) -> Self {
         let buried = store.tombstones_paths().map(|path| path.map(Path::to_owned));
-        let files = store.absolute_paths().map(Path::to_owned).zip(buried).zip(domains(store));
-        let files = files.map(|((path, tombstones), runs)| (path, tombstones, Some(runs))).collect();
+        let runs = domains(store)
+            .map_or_else(|| vec![None; store.files().len()], |runs| runs.into_iter().map(Some).collect());
+        let files = store.absolute_paths().map(Path::to_owned).zip(buried).zip(runs);
+        let files = files.map(|((path, tombstones), runs)| (path, tombstones, runs)).collect();
         Self { place: Place::Files(files), load: store.load() }
     }
 
@@ -155,7 +157,8 @@ impl Source {
         self.attempt(py, |files| match store {
             None => Ok(Ok(files.is_empty())),
             Some(store) => enter(py, true, || {
-                let files: Vec<_> = files.iter().map(|(path, tombstones, _)| (path, tombstones.as_ref())).collect();
+                let files: Vec<_> =
+                    files.iter().map(|(path, tombstones, _)| (path, tombstones.as_ref())).collect();
                 store.is_of(&files)
             }),
         })
@@ -197,10 +200,10 @@ impl Source {
     }
 }
 
-/// Of each file its domains.
-pub fn domains(store: &Datastore) -> impl Iterator<Item = Vec<Run>> {
+/// Of each file its domains, if they were said.
+pub fn domains(store: &Datastore) -> Option<Vec<Vec<Run>>> {
     let runs = |file: &[DomainRun]| file.iter().map(|run| (run.documents, run.tokens, run.domain)).collect();
-    store.domains_of_files().map(runs)
+    Some(store.domains_of_files()?.map(runs).collect())
 }
 
 fn open(files: &[File], load: Load, progress: &Progress) -> sssd_store::Result<Datastore> {
@@ -215,6 +218,7 @@ fn open(files: &[File], load: Load, progress: &Progress) -> sssd_store::Result<D
     let runs = files.iter().map(|(.., runs)| Some(runs.as_ref()?.iter().map(run).collect()));
     if let Some(domains) = runs.collect::<Option<Vec<_>>>() {
         store.set_domains(&domains)?;
+        store.read_domains(progress)?;
     }
     Ok(store)
 }

@@ -6,9 +6,10 @@ use smallvec::SmallVec;
 use sssd_core::{Corpus, DOMAINS, LogBilinear, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
-use crate::domains::{DomainRun, Stretches, stretches};
+use crate::domains::{DomainRun, Stretches, numbers, stretches};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry, TablesEntry};
 use crate::lookup::{Lookup, MAX_MATCH, OFFSET_BITS, length, position, sample};
+use crate::own::Own;
 use crate::progress::Progress;
 use crate::residency::Everything;
 #[cfg(test)]
@@ -25,7 +26,11 @@ pub struct Datastore {
     segments: Vec<Segment>,
     /// Of each segment which domain its text is of, if there are several.
     domains: Vec<Stretches>,
-    domain_count: usize,
+    /// The number of each domain that was said, 0 for all that are not small, and whether they were said.
+    numbers: Vec<u8>,
+    domains_said: bool,
+    /// Of each number the tokens, and what follows tokens there, once that has been read.
+    owns: Vec<(u64, Option<Arc<Own>>)>,
     parts: Vec<Part>,
     vocab_size: u32,
     merged: Merged,
@@ -161,7 +166,9 @@ impl Datastore {
             files: Vec::new(),
             segments: Vec::new(),
             domains: Vec::new(),
-            domain_count: 1,
+            numbers: Vec::new(),
+            domains_said: false,
+            owns: Vec::new(),
             parts: Vec::new(),
             vocab_size: 0,
             merged: Merged::empty(),
@@ -287,8 +294,11 @@ impl Datastore {
     pub fn union<'a>(stores: impl IntoIterator<Item = &'a Self>) -> Result<Self> {
         let memory = || Error::memory("the segments of a datastore");
         let mut all = Self::empty();
-        let mut known = 0;
+        let (mut known, mut owns, mut stores_held) = (0, Vec::new(), 0);
         for store in stores {
+            stores_held += 1;
+            owns.clone_from(&store.owns);
+            all.domains_said |= store.domains_said;
             for file in &store.files {
                 all.files.first().map_or(Ok(()), |first| agree(&first.info, &file.info))?;
                 all.files.try_reserve(1).map_err(memory())?;
@@ -297,7 +307,7 @@ impl Datastore {
                     file.runs = file.runs.iter().map(|run| run.after(known)).collect();
                 }
             }
-            known += store.domain_count();
+            known += store.numbers.len();
             let (files, segments) = (all.files.len() - store.files.len(), all.segments.len());
             all.parts.try_reserve(store.parts.len()).map_err(memory())?;
             all.segments.try_reserve(store.segments.len()).map_err(memory())?;
@@ -309,7 +319,11 @@ impl Datastore {
             all.segments.extend(store.segments.iter().cloned());
             all.vocab_size = store.vocab_size;
         }
-        all.complete()
+        let mut all = all.complete()?;
+        if stores_held == 1 {
+            all.owns = owns;
+        }
+        Ok(all)
     }
 
     /// Whether these files, with the tombstones of each, hold what is open. Reads only their headers.
@@ -356,7 +370,9 @@ impl Datastore {
     pub fn set_domains(&mut self, files: &[Vec<DomainRun>]) -> Result<()> {
         if files.len() != self.files.len() {
             let (given, files) = (files.len(), self.files.len());
-            return Err(Error::InvalidArgument(format!("domains of {given} files are given, not of {files}")));
+            return Err(Error::InvalidArgument(format!(
+                "domains of {given} files are given, not of {files}"
+            )));
         }
         for (file, runs) in self.files.iter_mut().zip(files) {
             let sum = |of: fn(&DomainRun) -> u64| runs.iter().map(of).fold(0, u64::saturating_add);
@@ -374,24 +390,25 @@ impl Datastore {
             }
             file.runs = runs.as_slice().into();
         }
+        self.domains_said = true;
         self.find_domains()
     }
 
-    /// Of each file its domains, as they were said.
-    pub fn domains_of_files(&self) -> impl ExactSizeIterator<Item = &[DomainRun]> {
-        self.files.iter().map(|file| &*file.runs)
-    }
-
-    /// How many domains its documents are of.
-    pub fn domain_count(&self) -> usize {
-        self.domain_count
+    /// Of each file its domains, if they were said.
+    pub fn domains_of_files(&self) -> Option<impl ExactSizeIterator<Item = &[DomainRun]>> {
+        self.domains_said.then(|| self.files.iter().map(|file| &*file.runs))
     }
 
     fn find_domains(&mut self) -> Result<()> {
         self.domains.clear();
-        let runs = self.files.iter().flat_map(|file| file.runs.iter());
-        self.domain_count = runs.map(|run| usize::from(run.domain) + 1).max().unwrap_or(1);
-        if self.domain_count == 1 {
+        let runs = || self.files.iter().flat_map(|file| file.runs.iter());
+        let mut tokens = vec![0u64; runs().map(|run| usize::from(run.domain) + 1).max().unwrap_or(1)];
+        runs().for_each(|run| tokens[usize::from(run.domain)] += run.tokens);
+        let (numbers, count) = numbers(&tokens);
+        let mut owns = vec![(0, None); count];
+        numbers.iter().zip(tokens).for_each(|(&number, tokens)| owns[usize::from(number)].0 += tokens);
+        (self.numbers, self.owns) = (numbers, owns);
+        if count == 1 {
             return Ok(());
         }
         self.domains.try_reserve(self.segments.len()).map_err(Error::memory("the domains of a datastore"))?;
@@ -401,11 +418,22 @@ impl Datastore {
                 Some(segment) => self.segments[segment].symbols(),
                 None => part.documents,
             };
-            let all = stretches(&file.runs, parts().map(symbols))?;
+            let all = stretches(&file.runs, &self.numbers, parts().map(symbols))?;
             let searched = parts().zip(all).filter(|(part, _)| part.segment.is_some());
             self.domains.extend(searched.map(|(_, stretches)| stretches));
         }
         Ok(())
+    }
+
+    /// Of a file the documents that follow one another in a domain, with their symbols and the domain's number.
+    pub(crate) fn numbered_runs(&self, file: usize) -> impl Iterator<Item = (u64, u64, u8)> {
+        let number = |run: &DomainRun| self.numbers[usize::from(run.domain)];
+        self.files[file].runs.iter().map(move |run| (run.documents, run.documents + run.tokens, number(run)))
+    }
+
+    /// Of the domain of each number its tokens, and room for what follows tokens there.
+    pub(crate) fn owns_mut(&mut self) -> &mut [(u64, Option<Arc<Own>>)] {
+        &mut self.owns
     }
 
     /// The segments of a file that is being written, to be read from while nothing else changes them.
@@ -638,7 +666,7 @@ impl Corpus for Datastore {
     }
 
     fn domains(&self) -> usize {
-        self.domain_count
+        self.owns.len().max(1)
     }
 
     fn matches_by_domain(
@@ -651,7 +679,8 @@ impl Corpus for Datastore {
     ) {
         let context = self.usable(context, max_length);
         if let Some(lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
-            let mut lookup = if self.domains.is_empty() { lookup } else { lookup.by_domain(&self.domains, weights) };
+            let mut lookup =
+                if self.domains.is_empty() { lookup } else { lookup.by_domain(&self.domains, weights) };
             lookup.matches(max_samples, out);
         }
     }
@@ -687,6 +716,27 @@ impl Corpus for Datastore {
             let parts = parts.map(|segment| (held(segment) as f32 / total as f32, segment.successors(token)));
             self.merged.merge(parts, count, out) && whole
         });
+    }
+
+    fn successors_by_domain(&self, token: Token, weights: &[f32; DOMAINS], out: &mut Vec<(Token, f32)>) {
+        let best =
+            (0..self.owns.len()).fold(0, |best, at| if weights[at] > weights[best] { at } else { best });
+        if let Some((own, Some(lists))) = self.owns.get(best) {
+            let counted = |(own, weight): (&(u64, _), &f32)| own.0 as f32 * weight;
+            let (all, tokens) = self
+                .owns
+                .iter()
+                .zip(weights)
+                .fold((0.0, 0), |(all, tokens), held| (all + counted(held), tokens + held.0.0));
+            let others = (all - *own as f32) / (tokens - own).max(1) as f32;
+            if let Some(list) = lists.successors(token, others.max(0.0)) {
+                if out.try_reserve(list.len()).is_ok() {
+                    out.extend_from_slice(list);
+                }
+                return;
+            }
+        }
+        self.successors(token, out);
     }
 
     fn tables(&self) -> Option<&dyn LogBilinear> {

@@ -67,15 +67,38 @@ impl DomainRun {
     }
 }
 
+/// A domain is small, and told from all that are not, if it has no more tokens, and no more than this part of all.
+const MOST_TOKENS: u64 = 1 << 21;
+const PART: u64 = 8;
+
+/// The number of each domain that look-ups go by: 0 for all that are not small, the next ones for
+/// those that are; and how many numbers there are. `tokens` has those of each domain, as it was said.
+pub fn numbers(tokens: &[u64]) -> (Vec<u8>, usize) {
+    let all: u64 = tokens.iter().sum();
+    let is_small = |own: u64| own > 0 && own <= MOST_TOKENS && own <= all / PART;
+    let (mut numbers, mut next) = (Vec::new(), 0);
+    for &own in tokens {
+        let small = is_small(own) && next + 1 < DOMAINS;
+        next += usize::from(small);
+        numbers.push(if small { next as u8 } else { 0 });
+    }
+    (numbers, next + 1)
+}
+
 /// The stretches of segments of so many symbols, which follow one another.
-pub fn stretches(runs: &[DomainRun], segments: impl Iterator<Item = u64>) -> Result<Vec<Stretches>> {
+pub fn stretches(
+    runs: &[DomainRun],
+    numbers: &[u8],
+    segments: impl Iterator<Item = u64>,
+) -> Result<Vec<Stretches>> {
     let memory = || Error::memory("the domains of a datastore");
     let mut bounds: Vec<(u64, u8)> = Vec::new();
     bounds.try_reserve_exact(runs.len()).map_err(memory())?;
     let mut end = 0u64;
     for run in runs.iter().filter(|run| run.documents > 0) {
-        if bounds.last().is_none_or(|last| last.1 != run.domain) {
-            bounds.push((end, run.domain));
+        let number = numbers[usize::from(run.domain)];
+        if bounds.last().is_none_or(|last| last.1 != number) {
+            bounds.push((end, number));
         }
         end = end.saturating_add(run.documents).saturating_add(run.tokens);
     }
@@ -102,7 +125,7 @@ pub struct Shares<'a> {
 }
 
 /// Least samples of a domain whose occurrences count whole, if it has so many.
-const LEAST: f32 = 8.0;
+const LEAST: f32 = 16.0;
 
 impl Shares<'_> {
     /// What the occurrences of all domains count.
@@ -116,7 +139,7 @@ impl Shares<'_> {
         std::array::from_fn(|domain| {
             let (seen, weight) = (self.seen[domain], self.weights[domain]);
             let wanted = (seen as f32 * weight * rate).max(LEAST * weight);
-            seen.min(wanted.ceil() as usize)
+            seen.min(wanted.round() as usize)
         })
     }
 }

@@ -25,7 +25,7 @@ const LONGEST: Duration = Duration::from_micros(100);
 const NEIGHBOURS: u64 = 4;
 /// Occurrences of a length whose domains are asked for, where a store has several, and fewer where tombstones make finding
 /// them slow.
-const SEEN: usize = 512;
+const SEEN: usize = 256;
 const SEEN_AMONG_DEAD: usize = 128;
 
 /// One segment's occurrences of so many tokens: nothing if they could not be looked up.
@@ -213,14 +213,7 @@ impl<'a> Lookup<'a> {
     }
 
     /// Appends the first of these suffixes whose text can be had, if there is one.
-    fn take(
-        &self,
-        index: usize,
-        ranks: Interval,
-        length: usize,
-        domain: u8,
-        out: &mut Vec<Match>,
-    ) -> bool {
+    fn take(&self, index: usize, ranks: Interval, length: usize, domain: u8, out: &mut Vec<Match>) -> bool {
         let segment = &self.segments[index];
         let start = match segment.residency() {
             None => segment.position(ranks.start, Everything),

@@ -183,7 +183,7 @@ pub struct Vote {
     pub domain: u8,
 }
 
-/// What a domain of the datastore says of a candidate: the weight of one occurrence after a context of this class.
+/// What a domain of the datastore says of a candidate: what a sample after a context of this class counts.
 #[derive(Clone, Copy)]
 pub struct Voice {
     pub candidate: u32,

@@ -35,11 +35,10 @@ pub fn blend(
     for vote in votes {
         let source = usize::from(vote.source);
         let prob = &mut candidates[vote.candidate as usize].probs[source];
-        let value = vote.weight * values[source][usize::from(vote.class)];
-        *prob += value;
+        *prob += vote.weight * values[source][usize::from(vote.class)];
         if let Some(voices) = voices.as_deref_mut().filter(|_| source == STORE) {
-            let Vote { candidate, class, domain, .. } = *vote;
-            push(voices, Voice { candidate, weight: value, class, domain });
+            let Vote { candidate, weight, class, domain, .. } = *vote;
+            push(voices, Voice { candidate, weight, class, domain });
         }
         peaks[source] = peaks[source].max(*prob);
     }
@@ -177,7 +176,8 @@ mod tests {
         let mut tally = Tally::default();
         (tally.counts[STORE][3], tally.distinct[STORE][3], tally.held[STORE]) = (0.25, 1, 0b1010);
         (tally.counts[STORE][1], tally.distinct[STORE][1]) = (2.0, 1);
-        let vote = |candidate, class, weight| Vote { candidate, weight, source: STORE as u8, class, domain: 1 };
+        let vote =
+            |candidate, class, weight| Vote { candidate, weight, source: STORE as u8, class, domain: 1 };
         let votes = [vote(0, 3, 0.25), vote(1, 1, 2.0)];
         let mut candidates = [Candidate::new(5, 0, 1), Candidate::new(6, 0, 1)];
         let (mut contexts, mut voices, mut expansion) = (Vec::new(), Vec::new(), Expansion::default());
@@ -191,7 +191,7 @@ mod tests {
         assert!((second - (1.0 - held) * (1.0 - model.escape(short))).abs() < 1e-6);
         assert_eq!(contexts, [(1, short)]);
         let said: Vec<_> = voices.iter().map(|v| (v.candidate, v.class, v.domain, v.weight)).collect();
-        assert_eq!(said, [(0, 3, 1, first), (1, 1, 1, second)]);
+        assert_eq!(said, [(0, 3, 1, 0.25), (1, 1, 1, 2.0)]);
     }
 
     #[test]

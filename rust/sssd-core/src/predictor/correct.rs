@@ -53,7 +53,13 @@ pub struct Calibration {
 impl Default for Calibration {
     fn default() -> Self {
         let luck = [FIRST_LUCK; sources::COUNT];
-        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], odds: [1.0; KINDS], luck, domains: Domains::default() }
+        Self {
+            knots: [NEUTRAL; KNOTS],
+            kinds: [NEUTRAL; KINDS],
+            odds: [1.0; KINDS],
+            luck,
+            domains: Domains::default(),
+        }
     }
 }
 
@@ -67,6 +73,7 @@ fn position(prob: f32) -> (usize, f32) {
 impl Calibration {
     /// Sets what the model says of each kind, before a draft.
     pub fn start(&mut self, biases: &[f32]) {
+        self.domains.start();
         for ((odds, kind), bias) in self.odds.iter_mut().zip(&self.kinds).zip(biases) {
             *odds = (kind.centred + bias).exp();
         }

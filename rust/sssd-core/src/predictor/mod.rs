@@ -127,7 +127,11 @@ impl Predictor {
         let ranking = &mut self.ranking;
         successors.clear();
         if let Some(store) = inputs.store {
-            store.successors(token, successors);
+            if store.domains() > 1 {
+                store.successors_by_domain(token, inputs.calibration.domains.weights(), successors);
+            } else {
+                store.successors(token, successors);
+            }
             expansion.gates[SUCCESSORS] = mix::list_gate(SUCCESSORS, successors);
         }
         mix::weigh(model, &mut expansion);

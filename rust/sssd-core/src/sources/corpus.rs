@@ -58,6 +58,11 @@ pub trait Corpus: Send + Sync {
     /// of the token's occurrences.
     fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>);
 
+    /// The same where an occurrence in each domain counts `weights`.
+    fn successors_by_domain(&self, token: Token, _weights: &[f32; DOMAINS], out: &mut Vec<(Token, f32)>) {
+        self.successors(token, out);
+    }
+
     /// What it has learned for ranking candidates, if it has.
     fn tables(&self) -> Option<&dyn LogBilinear> {
         None

@@ -1,8 +1,8 @@
-"""Measures whether small domains drown: a workload's own source alone, all sources, all but its own, each domain by itself.
+"""Measures whether small domains drown: a workload's own source alone, all but it, all together, by domain.
 
-``python benches/domains.py STREAMS TRACES OUT.json`` with the folder that holds ``store.npy`` (30.9 M tokens) and
-``dev.*.jsonl``, and the one with ``datastore/NAME.jsonl.xz``, whose texts ``store.npy`` holds in the order of the
-names; ``--work`` names a folder for 2 GB of stores, which are built once.
+``python benches/domains.py STREAMS TRACES OUT.json --work FOLDER`` with the folder that holds ``store.npy``
+(30.9 M tokens) and ``dev.*.jsonl``, the one with ``datastore/NAME.jsonl.xz``, whose texts ``store.npy`` holds
+in the order of the names, and one for up to 2 GB of stores, which are built once.
 """
 
 import argparse
@@ -135,7 +135,9 @@ def main() -> None:
 
 
 def write(output: Path, places: dict[str, Any], found: dict[str, Any]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
     content = {
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,8 @@
-"""Drafts from a datastore with several domains, and what a request learns of these, against ``reference.py``."""
+"""Drafts from a datastore with several domains, and what a request learns of them, against ``reference``."""
 
 import random
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 import world
@@ -19,7 +20,9 @@ def kinds() -> list[list[list[int]]]:
     rng = random.Random(3)
     other = list(range(world.VOCABULARY))
     rng.shuffle(other)
-    small = [[other[token] if n % 3 else token for n, token in enumerate(world.text(rng, 120))] for _ in range(8)]
+    small = [
+        [other[token] if n % 3 else token for n, token in enumerate(world.text(rng, 120))] for _ in range(8)
+    ]
     return [[world.text(rng, 300) for _ in range(20)], [world.text(rng, 300) for _ in range(6)], small]
 
 
@@ -31,9 +34,13 @@ def stores(tmp_path_factory):
     runs = [[(len(own), sum(map(len, own)), n)] for n, own in enumerate(kinds())]
     followed = defaultdict(list)
     for ids in kinds()[2]:
-        for token, after in zip(ids, ids[1:], strict=False):
+        for token, after in pairwise(ids):
             followed[token].append(after)
-    return Datastore.open(files, domains=runs), [Datastore.open(files[:2]), Datastore.open(files[2])], {1: followed}
+    return (
+        Datastore.open(files, domains=runs),
+        [Datastore.open(files[:2]), Datastore.open(files[2])],
+        {1: followed},
+    )
 
 
 @given(seed=st.integers(0, 2**32), kind=st.integers(0, 2))
@@ -42,7 +49,12 @@ def test_drafts_and_what_they_teach_of_domains(seed, kind, stores):
     rng = random.Random(seed)
     store, alone, small = stores
     drafter = Drafter(
-        vocab_size=world.VOCABULARY, end_token_ids=[END], datastore=store, live_bytes=0, soft_bytes=0, threads=1
+        vocab_size=world.VOCABULARY,
+        end_token_ids=[END],
+        datastore=store,
+        live_bytes=0,
+        soft_bytes=0,
+        threads=1,
     )
     text = rng.choice(kinds()[kind])
     prompt, text = text[:20], text[20:]

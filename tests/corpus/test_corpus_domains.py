@@ -51,7 +51,7 @@ def test_what_is_deleted_is_no_domain(corpus):
 
 
 @pytest.mark.parametrize(
-    "sources, count",
+    ("sources", "count"),
     [
         ([f"logs/{n}" for n in range(16)], 16),
         ([f"logs/{n}" for n in range(17)], 1),
@@ -67,7 +67,7 @@ def test_too_many_sources_are_taken_together_by_folder(corpus, sources, count):
 
 
 def test_a_request_learns_which_domain_it_is_like(tmp_path):
-    """Where one domain goes on in twenty ways, each three times, and another once, otherwise: no token twice."""
+    """After each context one domain goes on in twenty ways, each three times, another once."""
     large = [[n, 150 + n, 300 + (n + way) % 100] for n in range(100) for way in range(20) for _ in range(3)]
     small = [[n, 150 + n, 400 + n] for n in range(100)]
     corpus = Corpus(tmp_path / "corpus")
@@ -86,7 +86,7 @@ def test_a_request_learns_which_domain_it_is_like(tmp_path):
         tree = sequence.draft(64)
         ids = tree.token_ids.tolist()
         probs[kind] = float(tree.probs[ids.index(430)]) if 430 in ids else 0.0
-    assert probs["apart"] > 0.3 > 0.1 > probs["together"], probs
+    assert probs["apart"] > probs["together"] + 0.2, probs
 
 
 @pytest.mark.parametrize(

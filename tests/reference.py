@@ -7,7 +7,7 @@ shared with the Rust code but the datastore's look-ups, which have an oracle of 
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any
@@ -25,6 +25,7 @@ FEEDBACK_ORDERS = (1, 2, 3, 5)
 LONGEST = 32
 SAMPLES, SHORTER_SAMPLES, LOWER_SAMPLES = 64, 16, 8
 WORTH_LOWER, WORTH_OFFERING, LEAST_REFINED = 0.04, 0.0006, 0.003
+WORTH_VOICES = 0.04
 COPY = 7
 NONE = -1
 
@@ -134,12 +135,13 @@ class Sample:
     rest: list[int]
     length: int
     weight: float = 1.0
+    domain: int = 0
 
     def after(self) -> "Sample":
         length = self.length + 1
         if self.source == ALIGNED:  # found again: a copy as of 4 tokens, a prediction as of 9
             length = 4 if self.length <= 4 else 9 if self.length <= 8 else length
-        return Sample(self.source, self.rest[1:], min(length, LONGEST), self.weight)
+        return Sample(self.source, self.rest[1:], min(length, LONGEST), self.weight, self.domain)
 
 
 @dataclass
@@ -152,6 +154,9 @@ class Expansion:
     said: dict[int, tuple[float, int]]
     gates: dict[int, tuple[int, ...]]
     weights: dict[int, float]
+    voices: list[tuple[int, float, int, int]] = field(default_factory=list)
+    """Of a datastore with several domains: token, what the sample counts, class, domain."""
+    told_apart: bool = False
 
 
 class Knowledge:
@@ -200,6 +205,72 @@ class Bias:
             self.gradient = self.pending = 0.0
 
 
+class Domains:
+    """How much an occurrence counts in each domain of a datastore, of which each has a store of its own."""
+
+    def __init__(self, stores: list[Any], small: dict[int, dict[int, list[int]]]):
+        self.stores, self.small = stores, small
+        self.evidence, self.weights = [0.0] * len(stores), [1.0] * len(stores)
+
+    def start(self) -> None:
+        self.weights = [max(exp(evidence), 0.01) for evidence in self.evidence]
+
+    def samples(self, text: list[int]):
+        """Of each domain by itself: as many as its occurrences count, 16 at least, evenly spread."""
+        for length in range(min(8, len(text)), 0, -1):
+            found = [
+                store.continuations(text[-length:], limit=1000, max_tokens=100)
+                if store.count(text[-length:])
+                else []
+                for store in self.stores
+            ]
+            total = sum(len(own) * weight for own, weight in zip(found, self.weights, strict=True))
+            assert sum(map(len, found)) <= 256, "more are known by a part of them"
+            if total == 0:
+                continue
+            for domain, (own, weight) in enumerate(zip(found, self.weights, strict=True)):
+                wanted = max(len(own) * weight * min(SAMPLES / total, 1), 16 * weight)
+                wanted = min(len(own), math.floor(wanted + 0.5))
+                due = len(own) // 2
+                for rest in own:
+                    due += wanted
+                    if due >= len(own):
+                        due -= len(own)
+                        yield Sample(STORE, rest.tolist(), length, weight * len(own) / wanted, domain)
+            if total >= 2 * SAMPLES or length == 2:
+                return
+
+    def successors(self, token: int) -> list[tuple[int, float]]:
+        """Those of the domain that counts most, if it is small and has most of what counts of the token."""
+        best = self.weights.index(max(self.weights))
+        sizes = [store.count([]) for store in self.stores]
+        others = sum(size * weight for size, weight in zip(sizes, self.weights, strict=True)) - sizes[best]
+        others /= max(sum(sizes) - sizes[best], 1)
+        followed = self.small.get(best, {}).get(token, [])
+        part = len(followed) / max(sum(store.count([token]) for store in self.stores), 1)
+        if part * (1 + others) <= others:
+            return []
+        counts = Counter(followed)
+        order = sorted(counts, key=lambda other: (-counts[other], other))[:32]
+        return [(other, counts[other] / len(followed)) for other in order]
+
+    def learn(self, voices: list[tuple[int, float, int, int]], truth: int) -> None:
+        """Each domain alone is an expert that predicts the token that came."""
+
+        def blended(domain: int) -> float:
+            prob, rest = 0.1, 1.0
+            for klass in range(CLASSES - 1, -1, -1):
+                held = [(t, w / self.weights[d]) for t, w, k, d in voices if k == klass and d == domain]
+                count = sum(weight for _, weight in held)
+                prob += rest * sum(weight for token, weight in held if token == truth) / (count + 1)
+                rest /= count + 1
+            return prob
+
+        if voices:
+            found = [0.98 * before + math.log(blended(domain)) for domain, before in enumerate(self.evidence)]
+            self.evidence = [max(evidence - max(found), -8.0) for evidence in found]
+
+
 class Request:
     def __init__(
         self,
@@ -223,6 +294,7 @@ class Request:
         self.knots = [Bias(1.0) for _ in range(8)]
         self.kinds = [Bias(6.0) for _ in range(KINDS)]
         self.followed: tuple[int, ...] | None = None
+        self.domains: Domains | None = None
 
     # looking up
 
@@ -273,6 +345,9 @@ class Request:
                 yield Sample(ALIGNED, self.tokens[position:end], length + (4 if self.predicted else 0))
 
     def store_samples(self):
+        if self.domains:
+            yield from self.domains.samples(self.tokens[self.predicted :])
+            return
         text = self.tokens[self.predicted :]
         for length in range(min(8, len(text)), 0, -1):
             total = self.store.count(text[-length:])
@@ -315,6 +390,8 @@ class Request:
         self.age = min(max(self.output, 1).bit_length() - 1, AGES - 1)
         biases = self.weights.ages[self.age]
         self.odds = [exp(kind.centred + bias) for kind, bias in zip(self.kinds, biases, strict=True)]
+        if self.domains:
+            self.domains.start()
         self.expansions: dict[tuple[int, ...], Expansion] = {}
         self.followed = () if self.tokens and self.tokens[-1] not in self.end_tokens else None
 
@@ -334,6 +411,7 @@ class Request:
             samples, above = [*self.request_samples(), *self.aligned_samples()], 1.0
             samples += [*(self.store_samples() if self.store else ()), *self.live_samples()]
         out = Expansion({}, {source: [] for source in BLENDED}, {}, {}, {})
+        out.told_apart = above >= WORTH_VOICES
         self.blend(samples, out)
         self.blend_feedback(node, out)
         successors = self.successors(node[-1] if node else self.tokens[-1])
@@ -364,6 +442,8 @@ class Request:
                 longest = candidate.classes.get(sample.source, NONE)
                 candidate.classes[sample.source] = max(longest, klass)
                 votes[sample.source][klass].append((token, sample.weight))
+                if sample.source == STORE and self.domains and out.told_apart:
+                    out.voices.append((token, sample.weight, klass, sample.domain))
         for source, by_class in votes.items():
             rest = 1.0
             for klass in sorted(by_class, reverse=True):
@@ -371,12 +451,14 @@ class Request:
                 count = sum(weight for k in voting for _, weight in by_class[k])
                 seen = sum(c.classes.get(source, NONE) >= klass for c in out.candidates.values())
                 cell = escape_cell(source, klass, count, seen)
-                escape = self.weights.escapes[cell][0] / 65536
+                # less than one occurrence that counts whole is worth as much less, and no lesson
+                held = (1 - self.weights.escapes[cell][0] / 65536) * min(count, 1.0)
                 for k in voting:
                     for token, weight in by_class[k]:
-                        out.candidates[token].probs[source] += rest * (1 - escape) * weight / count
-                rest *= escape
-                out.contexts[source].append((klass, cell))
+                        out.candidates[token].probs[source] += rest * held * weight / count
+                rest *= 1 - held
+                if count >= 1:
+                    out.contexts[source].append((klass, cell))
             peak = max(candidate.probs[source] for candidate in out.candidates.values())
             out.gates[source] = gate_cell(source, max(by_class), peak)
 
@@ -411,6 +493,8 @@ class Request:
     def successors(self, token: int) -> list[tuple[int, float]]:
         if self.store is None:
             return []
+        if self.domains and (own := self.domains.successors(token)):
+            return own
         ids, shares = self.store.successors(token)
         return list(zip(ids.tolist(), shares.tolist(), strict=True))
 
@@ -507,6 +591,8 @@ class Request:
                     step = 0.02 * (weight * truth.probs[source] / truth.mixed - weight)
                     self.weights.gates[cell] = min(max(self.weights.gates[cell] + step, -8.0), 8.0)
             self.learn_refinements(evidence, token)
+            if truth is not None and self.domains:
+                self.domains.learn(evidence.voices, token)
             for bias in (*self.knots, *self.kinds):
                 bias.learn()
 

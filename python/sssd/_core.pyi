@@ -1271,6 +1271,7 @@ class Datastore:
         vocab_size: int | None = None,
         fingerprint: bytes | None = None,
         tombstones: SequenceABC[_StrPath | None] | None = None,
+        domains: SequenceABC[SequenceABC[tuple[int, int, int]]] | None = None,
     ) -> Datastore:
         """Opens one file, or several as one store, or the corpus in a folder (``sssd.corpus``) as it is now.
 
@@ -1278,6 +1279,10 @@ class Datastore:
             paths: a path or a sequence of paths.
             tombstones: for each file the path of what ``write_tombstones`` has written for it, or None: its dead documents
                 are passed over. A corpus has its own.
+            domains: for each file its documents by domain (source, say), in their order: (documents, tokens, domain) of those
+                that follow one another, domains from 0 to 15. By default each file is a domain, and a corpus tells its own.
+                Drafts sample small domains (an eighth of all tokens or less, at most 2^21) by themselves, and a request learns
+                which ones its text is like.
             load: ``"mmap"`` maps the files, whose memory is shared with other processes; they must not be changed in
                 place meanwhile (replacing them is safe). Drafts never wait for a disk: they leave out what is not in
                 memory, have it read in the background, and look up for 200 us at most (``docs/large-stores.md``).
@@ -1292,7 +1297,8 @@ class Datastore:
                 segments with tokens; or tombstones are damaged.
             DatastoreVersionError: a file has a format version that this release cannot read.
             VocabularyMismatchError: vocabularies or tokenizers differ.
-            InvalidArgumentError: no path, an empty corpus, tombstones of another file, or an argument out of range.
+            InvalidArgumentError: no path, an empty corpus, tombstones of another file, domains that are not those of the
+                files' documents, or an argument out of range.
             MemoryError: there is no memory for it.
         """
     @property

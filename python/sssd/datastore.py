@@ -86,9 +86,10 @@ def _reopen(
     load: Literal["mmap", "mmap-wait", "ram"],
     uuids: list[str],
     tombstones: list[Path | None] | None = None,
+    domains: list[list[tuple[int, int, int]]] | None = None,
 ) -> Datastore:
     """The datastore of a pickle: the same files, by their contents."""
-    store = Datastore.open(paths, load=load, tombstones=tombstones)
+    store = Datastore.open(paths, load=load, tombstones=tombstones, domains=domains)
     for path, file, uuid in zip(paths, store.info.files, uuids, strict=True):
         if file.uuid != uuid:
             store.close()

@@ -3,7 +3,7 @@ guide.
 """
 
 from sssd.corpus.adding import Added
-from sssd.corpus.corpus import Corpus, Document, files
+from sssd.corpus.corpus import Corpus, Document, files, opened
 from sssd.corpus.deleting import Removed
 from sssd.corpus.manifest import Dead, Manifest, Part, Segment
 from sssd.corpus.remote import Copied, pull, push
@@ -22,6 +22,7 @@ __all__ = [
     "Removed",
     "Segment",
     "files",
+    "opened",
     "pull",
     "push",
 ]

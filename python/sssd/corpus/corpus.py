@@ -17,6 +17,7 @@ from sssd.corpus import deleting
 from sssd.corpus.adding import Added, Found, Origin, add_inputs, adopt, split_datastores
 from sssd.corpus.deleting import Chooses, Removed, delete
 from sssd.corpus.documents import CONTENT, LENGTH, bounds, content_hash, with_dead
+from sssd.corpus.domains import Run, domains
 from sssd.corpus.folder import SHARDS, Folder, load_dead, load_table, writing
 from sssd.corpus.manifest import Manifest, Segment, check_metadata, is_own, load_manifest
 from sssd.corpus.segments import Limits, open_segment, rewritten, settled
@@ -59,6 +60,20 @@ def files(folder: str | os.PathLike[str]) -> list[tuple[Path, Path | None]]:
     return [
         (path / segment.file, None if segment.dead is None else path / segment.dead.tombstones)
         for segment in load_manifest(path).segments
+    ]
+
+
+def opened(folder: str | os.PathLike[str]) -> list[tuple[Path, Path | None, list[Run]]]:
+    """The same, each with its documents by domain, as ``Datastore.open`` takes them.
+
+    Raises:
+        As :func:`files`.
+    """
+    path = Path(folder)
+    manifest = load_manifest(path)
+    return [
+        (path / segment.file, None if segment.dead is None else path / segment.dead.tombstones, runs)
+        for segment, runs in zip(manifest.segments, domains(manifest), strict=True)
     ]
 
 

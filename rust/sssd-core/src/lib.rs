@@ -31,7 +31,7 @@ pub use ranking::network::{FEATURES, HIDDEN, Network};
 pub use ranking::record::{Ranked, RankingRecord};
 pub use sequence::Sequence;
 pub use sources::NAMES as SOURCES;
-pub use sources::corpus::{Corpus, Match, StoreSlot};
+pub use sources::corpus::{Corpus, DOMAINS, Match, StoreSlot};
 pub use sources::feedback::{TOP_K, TopK};
 pub use sources::seqlock::WORDS as FEEDBACK_WORDS;
 pub use stats::{Outcome, SourceStats, Stats};

@@ -595,7 +595,12 @@ mod tests {
             let last = context.last().map_or(0, |&token| u64::from(token));
             let length = (last as usize % 3 + 1).min(context.len()).min(max_length) as u32;
             let samples = (last as usize + 1).min(max_samples) as u64;
-            out.extend((0..samples).map(|n| Match { position: last * 5 + n * n, length, weight: 1.5 }));
+            out.extend((0..samples).map(|n| Match {
+                position: last * 5 + n * n,
+                length,
+                weight: 1.5,
+                domain: 0,
+            }));
         }
 
         fn continuation(&self, position: u64, out: &mut [Token]) -> usize {

@@ -15,7 +15,8 @@ struct Cycle;
 impl Corpus for Cycle {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
         let length = context.len().min(max_length) as u32;
-        let found = (0..max_samples as u64).map(|n| Match { position: n * 7, length, weight: 2.0 });
+        let found =
+            (0..max_samples as u64).map(|n| Match { position: n * 7, length, weight: 2.0, domain: 0 });
         out.extend(found);
     }
 

@@ -215,7 +215,7 @@ impl Given {
     fn new(datastore: &Bound<'_, PyAny>, load: &str) -> PyResult<Self> {
         let py = datastore.py();
         let Ok(store) = datastore.cast::<PyDatastore>() else {
-            return Ok(Self::Place(Source::new(datastore, None, load)?.absolute()));
+            return Ok(Self::Place(Source::new(datastore, None, None, load)?.absolute()));
         };
         let (store, source) = (store.get().store(py)?, store.get().source(py)?.absolute());
         Ok(Self::Open(Named { store: Some(store), source }))

@@ -13,7 +13,7 @@ use sssd_store::{
 
 use crate::boundary::{Running, enter, let_others_run, watched};
 use crate::errors::{error, raised};
-use crate::source::Source;
+use crate::source::{Run, Source, domains};
 use crate::tokens::{int32, tokens};
 
 /// Token ids read from Python, and arrays given to it, between two moments in which other threads can run.
@@ -75,6 +75,10 @@ impl PyDatastore {
     ///     paths: a path or a sequence of paths.
     ///     tombstones: for each file the path of what ``write_tombstones`` has written for it, or None: its dead documents
     ///         are passed over. A corpus has its own.
+    ///     domains: for each file its documents by domain (source, say), in their order: (documents, tokens, domain) of those
+    ///         that follow one another, domains from 0 to 15. By default each file is a domain, and a corpus tells its own.
+    ///         Drafts sample small domains (an eighth of all tokens or less, at most 2^21) by themselves, and a request learns
+    ///         which ones its text is like.
     ///     load: ``"mmap"`` maps the files, whose memory is shared with other processes; they must not be changed in
     ///         place meanwhile (replacing them is safe). Drafts never wait for a disk: they leave out what is not in
     ///         memory, have it read in the background, and look up for 200 us at most (``docs/large-stores.md``).
@@ -89,10 +93,11 @@ impl PyDatastore {
     ///         segments with tokens; or tombstones are damaged.
     ///     DatastoreVersionError: a file has a format version that this release cannot read.
     ///     VocabularyMismatchError: vocabularies or tokenizers differ.
-    ///     InvalidArgumentError: no path, an empty corpus, tombstones of another file, or an argument out of range.
+    ///     InvalidArgumentError: no path, an empty corpus, tombstones of another file, domains that are not those of the
+    ///         files' documents, or an argument out of range.
     ///     MemoryError: there is no memory for it.
     #[staticmethod]
-    #[pyo3(signature = (paths, *, load="mmap", vocab_size=None, fingerprint=None, tombstones=None))]
+    #[pyo3(signature = (paths, *, load="mmap", vocab_size=None, fingerprint=None, tombstones=None, domains=None))]
     pub fn open(
         py: Python<'_>,
         paths: &Bound<'_, PyAny>,
@@ -100,8 +105,9 @@ impl PyDatastore {
         vocab_size: Option<u32>,
         fingerprint: Option<&[u8]>,
         tombstones: Option<&Bound<'_, PyAny>>,
+        domains: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let source = Source::new(paths, tombstones, load)?;
+        let source = Source::new(paths, tombstones, domains, load)?;
         let fingerprint = fingerprint.map(|bytes| checked_fingerprint(py, bytes)).transpose()?;
         let opened = source.open(py, move |store| store.check_model(vocab_size, fingerprint.as_ref()))?;
         let empty = || error(py, "InvalidArgumentError", format!("{paths}: the corpus holds no document"));
@@ -254,7 +260,8 @@ impl PyDatastore {
         let paths = store.absolute_paths().map(Path::to_owned).collect();
         let uuids = store.files().map(uuid).collect();
         let tombstones = store.tombstones_paths().map(|path| path.map(Path::to_owned)).collect();
-        Ok((py.import("sssd.datastore")?.getattr("_reopen")?, (paths, load, uuids, tombstones)))
+        let domains = domains(&store);
+        Ok((py.import("sssd.datastore")?.getattr("_reopen")?, (paths, load, uuids, tombstones, domains)))
     }
 
     /// Whether ``close`` was called.
@@ -282,8 +289,8 @@ impl PyDatastore {
     }
 }
 
-/// Absolute paths, how they were opened, what identifies their contents, and the paths of their tombstones.
-type Files = (Vec<PathBuf>, &'static str, Vec<String>, Vec<Option<PathBuf>>);
+/// Absolute paths, how they were opened, what identifies their contents, the paths of their tombstones, and their domains.
+type Files = (Vec<PathBuf>, &'static str, Vec<String>, Vec<Option<PathBuf>>, Option<Vec<Vec<Run>>>);
 
 /// What follows some occurrences.
 #[derive(Default)]

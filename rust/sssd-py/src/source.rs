@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pyo3::exceptions::{PyImportError, PyTypeError};
 use pyo3::prelude::*;
-use sssd_store::{Datastore, Error, Load, Progress};
+use sssd_store::{Datastore, DomainRun, Error, Load, Progress};
 
 use crate::boundary::{enter, watched};
 use crate::errors::{error, raised};
@@ -17,8 +17,10 @@ const ATTEMPTS: usize = 10;
 /// Files with fewer bytes are read at once.
 const LARGE: u64 = 64 << 20;
 
-/// A file, and that of its tombstones.
-pub type Pair = (PathBuf, Option<PathBuf>);
+/// Documents, tokens, and the domain of those that follow one another in a file.
+pub type Run = (u64, u64, u8);
+/// A file, that of its tombstones, and its domains: one by itself if that is not said.
+pub type File = (PathBuf, Option<PathBuf>, Option<Vec<Run>>);
 
 /// What can be opened again and again.
 #[derive(Clone, PartialEq)]
@@ -29,7 +31,7 @@ pub struct Source {
 
 #[derive(Clone, PartialEq)]
 enum Place {
-    Files(Vec<Pair>),
+    Files(Vec<File>),
     /// Of a corpus.
     Folder(PathBuf),
 }
@@ -39,6 +41,7 @@ impl Source {
     pub fn new(
         paths: &Bound<'_, PyAny>,
         tombstones: Option<&Bound<'_, PyAny>>,
+        domains: Option<&Bound<'_, PyAny>>,
         load: &str,
     ) -> PyResult<Self> {
         let py = paths.py();
@@ -57,7 +60,7 @@ impl Source {
                 PyTypeError::new_err(format!("paths must be a path or a sequence of paths, got {paths}"))
             })?,
         };
-        if let ([path], None) = (paths.as_slice(), tombstones)
+        if let ([path], None, None) = (paths.as_slice(), tombstones, domains)
             && enter(py, true, || path.is_dir())?
         {
             return Ok(Self { place: Place::Folder(path.clone()), load });
@@ -74,7 +77,24 @@ impl Source {
                 format!("tombstones must be one path or None for each of the {files} files, got {given}");
             return Err(error(py, "InvalidArgumentError", message));
         }
-        Ok(Self { place: Place::Files(paths.into_iter().zip(buried).collect()), load })
+        let runs = match domains {
+            None => vec![None; paths.len()],
+            Some(given) => {
+                let runs = given.extract::<Vec<Vec<Run>>>().map_err(|_| {
+                    let what = "lists of (documents, tokens, domain)";
+                    PyTypeError::new_err(format!("domains must be {what}, one for each file, got {given}"))
+                })?;
+                runs.into_iter().map(Some).collect()
+            }
+        };
+        if runs.len() != paths.len() {
+            let (given, files) = (runs.len(), paths.len());
+            let message = format!("domains must be one list for each of the {files} files, got {given}");
+            return Err(error(py, "InvalidArgumentError", message));
+        }
+        let files = paths.into_iter().zip(buried).zip(runs);
+        let files = files.map(|((path, tombstones), runs)| (path, tombstones, runs)).collect();
+        Ok(Self { place: Place::Files(files), load })
     }
 
     /// The same, whatever the folder is changed to.
@@ -86,7 +106,7 @@ impl Source {
         };
         match &mut self.place {
             Place::Folder(folder) => absolute(folder),
-            Place::Files(files) => files.iter_mut().for_each(|(path, tombstones)| {
+            Place::Files(files) => files.iter_mut().for_each(|(path, tombstones, _)| {
                 absolute(path);
                 tombstones.iter_mut().for_each(absolute);
             }),
@@ -102,7 +122,10 @@ impl Source {
     /// Of an open store's files.
     pub fn of_files(store: &Datastore) -> Self {
         let buried = store.tombstones_paths().map(|path| path.map(Path::to_owned));
-        let files = store.absolute_paths().map(Path::to_owned).zip(buried).collect();
+        let runs = domains(store)
+            .map_or_else(|| vec![None; store.files().len()], |runs| runs.into_iter().map(Some).collect());
+        let files = store.absolute_paths().map(Path::to_owned).zip(buried).zip(runs);
+        let files = files.map(|((path, tombstones), runs)| (path, tombstones, runs)).collect();
         Self { place: Place::Files(files), load: store.load() }
     }
 
@@ -118,7 +141,7 @@ impl Source {
             }
             let (load, check) = (self.load, check.clone());
             let large =
-                load == Load::Ram && enter(py, true, || files.iter().any(|(path, _)| is_large(path)))?;
+                load == Load::Ram && enter(py, true, || files.iter().any(|(path, ..)| is_large(path)))?;
             let watch = Arc::new(Progress::default());
             let progress = Arc::clone(&watch);
             watched(py, large, &watch, move || {
@@ -133,7 +156,11 @@ impl Source {
     pub fn is_unchanged(&self, py: Python<'_>, store: Option<&Arc<Datastore>>) -> PyResult<bool> {
         self.attempt(py, |files| match store {
             None => Ok(Ok(files.is_empty())),
-            Some(store) => enter(py, true, || store.is_of(&files)),
+            Some(store) => enter(py, true, || {
+                let files: Vec<_> =
+                    files.iter().map(|(path, tombstones, _)| (path, tombstones.as_ref())).collect();
+                store.is_of(&files)
+            }),
         })
     }
 
@@ -141,7 +168,7 @@ impl Source {
     fn attempt<T>(
         &self,
         py: Python<'_>,
-        mut act: impl FnMut(Vec<Pair>) -> PyResult<sssd_store::Result<T>>,
+        mut act: impl FnMut(Vec<File>) -> PyResult<sssd_store::Result<T>>,
     ) -> PyResult<T> {
         let mut left = if self.is_folder() { ATTEMPTS } else { 1 };
         loop {
@@ -153,7 +180,7 @@ impl Source {
         }
     }
 
-    fn files(&self, py: Python<'_>) -> PyResult<Vec<Pair>> {
+    fn files(&self, py: Python<'_>) -> PyResult<Vec<File>> {
         let folder = match &self.place {
             Place::Files(files) => return Ok(files.clone()),
             Place::Folder(folder) => folder,
@@ -169,17 +196,29 @@ impl Source {
             );
             error(py, "InvalidArgumentError", message)
         })?;
-        module.getattr("files")?.call1((folder.as_os_str(),))?.extract()
+        module.getattr("opened")?.call1((folder.as_os_str(),))?.extract()
     }
 }
 
-fn open(files: &[Pair], load: Load, progress: &Progress) -> sssd_store::Result<Datastore> {
-    let paths: Vec<_> = files.iter().map(|(path, _)| path).collect();
+/// Of each file its domains, if they were said.
+pub fn domains(store: &Datastore) -> Option<Vec<Vec<Run>>> {
+    let runs = |file: &[DomainRun]| file.iter().map(|run| (run.documents, run.tokens, run.domain)).collect();
+    Some(store.domains_of_files()?.map(runs).collect())
+}
+
+fn open(files: &[File], load: Load, progress: &Progress) -> sssd_store::Result<Datastore> {
+    let paths: Vec<_> = files.iter().map(|(path, ..)| path).collect();
     let mut store = Datastore::open_watched(&paths, load, progress)?;
-    for (file, (_, tombstones)) in files.iter().enumerate() {
+    for (file, (_, tombstones, _)) in files.iter().enumerate() {
         if let Some(path) = tombstones {
             store.add_tombstones(file, path, progress)?;
         }
+    }
+    let run = |&(documents, tokens, domain): &Run| DomainRun { documents, tokens, domain };
+    let runs = files.iter().map(|(.., runs)| Some(runs.as_ref()?.iter().map(run).collect()));
+    if let Some(domains) = runs.collect::<Option<Vec<_>>>() {
+        store.set_domains(&domains)?;
+        store.read_domains(progress)?;
     }
     Ok(store)
 }

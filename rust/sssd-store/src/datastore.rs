@@ -3,11 +3,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use sssd_core::{Corpus, LogBilinear, Match, Token};
+use sssd_core::{Corpus, DOMAINS, LogBilinear, Match, Token};
 
 use crate::bytes::{Bytes, Load, Source};
+use crate::domains::{DomainRun, Stretches, numbers, stretches};
 use crate::format::{self, Header, MAX_SUCCESSORS, SegmentEntry, TablesEntry};
 use crate::lookup::{Lookup, MAX_MATCH, OFFSET_BITS, length, position, sample};
+use crate::own::Own;
 use crate::progress::Progress;
 use crate::residency::Everything;
 #[cfg(test)]
@@ -22,6 +24,13 @@ use crate::{Error, Fingerprint, Result};
 pub struct Datastore {
     files: Vec<OpenFile>,
     segments: Vec<Segment>,
+    /// Of each segment which domain its text is of, if there are several.
+    domains: Vec<Stretches>,
+    /// The number of each domain that was said, 0 for all that are not small, and whether they were said.
+    numbers: Vec<u8>,
+    domains_said: bool,
+    /// Of each number the tokens, and what follows tokens there, once that has been read.
+    owns: Vec<(u64, Option<Arc<Own>>)>,
     parts: Vec<Part>,
     vocab_size: u32,
     merged: Merged,
@@ -38,6 +47,8 @@ struct OpenFile {
     tables: Option<Arc<Tables>>,
     /// With their path from the root.
     tombstones: Option<(Arc<Tombstones>, PathBuf)>,
+    /// Its documents by domain; one by itself unless that is said.
+    runs: Arc<[DomainRun]>,
 }
 
 /// The documents of one segment, in the order of the file's table.
@@ -154,6 +165,10 @@ impl Datastore {
         Self {
             files: Vec::new(),
             segments: Vec::new(),
+            domains: Vec::new(),
+            numbers: Vec::new(),
+            domains_said: false,
+            owns: Vec::new(),
             parts: Vec::new(),
             vocab_size: 0,
             merged: Merged::empty(),
@@ -197,7 +212,9 @@ impl Datastore {
         }
         self.vocab_size = header.vocab_size;
         let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        self.files.push(OpenFile { info, absolute, bytes, tables, tombstones: None });
+        let domain = self.files.len().min(DOMAINS - 1) as u8;
+        let runs = [DomainRun { documents: info.documents, tokens: info.tokens, domain }].into();
+        self.files.push(OpenFile { info, absolute, bytes, tables, tombstones: None, runs });
         Ok(())
     }
 
@@ -277,12 +294,20 @@ impl Datastore {
     pub fn union<'a>(stores: impl IntoIterator<Item = &'a Self>) -> Result<Self> {
         let memory = || Error::memory("the segments of a datastore");
         let mut all = Self::empty();
+        let (mut known, mut owns, mut stores_held) = (0, Vec::new(), 0);
         for store in stores {
+            stores_held += 1;
+            owns.clone_from(&store.owns);
+            all.domains_said |= store.domains_said;
             for file in &store.files {
                 all.files.first().map_or(Ok(()), |first| agree(&first.info, &file.info))?;
                 all.files.try_reserve(1).map_err(memory())?;
                 all.files.push(file.clone());
+                if let (Some(file), true) = (all.files.last_mut(), known > 0) {
+                    file.runs = file.runs.iter().map(|run| run.after(known)).collect();
+                }
             }
+            known += store.numbers.len();
             let (files, segments) = (all.files.len() - store.files.len(), all.segments.len());
             all.parts.try_reserve(store.parts.len()).map_err(memory())?;
             all.segments.try_reserve(store.segments.len()).map_err(memory())?;
@@ -294,7 +319,11 @@ impl Datastore {
             all.segments.extend(store.segments.iter().cloned());
             all.vocab_size = store.vocab_size;
         }
-        all.complete()
+        let mut all = all.complete()?;
+        if stores_held == 1 {
+            all.owns = owns;
+        }
+        Ok(all)
     }
 
     /// Whether these files, with the tombstones of each, hold what is open. Reads only their headers.
@@ -329,7 +358,82 @@ impl Datastore {
             self.files.iter().filter(|file| file.tables.is_some()).max_by_key(|file| file.info.tokens);
         self.tables = largest.and_then(|file| file.tables.clone());
         self.forget_merged()?;
+        self.find_domains()?;
         Ok(self)
+    }
+
+    /// Says for each file which domains its documents are of, in their order. Each is sampled by itself from now on.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if that is not said of all files and all of their documents, or of more than
+    /// [`DOMAINS`] domains; [`Error::OutOfMemory`].
+    pub fn set_domains(&mut self, files: &[Vec<DomainRun>]) -> Result<()> {
+        if files.len() != self.files.len() {
+            let (given, files) = (files.len(), self.files.len());
+            return Err(Error::InvalidArgument(format!(
+                "domains of {given} files are given, not of {files}"
+            )));
+        }
+        for (file, runs) in self.files.iter_mut().zip(files) {
+            let sum = |of: fn(&DomainRun) -> u64| runs.iter().map(of).fold(0, u64::saturating_add);
+            let (documents, tokens) = (sum(|run| run.documents), sum(|run| run.tokens));
+            let path = file.info.path.display();
+            if (documents, tokens) != (file.info.documents, file.info.tokens) {
+                return Err(Error::InvalidArgument(format!(
+                    "{path} has {} documents of {} tokens, but domains are given of {documents} of {tokens}",
+                    file.info.documents, file.info.tokens
+                )));
+            }
+            if let Some(run) = runs.iter().find(|run| usize::from(run.domain) >= DOMAINS) {
+                let most = DOMAINS - 1;
+                return Err(Error::InvalidArgument(format!("{path}: domain {} is above {most}", run.domain)));
+            }
+            file.runs = runs.as_slice().into();
+        }
+        self.domains_said = true;
+        self.find_domains()
+    }
+
+    /// Of each file its domains, if they were said.
+    pub fn domains_of_files(&self) -> Option<impl ExactSizeIterator<Item = &[DomainRun]>> {
+        self.domains_said.then(|| self.files.iter().map(|file| &*file.runs))
+    }
+
+    fn find_domains(&mut self) -> Result<()> {
+        self.domains.clear();
+        let runs = || self.files.iter().flat_map(|file| file.runs.iter());
+        let mut tokens = vec![0u64; runs().map(|run| usize::from(run.domain) + 1).max().unwrap_or(1)];
+        runs().for_each(|run| tokens[usize::from(run.domain)] += run.tokens);
+        let (numbers, count) = numbers(&tokens);
+        let mut owns = vec![(0, None); count];
+        numbers.iter().zip(tokens).for_each(|(&number, tokens)| owns[usize::from(number)].0 += tokens);
+        (self.numbers, self.owns) = (numbers, owns);
+        if count == 1 {
+            return Ok(());
+        }
+        self.domains.try_reserve(self.segments.len()).map_err(Error::memory("the domains of a datastore"))?;
+        for (index, file) in self.files.iter().enumerate() {
+            let parts = || self.parts.iter().filter(|part| part.file == index);
+            let symbols = |part: &Part| match part.segment {
+                Some(segment) => self.segments[segment].symbols(),
+                None => part.documents,
+            };
+            let all = stretches(&file.runs, &self.numbers, parts().map(symbols))?;
+            let searched = parts().zip(all).filter(|(part, _)| part.segment.is_some());
+            self.domains.extend(searched.map(|(_, stretches)| stretches));
+        }
+        Ok(())
+    }
+
+    /// Of a file the documents that follow one another in a domain, with their symbols and the domain's number.
+    pub(crate) fn numbered_runs(&self, file: usize) -> impl Iterator<Item = (u64, u64, u8)> {
+        let number = |run: &DomainRun| self.numbers[usize::from(run.domain)];
+        self.files[file].runs.iter().map(move |run| (run.documents, run.documents + run.tokens, number(run)))
+    }
+
+    /// Of the domain of each number its tokens, and room for what follows tokens there.
+    pub(crate) fn owns_mut(&mut self) -> &mut [(u64, Option<Arc<Own>>)] {
+        &mut self.owns
     }
 
     /// The segments of a file that is being written, to be read from while nothing else changes them.
@@ -529,6 +633,13 @@ impl Datastore {
             .map_or(0, |segment| segment.continuation(position & u64::from(u32::MAX), out, Everything))
     }
 
+    /// What can be looked up of a context: its last tokens, those of the vocabulary.
+    fn usable<'a>(&self, context: &'a [Token], max_length: usize) -> &'a [Token] {
+        let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
+        let usable = valid.take(max_length.min(MAX_MATCH)).count();
+        &context[context.len() - usable..]
+    }
+
     fn segment_at(&self, position: u64) -> Option<&Segment> {
         usize::try_from(position >> OFFSET_BITS).ok().and_then(|index| self.segments.get(index))
     }
@@ -548,10 +659,28 @@ impl Datastore {
 
 impl Corpus for Datastore {
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>) {
-        let valid = context.iter().rev().take_while(|&&token| token < self.vocab_size);
-        let usable = valid.take(max_length.min(MAX_MATCH)).count();
-        let context = &context[context.len() - usable..];
+        let context = self.usable(context, max_length);
         if let Some(mut lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
+            lookup.matches(max_samples, out);
+        }
+    }
+
+    fn domains(&self) -> usize {
+        self.owns.len().max(1)
+    }
+
+    fn matches_by_domain(
+        &self,
+        context: &[Token],
+        max_length: usize,
+        max_samples: usize,
+        weights: &[f32; DOMAINS],
+        out: &mut Vec<Match>,
+    ) {
+        let context = self.usable(context, max_length);
+        if let Some(lookup) = Lookup::new(&self.segments, self.vocab_size, context) {
+            let mut lookup =
+                if self.domains.is_empty() { lookup } else { lookup.by_domain(&self.domains, weights) };
             lookup.matches(max_samples, out);
         }
     }
@@ -587,6 +716,27 @@ impl Corpus for Datastore {
             let parts = parts.map(|segment| (held(segment) as f32 / total as f32, segment.successors(token)));
             self.merged.merge(parts, count, out) && whole
         });
+    }
+
+    fn successors_by_domain(&self, token: Token, weights: &[f32; DOMAINS], out: &mut Vec<(Token, f32)>) {
+        let best =
+            (0..self.owns.len()).fold(0, |best, at| if weights[at] > weights[best] { at } else { best });
+        if let Some((own, Some(lists))) = self.owns.get(best) {
+            let counted = |(own, weight): (&(u64, _), &f32)| own.0 as f32 * weight;
+            let (all, tokens) = self
+                .owns
+                .iter()
+                .zip(weights)
+                .fold((0.0, 0), |(all, tokens), held| (all + counted(held), tokens + held.0.0));
+            let others = (all - *own as f32) / (tokens - own).max(1) as f32;
+            if let Some(list) = lists.successors(token, others.max(0.0)) {
+                if out.try_reserve(list.len()).is_ok() {
+                    out.extend_from_slice(list);
+                }
+                return;
+            }
+        }
+        self.successors(token, out);
     }
 
     fn tables(&self) -> Option<&dyn LogBilinear> {

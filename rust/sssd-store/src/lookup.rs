@@ -5,8 +5,9 @@
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
-use sssd_core::{Match, Token};
+use sssd_core::{DOMAINS, Match, Token};
 
+use crate::domains::{Shares, Stretches};
 use crate::residency::{Everything, Reach, Residency, waits};
 use crate::segment::{Interval, Query, Segment};
 
@@ -22,6 +23,10 @@ const FIRST_LENGTH: usize = 3;
 const LONGEST: Duration = Duration::from_micros(100);
 /// Ranks that are tried in place of a sample whose text is not in memory.
 const NEIGHBOURS: u64 = 4;
+/// Occurrences of a length whose domains are asked for, where a store has several, and fewer where tombstones make finding
+/// them slow.
+const SEEN: usize = 256;
+const SEEN_AMONG_DEAD: usize = 128;
 
 /// One segment's occurrences of so many tokens: nothing if they could not be looked up.
 type Found = Option<Interval>;
@@ -30,6 +35,8 @@ pub struct Lookup<'a> {
     segments: &'a [Segment],
     vocab_size: u32,
     context: &'a [Token],
+    /// Of a store with several domains, those of each segment and what an occurrence counts in each.
+    domains: Option<(&'a [Stretches], &'a [f32; DOMAINS])>,
     /// For each length from 1 on, one per segment.
     found: SmallVec<[Found; MAX_MATCH]>,
     /// When it began, if it is not to take long, and how often this thread had waited for a disk, if that is of interest.
@@ -52,9 +59,16 @@ impl<'a> Lookup<'a> {
             segments,
             vocab_size,
             context,
+            domains: None,
             found,
             began: bounded.then(|| (Instant::now(), watched())),
         })
+    }
+
+    /// Takes samples of each domain by itself.
+    pub fn by_domain(mut self, stretches: &'a [Stretches], weights: &'a [f32; DOMAINS]) -> Self {
+        self.domains = Some((stretches, weights));
+        self
     }
 
     /// See [`sssd_core::Corpus::matches`].
@@ -78,10 +92,18 @@ impl<'a> Lookup<'a> {
             if is_late(self.segments, self.began) || out.try_reserve(max_samples).is_err() {
                 break;
             }
-            let total = self.sample(length, max_samples, out);
-            let weight = total as f32 / (out.len() - first).max(1) as f32;
-            out[first..].iter_mut().for_each(|found| found.weight = weight);
-            if total >= 2 * max_samples as u64 || length == 2 {
+            let total = match self.domains {
+                Some((stretches, weights)) => {
+                    self.sample_domains(length, max_samples, stretches, weights, out)
+                }
+                None => {
+                    let total = self.sample(length, max_samples, out) as f32;
+                    let weight = total / (out.len() - first).max(1) as f32;
+                    out[first..].iter_mut().for_each(|found| found.weight = weight);
+                    total
+                }
+            };
+            if total >= 2.0 * max_samples as f32 || length == 2 {
                 break;
             }
         }
@@ -108,13 +130,7 @@ impl<'a> Lookup<'a> {
 
     /// Appends samples of the occurrences of the last `length` tokens, and returns how many there are.
     fn sample(&self, length: usize, limit: usize, out: &mut Vec<Match>) -> u64 {
-        let count = self.segments.len();
-        let found = &self.found[(length - 1) * count..length * count];
-        let mut intervals: SmallVec<[Interval; MAX_MATCH]> = SmallVec::new();
-        if intervals.try_reserve(count).is_err() {
-            return 0;
-        }
-        intervals.extend(found.iter().map(|found| found.clone().unwrap_or(0..0)));
+        let Some(intervals) = self.intervals(length) else { return 0 };
         // their places in the suffix arrays are all on their way before the first is read
         let mut chosen: SmallVec<[(usize, Interval); 64]> = SmallVec::new();
         if chosen.try_reserve(limit).is_err() {
@@ -126,18 +142,89 @@ impl<'a> Lookup<'a> {
             chosen.push((index, rank..last));
         });
         for (index, ranks) in chosen {
-            let segment = &self.segments[index];
-            let start = match segment.residency() {
-                None => segment.position(ranks.start, Everything),
-                Some(resident) => near(segment, ranks, length as u64, resident),
-            };
-            if let Some(start) = start {
-                let offset = start.saturating_add(length as u64);
-                segment.prefetch(offset);
-                out.push(Match { position: position(index, offset), length: length as u32, weight: 1.0 });
-            }
+            self.take(index, ranks, length, 0, out);
         }
         total
+    }
+
+    /// The same of each domain by itself, with what each sample counts. Returns what all occurrences count.
+    fn sample_domains(
+        &self,
+        length: usize,
+        limit: usize,
+        stretches: &[Stretches],
+        weights: &[f32; DOMAINS],
+        out: &mut Vec<Match>,
+    ) -> f32 {
+        let Some(intervals) = self.intervals(length) else { return 0.0 };
+        let living = self.segments.iter().all(Segment::is_whole);
+        let most = if living { SEEN } else { SEEN_AMONG_DEAD };
+        let mut places: SmallVec<[(u32, u64); SEEN]> = SmallVec::new();
+        if places.try_reserve(most).is_err() || out.try_reserve(most).is_err() {
+            return 0.0;
+        }
+        let total = sample(&intervals, most, |index, rank, _| {
+            self.segments[index].prefetch_position(rank);
+            places.push((index as u32, rank));
+        });
+        let mut domains: SmallVec<[u8; SEEN]> = SmallVec::new();
+        let mut seen = [0; DOMAINS];
+        places.retain(|&mut (index, rank)| {
+            let segment = &self.segments[index as usize];
+            let start = match segment.residency() {
+                None => segment.position(rank, Everything),
+                Some(resident) => segment.position(rank, resident),
+            };
+            let Some(start) = start else { return false };
+            let domain = stretches[index as usize].domain(start);
+            seen[domain] += 1;
+            domains.push(domain as u8);
+            true
+        });
+        let each = total as f32 / places.len().max(1) as f32;
+        let shares = Shares { seen: &seen, each, weights };
+        let (wanted, mut taken) = (shares.samples(limit), [0; DOMAINS]);
+        let first = out.len();
+        let mut due = seen.map(|seen| seen / 2);
+        for (&(index, rank), &domain) in places.iter().zip(&domains) {
+            let at = usize::from(domain);
+            due[at] += wanted[at];
+            if due[at] >= seen[at] {
+                due[at] -= seen[at];
+                let last = (rank + NEIGHBOURS).min(intervals[index as usize].end);
+                taken[at] += usize::from(self.take(index as usize, rank..last, length, domain, out));
+            }
+        }
+        for found in &mut out[first..] {
+            let at = usize::from(found.domain);
+            found.weight = weights[at] * each * seen[at] as f32 / taken[at] as f32;
+        }
+        shares.total()
+    }
+
+    /// The occurrences of the last `length` tokens in each segment; nothing if there is no memory.
+    fn intervals(&self, length: usize) -> Option<SmallVec<[Interval; MAX_MATCH]>> {
+        let count = self.segments.len();
+        let found = &self.found[(length - 1) * count..length * count];
+        let mut intervals = SmallVec::new();
+        intervals.try_reserve(count).ok()?;
+        intervals.extend(found.iter().map(|found| found.clone().unwrap_or(0..0)));
+        Some(intervals)
+    }
+
+    /// Appends the first of these suffixes whose text can be had, if there is one.
+    fn take(&self, index: usize, ranks: Interval, length: usize, domain: u8, out: &mut Vec<Match>) -> bool {
+        let segment = &self.segments[index];
+        let start = match segment.residency() {
+            None => segment.position(ranks.start, Everything),
+            Some(resident) => near(segment, ranks, length as u64, resident),
+        };
+        let Some(start) = start else { return false };
+        let offset = start.saturating_add(length as u64);
+        segment.prefetch(offset);
+        let (position, length) = (position(index, offset), length as u32);
+        out.push(Match { position, length, weight: 1.0, domain });
+        true
     }
 
     fn end(&self) {

@@ -110,6 +110,11 @@ impl Segment {
         self.living = Some(Arc::new(living));
     }
 
+    /// Whether all suffixes live.
+    pub fn is_whole(&self) -> bool {
+        self.living.is_none()
+    }
+
     /// Suffixes, the dead ones included.
     pub fn suffixes(&self) -> u64 {
         self.suffixes

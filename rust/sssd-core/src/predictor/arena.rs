@@ -8,7 +8,7 @@ use crate::predictor::frontier::Frontier;
 use crate::predictor::guest::Heard;
 use crate::predictor::support::{Occurrence, Support};
 use crate::predictor::weights::{EscapeCell, GateCell};
-use crate::sources::corpus::{Corpus, Match};
+use crate::sources::corpus::{Corpus, DOMAINS, Match};
 use crate::sources::{self, BLENDED, CLASSES, LIVE, NO_CLASS, SAMPLED};
 use crate::tree::ROOT;
 
@@ -26,6 +26,8 @@ pub struct Arena {
     pub said: Vec<(Token, f32, u8)>,
     /// Tokens that a draft from outside names.
     pub heard: Vec<Heard>,
+    /// What the domains of the datastore say after probable nodes, if it has several.
+    pub voices: Vec<Voice>,
 }
 
 /// Memory that is of no use between drafts: one set serves many sequences and stays near the processor.
@@ -109,6 +111,8 @@ pub struct Expansion {
     pub heard: (u32, u32),
     pub guest: u32,
     pub allowed: u32,
+    /// What the datastore's domains say, in [`Arena::voices`].
+    pub voices: (u32, u32),
     pub gates: [Option<GateCell>; sources::COUNT],
     pub weights: [f32; sources::COUNT],
 }
@@ -124,6 +128,8 @@ pub struct Sample {
     /// Matched tokens, at most `MAX_LENGTH`.
     pub length: u16,
     pub source: u8,
+    /// Of the source's corpus.
+    pub domain: u8,
     /// Whether nothing follows `end`.
     pub ended: bool,
     pub weight: f32,
@@ -135,7 +141,7 @@ impl Sample {
     /// A place in the request.
     pub fn in_request(source: usize, cursor: u32, end: u32, length: u16) -> Self {
         let source = source as u8;
-        Self { cursor, end, next: NONE, length, source, ended: true, weight: 1.0, rest: 0 }
+        Self { cursor, end, next: NONE, length, source, domain: 0, ended: true, weight: 1.0, rest: 0 }
     }
 
     /// A place in a corpus, of which nothing has been read yet.
@@ -146,6 +152,7 @@ impl Sample {
             next: NONE,
             length: found.length as u16,
             source: source as u8,
+            domain: found.domain.min(DOMAINS as u8 - 1),
             ended: false,
             weight: found.weight,
             rest: found.position,
@@ -173,6 +180,16 @@ pub struct Vote {
     pub weight: f32,
     pub source: u8,
     pub class: u8,
+    pub domain: u8,
+}
+
+/// What a domain of the datastore says of a candidate: what a sample after a context of this class counts.
+#[derive(Clone, Copy)]
+pub struct Voice {
+    pub candidate: u32,
+    pub weight: f32,
+    pub class: u8,
+    pub domain: u8,
 }
 
 /// The votes of an expansion by source and class.
@@ -203,6 +220,7 @@ impl Arena {
         self.contexts.clear();
         self.said.clear();
         self.heard.clear();
+        self.voices.clear();
     }
 
     pub fn memory_bytes(&self) -> usize {
@@ -210,7 +228,7 @@ impl Arena {
             items.capacity() * size_of::<T>()
         }
         let own = bytes(&self.candidates) + bytes(&self.expansions) + bytes(&self.contexts);
-        own + bytes(&self.said) + bytes(&self.heard)
+        own + bytes(&self.said) + bytes(&self.heard) + bytes(&self.voices)
     }
 }
 

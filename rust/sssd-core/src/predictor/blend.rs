@@ -3,22 +3,24 @@
 
 use crate::Token;
 use crate::memory::push;
-use crate::predictor::arena::{Candidate, Expansion, Tally, Vote};
+use crate::predictor::arena::{Candidate, Expansion, Tally, Voice, Vote};
 use crate::predictor::overlay::Overlay;
 use crate::predictor::weights::{EscapeCell, Model};
 use crate::sources::feedback::{Distribution, FEEDBACK_ORDERS};
-use crate::sources::{CLASSES, FEEDBACK, SAMPLED, SOURCES};
+use crate::sources::{CLASSES, FEEDBACK, SAMPLED, SOURCES, STORE};
 
 /// Class and cell of the escape of each context, source after source, longest first.
 type Contexts = Vec<(u8, EscapeCell)>;
 
-/// Turns votes into the probability that each sampled source gives each candidate.
+/// Turns votes into the probability that each sampled source gives each candidate. What the datastore's domains say is
+/// noted in `voices`, if there are several.
 pub fn blend(
     votes: &[Vote],
     tally: &Tally,
     model: &Overlay,
     candidates: &mut [Candidate],
     contexts: &mut Contexts,
+    mut voices: Option<&mut Vec<Voice>>,
     expansion: &mut Expansion,
 ) {
     let mut values = [[0.0f32; CLASSES]; SAMPLED];
@@ -34,6 +36,10 @@ pub fn blend(
         let source = usize::from(vote.source);
         let prob = &mut candidates[vote.candidate as usize].probs[source];
         *prob += vote.weight * values[source][usize::from(vote.class)];
+        if let Some(voices) = voices.as_deref_mut().filter(|_| source == STORE) {
+            let Vote { candidate, weight, class, domain, .. } = *vote;
+            push(voices, Voice { candidate, weight, class, domain });
+        }
         peaks[source] = peaks[source].max(*prob);
     }
     for (source, peak) in peaks.into_iter().enumerate() {
@@ -60,6 +66,12 @@ fn weigh_votes(
         seen += tally.distinct[source][class];
         let cell = Model::escape_cell(source, class, count, seen);
         let escape = model.escape(cell);
+        if count < 1.0 {
+            // not even one occurrence that counts whole: as much less to be trusted, and no lesson
+            values[class] = rest * (1.0 - escape);
+            rest *= 1.0 - count * (1.0 - escape);
+            continue;
+        }
         values[class] = rest * (1.0 - escape) / count;
         rest *= escape;
         push(contexts, (class as u8, cell));
@@ -124,7 +136,7 @@ pub fn blend_feedback(
 mod tests {
     use super::*;
     use crate::predictor::overlay::tests::shipped;
-    use crate::sources::{LIVE, REQUEST, STORE};
+    use crate::sources::{LIVE, REQUEST};
 
     /// The probabilities of two tokens: one was seen twice after a context of class 3 and once after class 1, the other
     /// once after class 1.
@@ -133,11 +145,11 @@ mod tests {
         (tally.counts[source][3], tally.distinct[source][3]) = (2.0, 1);
         (tally.counts[source][1], tally.distinct[source][1]) = (2.0, 1);
         tally.held[source] = 0b1010;
-        let vote = |candidate, class| Vote { candidate, weight: 1.0, source: source as u8, class };
+        let vote = |candidate, class| Vote { candidate, weight: 1.0, source: source as u8, class, domain: 0 };
         let votes = [vote(0, 3), vote(0, 3), vote(0, 1), vote(1, 1)];
         let mut candidates = [Candidate::new(5, 0, 1), Candidate::new(6, 0, 1)];
         let (mut contexts, mut expansion) = (Vec::new(), Expansion::default());
-        blend(&votes, &tally, &shipped(0), &mut candidates, &mut contexts, &mut expansion);
+        blend(&votes, &tally, &shipped(0), &mut candidates, &mut contexts, None, &mut expansion);
         (candidates.map(|candidate| candidate.probs[source]), expansion, contexts)
     }
 
@@ -158,6 +170,29 @@ mod tests {
             assert!((probs.iter().sum::<f32>() - (1.0 - long * short)).abs() < 1e-6);
             assert_eq!(expansion.gates[source], Some(Model::gate_cell(source, 3, probs[0])));
         }
+    }
+
+    #[test]
+    fn less_than_an_occurrence_is_worth_as_much_less_and_teaches_nothing() {
+        let mut tally = Tally::default();
+        (tally.counts[STORE][3], tally.distinct[STORE][3], tally.held[STORE]) = (0.25, 1, 0b1010);
+        (tally.counts[STORE][1], tally.distinct[STORE][1]) = (2.0, 1);
+        let vote =
+            |candidate, class, weight| Vote { candidate, weight, source: STORE as u8, class, domain: 1 };
+        let votes = [vote(0, 3, 0.25), vote(1, 1, 2.0)];
+        let mut candidates = [Candidate::new(5, 0, 1), Candidate::new(6, 0, 1)];
+        let (mut contexts, mut voices, mut expansion) = (Vec::new(), Vec::new(), Expansion::default());
+        let model = shipped(0);
+        blend(&votes, &tally, &model, &mut candidates, &mut contexts, Some(&mut voices), &mut expansion);
+        let [long, short] = [(3, 0.25, 1), (1, 2.0, 2)]
+            .map(|(class, count, seen)| Model::escape_cell(STORE, class, count, seen));
+        let held = 0.25 * (1.0 - model.escape(long));
+        let [first, second] = [0, 1].map(|at| candidates[at].probs[STORE]);
+        assert!((first - held).abs() < 1e-6);
+        assert!((second - (1.0 - held) * (1.0 - model.escape(short))).abs() < 1e-6);
+        assert_eq!(contexts, [(1, short)]);
+        let said: Vec<_> = voices.iter().map(|v| (v.candidate, v.class, v.domain, v.weight)).collect();
+        assert_eq!(said, [(0, 3, 1, 0.25), (1, 1, 1, 2.0)]);
     }
 
     #[test]

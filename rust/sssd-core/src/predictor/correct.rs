@@ -3,6 +3,7 @@
 //! The learned tables know the average request; this is what is special about one: a few biases on the log-odds,
 //! each moved by Newton steps on the logistic loss from a prior at 0, so that a handful of outcomes already counts.
 
+use crate::predictor::domains::Domains;
 use crate::predictor::support::KINDS;
 use crate::predictor::weights::{PROBABILITIES, scale};
 use crate::sources;
@@ -45,12 +46,20 @@ pub struct Calibration {
     sums: [f32; KINDS],
     /// What each source has lately given to the tokens that came.
     luck: [f32; sources::COUNT],
+    /// Which of the datastore's domains its text is like.
+    pub domains: Domains,
 }
 
 impl Default for Calibration {
     fn default() -> Self {
         let luck = [FIRST_LUCK; sources::COUNT];
-        Self { knots: [NEUTRAL; KNOTS], kinds: [NEUTRAL; KINDS], sums: [0.0; KINDS], luck }
+        Self {
+            knots: [NEUTRAL; KNOTS],
+            kinds: [NEUTRAL; KINDS],
+            sums: [0.0; KINDS],
+            luck,
+            domains: Domains::default(),
+        }
     }
 }
 
@@ -64,6 +73,7 @@ fn position(prob: f32) -> (usize, f32) {
 impl Calibration {
     /// Sets what the model says of each kind, before a draft.
     pub fn start(&mut self, biases: &[f32]) {
+        self.domains.start();
         for ((sum, kind), bias) in self.sums.iter_mut().zip(&mut self.kinds).zip(biases) {
             let new = kind.centred + bias;
             // most kinds have nothing new to say

@@ -58,7 +58,12 @@ fn corpora_samples(node: u32, context: &[Token], inputs: &Inputs, scratch: &mut 
             let context = &context[context.len().saturating_sub(longest)..];
             let mut matches = std::mem::take(&mut scratch.matches);
             matches.clear();
-            corpus.matches(context, longest, samples, &mut matches);
+            if corpus.domains() > 1 {
+                let weights = inputs.calibration.domains.weights();
+                corpus.matches_by_domain(context, longest, samples, weights, &mut matches);
+            } else {
+                corpus.matches(context, longest, samples, &mut matches);
+            }
             for found in &matches {
                 let mut sample = Sample::in_corpus(source, found);
                 sample.read_on(&mut scratch.read, corpus, FIRST_READ);

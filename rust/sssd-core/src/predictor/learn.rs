@@ -33,6 +33,10 @@ pub fn learn(
         model.learn_age(age, support.kind(), error);
     }
     calibration.learn();
+    if let Some(at) = truth {
+        let (start, end) = expansion.voices;
+        calibration.domains.learn(&arena.voices[start as usize..end as usize], first + at as u32);
+    }
     calibration.note_sources(expansion.speaks, truth.map(|at| &children[at].probs));
     truth.map(|at| first + at as u32)
 }

@@ -4,6 +4,7 @@
 pub mod arena;
 mod blend;
 pub mod correct;
+pub mod domains;
 mod frontier;
 pub mod gather;
 pub mod guest;
@@ -36,6 +37,8 @@ use overlay::Overlay;
 
 /// Contexts to have room for at a node, so that few drafts need more.
 const CONTEXTS: usize = 24;
+/// What domains say after less probable nodes is not noted: few of these come.
+const WORTH_VOICES: f32 = 0.04;
 
 /// The drafts of a sequence: memory that is used again from draft to draft, and the last one's reasons until its outcome
 /// is known.
@@ -98,7 +101,7 @@ impl Predictor {
 
     /// Predicts what follows `node` and puts the predicted tokens on the frontier.
     fn expand(&mut self, node: u32, inputs: &Inputs, scratch: &mut Scratch) {
-        let Arena { candidates, expansions, contexts, said, heard } = &mut self.arena;
+        let Arena { candidates, expansions, contexts, said, heard, voices } = &mut self.arena;
         let Candidate { token, depth, path, .. } = candidates[node as usize];
         if usize::from(depth) >= inputs.limits.max_depth || inputs.end_tokens.contains(&token) {
             return;
@@ -111,7 +114,11 @@ impl Predictor {
         gather::samples(node, candidates, astray, inputs, scratch);
         let mut tally = Tally::default();
         vote::vote(node, candidates, inputs, scratch, &mut tally);
-        blend::blend(&scratch.votes, &tally, model, candidates, contexts, &mut expansion);
+        let first_voice = voices.len() as u32;
+        let told_apart = inputs.store.is_some_and(|store| store.domains() > 1) && path >= WORTH_VOICES;
+        let voices_of = told_apart.then_some(&mut *voices);
+        blend::blend(&scratch.votes, &tally, model, candidates, contexts, voices_of, &mut expansion);
+        expansion.voices = (first_voice, voices.len() as u32);
         if !inputs.feedback.is_empty() {
             let found = gather::feedback(node, candidates, inputs);
             blend::blend_feedback(&found, &inputs.recent.tokens, model, said, contexts, &mut expansion);
@@ -120,7 +127,11 @@ impl Predictor {
         let ranking = &mut self.ranking;
         successors.clear();
         if let Some(store) = inputs.store {
-            store.successors(token, successors);
+            if store.domains() > 1 {
+                store.successors_by_domain(token, inputs.calibration.domains.weights(), successors);
+            } else {
+                store.successors(token, successors);
+            }
             expansion.gates[SUCCESSORS] = mix::list_gate(SUCCESSORS, successors);
         }
         mix::weigh(model, &mut expansion);

@@ -36,7 +36,16 @@ pub fn vote(
         }
         .min(MAX_LENGTH as u16);
         sample.next = std::mem::replace(&mut origins[child as usize].samples, current);
-        push(votes, Vote { candidate: child, weight: sample.weight, source: source as u8, class });
+        push(
+            votes,
+            Vote {
+                candidate: child,
+                weight: sample.weight,
+                source: source as u8,
+                class,
+                domain: sample.domain,
+            },
+        );
     }
 }
 

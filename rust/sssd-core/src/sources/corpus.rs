@@ -6,6 +6,9 @@ use crate::Token;
 use crate::ranking::bilinear::LogBilinear;
 use crate::sync::lock;
 
+/// The most domains that the documents of a corpus can be of.
+pub const DOMAINS: usize = 16;
+
 /// An occurrence of the end of the context in a corpus, standing for `weight` occurrences.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Match {
@@ -13,8 +16,11 @@ pub struct Match {
     pub position: u64,
     /// How many of the context's last tokens this match is a sample for.
     pub length: u32,
-    /// Occurrences of that length divided by the samples taken of them (>= 1).
+    /// Occurrences of that length divided by the samples taken of them (>= 1); of a corpus of several domains times
+    /// what an occurrence in its domain counts.
     pub weight: f32,
+    /// The domain that it is of.
+    pub domain: u8,
 }
 
 /// A read-only collection of token documents. A continuation never crosses the end of its document.
@@ -26,6 +32,24 @@ pub trait Corpus: Send + Sync {
     /// of the longer ones.
     fn matches(&self, context: &[Token], max_length: usize, max_samples: usize, out: &mut Vec<Match>);
 
+    /// How many domains its documents are of, their sources, say: at most [`DOMAINS`].
+    fn domains(&self) -> usize {
+        1
+    }
+
+    /// The same where an occurrence in each domain counts `weights` (above 0, at most 1): samples each domain by itself,
+    /// and goes no further down once a length has had occurrences that count `2 * max_samples` or more.
+    fn matches_by_domain(
+        &self,
+        context: &[Token],
+        max_length: usize,
+        max_samples: usize,
+        _weights: &[f32; DOMAINS],
+        out: &mut Vec<Match>,
+    ) {
+        self.matches(context, max_length, max_samples, out);
+    }
+
     /// Copies the tokens from `position` on into `out`, at most to the end of the document, and
     /// returns how many were copied. 0 for a position that does not exist.
     fn continuation(&self, position: u64, out: &mut [Token]) -> usize;
@@ -33,6 +57,11 @@ pub trait Corpus: Send + Sync {
     /// Appends the most frequent successors of `token` (at most 32), most frequent first, each with its share
     /// of the token's occurrences.
     fn successors(&self, token: Token, out: &mut Vec<(Token, f32)>);
+
+    /// The same where an occurrence in each domain counts `weights`.
+    fn successors_by_domain(&self, token: Token, _weights: &[f32; DOMAINS], out: &mut Vec<(Token, f32)>) {
+        self.successors(token, out);
+    }
 
     /// What it has learned for ranking candidates, if it has.
     fn tables(&self) -> Option<&dyn LogBilinear> {

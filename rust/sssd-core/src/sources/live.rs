@@ -427,7 +427,7 @@ impl Ring {
                 }
                 let length = self.match_length(position, context);
                 if (ORDERS[order]..longer).contains(&length) && self.token(position + 1).is_some() {
-                    out.push(Match { position: position + 1, length: length as u32, weight: 1.0 });
+                    out.push(Match { position: position + 1, length: length as u32, weight: 1.0, domain: 0 });
                 }
             }
             longer = ORDERS[order];

@@ -1,4 +1,5 @@
 mod documents;
+mod domains;
 mod hostile;
 mod oracle;
 mod part;

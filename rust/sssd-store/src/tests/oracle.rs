@@ -34,7 +34,7 @@ pub fn write(
 }
 
 /// What follows each occurrence of `query`, sorted.
-fn continuations(documents: &[Vec<Token>], query: &[Token]) -> Vec<Vec<Token>> {
+pub fn continuations(documents: &[Vec<Token>], query: &[Token]) -> Vec<Vec<Token>> {
     let mut found: Vec<_> = documents
         .iter()
         .flat_map(|document| (0..document.len()).map(move |start| &document[start..]))

@@ -24,6 +24,7 @@ LIVE_ORDERS = (2, 4, 8)
 FEEDBACK_ORDERS = (1, 2, 3, 5)
 LONGEST = 32
 SAMPLES, SHORTER_SAMPLES, LOWER_SAMPLES = 64, 16, 8
+WHOLE, NEWEST = 10_240, {1: 2048, 2: 4096}
 WORTH_LOWER, WORTH_OFFERING, LEAST_REFINED = 0.04, 0.0006, 0.003
 WORTH_VOICES = 0.04
 COPY = 7
@@ -301,9 +302,14 @@ class Request:
     def chain(self, length: int, context: list[int], before: int):
         """Positions below ``before``, newest first, that end the last ``length`` tokens of ``context``."""
         wanted = context[-length:] if len(context) >= length else None
-        for position in range(before - 1, length - 2, -1):
+        for position in range(before - 1, max(length - 1, self.earliest(length)) - 1, -1):
             if self.tokens[position - length + 1 : position + 1] == wanted:
                 yield position
+
+    def earliest(self, length: int) -> int:
+        """Where contexts of ``length`` tokens begin to be looked for: nearby, in a long text."""
+        size = len(self.tokens)
+        return size - NEWEST.get(length, size) if size > WHOLE else 0
 
     @staticmethod
     def agree(text: list[int], position: int, context: list[int]) -> int:
@@ -505,8 +511,9 @@ class Request:
             parts = (prob * out.weights[source] for source, prob in candidate.probs.items() if prob)
             candidate.mixed = candidate.path = min(sum(parts), 1.0)
             if candidate.mixed >= LEAST_REFINED:
-                if not {REQUEST, LOWER} & set(candidate.classes) and token in self.tokens:
-                    distance = self.tokens[::-1].index(token) + 1
+                near = self.tokens[self.earliest(1) :][::-1]
+                if not {REQUEST, LOWER} & set(candidate.classes) and token in near:
+                    distance = near.index(token) + 1
                     candidate.occurrence = 3 - (distance >= 64) - (distance >= 512)
                 at = scale(candidate.mixed)
                 low, high = self.weights.refinements[candidate.row(speaks), int(at) : int(at) + 2, 0] / 65536

@@ -12,7 +12,7 @@ import world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import paths
-from reference import Knowledge, Request, Weights, best
+from reference import WHOLE, Knowledge, Request, Weights, best
 
 from sssd import SOURCES, Datastore, Drafter
 
@@ -112,6 +112,26 @@ def test_drafts_and_what_they_teach(kind, seed, source, datastore):
             topk = None
         sequence.extend(tokens, *(zip(*topk, strict=True) if topk else ()))
         reference.extend(tokens, topk, places, budget)
+        check_weights(reference, sequence)
+    sequence.close()
+
+
+@pytest.mark.parametrize("length", [WHOLE - 4, WHOLE + 60])
+def test_short_contexts_in_texts_as_long_as_the_weights_know_and_longer(length):
+    rng = random.Random(length)
+    # tokens and pairs that have occurred at the beginning alone, and all the time
+    rare = [100 + rng.randrange(300) for _ in range(600)]
+    prompt = [*rare, *few(rng, length - 640), *rare[20:60]]
+    sequence = Drafter(vocab_size=world.VOCABULARY, live_bytes=0, soft_bytes=0).begin(prompt)
+    reference = Request(sequence.state_dict()["weights.v2"], prompt, [], Knowledge())
+    for _ in range(4):
+        tree = sequence.draft(8)
+        reference.draft()
+        check_tree(reference, tree, 8)
+        places = {node: place for place, node in enumerate(paths(tree))}
+        tokens = [rng.choice(rare), *output(rng, tree, few, 1)][-2:]
+        sequence.extend(tokens)
+        reference.extend(tokens, None, places, 8)
         check_weights(reference, sequence)
     sequence.close()
 

@@ -6,7 +6,7 @@ use crate::predictor::arena::{Candidate, Expansion};
 use crate::predictor::inputs::Inputs;
 use crate::predictor::mix;
 use crate::predictor::support::Occurrence;
-use crate::sources::{LOWER, NO_CLASS, REQUEST};
+use crate::sources::{LOWER, NO_CLASS, REQUEST, request};
 
 /// Below this mixed probability nothing is refined, and nothing learned about refining.
 pub const LEAST_REFINED: f32 = 0.003;
@@ -37,6 +37,7 @@ fn occurrence(candidate: &Candidate, inputs: &Inputs) -> Occurrence {
     }
     match inputs.index.newest(0, &[candidate.token]) {
         NONE => Occurrence::Never,
+        newest if newest < request::earliest(inputs.index, 1) => Occurrence::Never,
         newest => Occurrence::ago(inputs.index.tokens().len() - newest as usize),
     }
 }

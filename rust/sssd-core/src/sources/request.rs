@@ -11,6 +11,21 @@ const SHORTER_SAMPLES: usize = 16;
 /// Positions passed for each sample that is wanted.
 const STEPS: usize = 4;
 
+/// Texts of so many tokens are looked through whole: from such ones the weights were learned.
+const WHOLE: usize = 10_240;
+/// In longer ones, the newest tokens in which contexts of one token, and of two, are looked for. Further back they are
+/// chance, which costs time and what a datastore knows better (`docs/long-contexts.md`).
+const NEWEST: [usize; 2] = [2048, 4096];
+
+/// The position from which on contexts of `length` tokens are looked for.
+pub fn earliest(index: &Index, length: usize) -> u32 {
+    let tokens = index.tokens().len();
+    match NEWEST.get(length - 1) {
+        Some(newest) if tokens > WHOLE => (tokens - newest) as u32,
+        _ => 0,
+    }
+}
+
 /// Calls `act` with the position of each and the number of tokens that agree, longest contexts first, newest first.
 pub fn occurrences(index: &Index, act: impl FnMut(u32, usize)) {
     let tokens = index.tokens();
@@ -32,8 +47,9 @@ fn along(index: &Index, context: &[Token], newest: impl Fn(usize) -> u32, mut ac
     let mut longer = MAX_LENGTH + 1;
     for order in (0..ORDERS.len()).rev() {
         let most = if found > 0 { SAMPLES.min(found + SHORTER_SAMPLES) } else { SAMPLES };
+        let earliest = earliest(index, ORDERS[order]);
         let mut position = newest(order);
-        while position != NONE && found < most && steps > 0 {
+        while position != NONE && position >= earliest && found < most && steps > 0 {
             steps -= 1;
             let length = index.match_length(position, context);
             if (1..longer).contains(&length) {
@@ -61,6 +77,23 @@ mod tests {
     fn the_longest_come_first_and_the_newest_of_each_length() {
         assert_eq!(found(&[1, 2, 9, 2, 8, 1, 2, 7, 1, 2]), [(6, 2), (1, 2), (3, 1)]);
         assert_eq!(found(&[1, 2, 3]), []);
+    }
+
+    #[test]
+    fn in_long_texts_short_contexts_are_looked_for_nearby() {
+        // [2] and [1, 2] once at the beginning, and [7, 1, 2] after it
+        let text = |between: usize| [&[1, 2, 7, 1, 2][..], &vec![9; between], &[7, 1, 2]].concat();
+        assert_eq!(found(&text(WHOLE - 8)), [(4, 3), (1, 2)]);
+        assert_eq!(found(&text(WHOLE - 7)), [(4, 3)]);
+        // the earlier occurrence ends so many tokens before the end of the text
+        let lengths = |earlier: &[u32], now: &[u32], back: usize| {
+            let text = [&vec![9; WHOLE][..], earlier, &vec![9; back - now.len() - 1], now].concat();
+            found(&text).into_iter().map(|found| found.1).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(&[5, 8], &[6, 8], NEWEST[0]), [1]);
+        assert_eq!(lengths(&[5, 8], &[6, 8], NEWEST[0] + 1), []);
+        assert_eq!(lengths(&[5, 7, 8], &[6, 7, 8], NEWEST[1]), [2]);
+        assert_eq!(lengths(&[5, 7, 8], &[6, 7, 8], NEWEST[1] + 1), []);
     }
 
     #[test]

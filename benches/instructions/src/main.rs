@@ -1,12 +1,12 @@
 //! Replays recorded requests for callgrind, which counts the instructions of drafting or of appending alone:
 //!
 //! ```text
-//! valgrind --tool=callgrind --toggle-collect='*draft_once*' instructions TOKENS STORE|- NODES REQUESTS
+//! valgrind --tool=callgrind --toggle-collect='*draft_once*' instructions TOKENS STORE|- NODES REQUESTS [unranked]
 //! ```
 //!
 //! TOKENS holds 32-bit words, little-endian: how many traces, then of each how many requests, then of each how many
-//! prompt and response tokens, and these. REQUESTS of each trace are replayed. Prints what was accepted, which must
-//! be equal for two builds that are compared.
+//! prompt and response tokens, and these. REQUESTS of each trace are replayed, with `unranked` without ranking. Prints
+//! what was accepted, which must be equal for two builds that are compared.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -39,7 +39,11 @@ fn accepted(tree: &DraftTree, recording: &[u32]) -> usize {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, tokens, store, nodes, requests] = &arguments[..] else { panic!("see the head of main.rs") };
+    let (arguments, ranking) = match &arguments[..] {
+        [arguments @ .., last] if last == "unranked" => (arguments, false),
+        arguments => (arguments, true),
+    };
+    let [_, tokens, store, nodes, requests] = arguments else { panic!("see the head of main.rs") };
     let (nodes, requests): (usize, usize) = (nodes.parse().unwrap(), requests.parse().unwrap());
     let bytes = std::fs::read(tokens).unwrap();
     let mut words = bytes.as_chunks().0.iter().map(|&word| u32::from_le_bytes(word));
@@ -64,7 +68,7 @@ fn main() {
             extend_once(&mut sequence, &response[..1]);
             let mut at = 1;
             while at < response.len() {
-                let limits = Limits { max_nodes: nodes, ..Limits::DEFAULT };
+                let limits = Limits { max_nodes: nodes, ranking, ..Limits::DEFAULT };
                 let tree = draft_once(&mut sequence, limits);
                 let depth = accepted(tree, &response[at..]);
                 (drafts, drafted, sum) = (drafts + 1, drafted + tree.len(), sum + depth);

@@ -1,12 +1,12 @@
 //! Replays recorded requests for callgrind, which counts the instructions of drafting or of appending alone:
 //!
 //! ```text
-//! valgrind --tool=callgrind --toggle-collect='*draft_once*' instructions TOKENS STORE|- NODES REQUESTS [TOPK]
+//! valgrind --tool=callgrind --toggle-collect='*draft_once*' instructions TOKENS STORE|- NODES REQUESTS [TOPK] [unranked]
 //! ```
 //!
 //! TOKENS holds 32-bit words, little-endian: how many traces, then of each how many requests, then of each how many
 //! prompt and response tokens, and these. REQUESTS of each trace are replayed. TOPK holds for each response token what
-//! the target held probable: 8 tokens, then 8 probabilities of 32 bits. Prints what was accepted and a digest of the
+//! the target held probable: 8 tokens, then 8 probabilities of 32 bits. `unranked` leaves out ranking. Prints what was accepted and a digest of the
 //! drafts, which must be equal for two builds that are compared, and times, which are worth something on an idle
 //! machine without callgrind.
 
@@ -94,7 +94,7 @@ impl Figures {
         prompt: &[u32],
         response: &[u32],
         top: Option<TopK>,
-        nodes: usize,
+        limits: Limits,
     ) {
         let pool = Arc::new(MemoryPool::new(usize::MAX));
         let mut sequence = Sequence::new(namespace, Reservation::new(&pool, usize::MAX)).unwrap();
@@ -107,7 +107,6 @@ impl Figures {
             timed(&mut self.extended, end - at, || extend_once(&mut sequence, &response[at..end], top));
             at = end;
             if at < response.len() {
-                let limits = Limits { max_nodes: nodes, ..Limits::DEFAULT };
                 let tree = timed(&mut self.drafts, 1, || draft_once(&mut sequence, limits));
                 self.note(tree);
                 let depth = accepted(tree, &response[at..]);
@@ -137,10 +136,13 @@ impl Figures {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, tokens, store, nodes, requests, top @ ..] = &arguments[..] else {
-        panic!("see the head of main.rs")
+    let (arguments, ranking) = match &arguments[..] {
+        [arguments @ .., last] if last == "unranked" => (arguments, false),
+        arguments => (arguments, true),
     };
+    let [_, tokens, store, nodes, requests, top @ ..] = arguments else { panic!("see the head of main.rs") };
     let (nodes, requests): (usize, usize) = (nodes.parse().unwrap(), requests.parse().unwrap());
+    let limits = Limits { max_nodes: nodes, ranking, ..Limits::DEFAULT };
     let top = top.first().map(|path| read_top_k(path));
     let words = words(tokens);
     let mut words = words.iter().copied();
@@ -162,7 +164,7 @@ fn main() {
                 let pool = Arc::new(MemoryPool::new(usize::MAX));
                 let common = Arc::new(Common::new(vec![128_009], store.clone(), &pool));
                 let namespace = Namespace::new(&"".into(), &common, 0, 1 << 20, 0).unwrap();
-                figures.replay(&namespace, &prompt, &response, top, nodes);
+                figures.replay(&namespace, &prompt, &response, top, limits);
             }
         }
     }

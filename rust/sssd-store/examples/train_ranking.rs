@@ -1,12 +1,14 @@
-//! Learns the network of the ranking stage: `train_ranking STORE REQUESTS OUT PASSES END_TOKEN`. `benches/train_ranking.py`
-//! makes REQUESTS and calls this.
+//! Learns the network of the ranking stage: `train_ranking STORES REQUESTS OUT END_TOKEN`, STORES with commas between.
+//! `benches/train_ranking.py` makes REQUESTS and calls this.
 //!
-//! REQUESTS are little-endian `u32`: of each request the numbers of tokens of prompt and response, then these tokens. Each
-//! is replayed with the datastore and the network as learned so far; what the ranking stage saw at nodes that the target
-//! reached is what is learned from: Adam (Kingma and Ba 2015) on the logarithm of the probability of what came.
+//! REQUESTS are little-endian `u32`: of each request the numbers of tokens of prompt and response, then these tokens.
+//! They are replayed with the datastores, one after the other, some of them beside a live store, and with the network as
+//! learned so far; what the ranking stage saw at nodes that the target reached is what is learned from: Adam (Kingma and
+//! Ba 2015) on the logarithm of the probability of what came.
 
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sssd_core::{
     Common, Corpus, DraftTree, FEATURES, HIDDEN, Limits, MemoryPool, Namespace, Network, Ranked, Reservation,
@@ -14,8 +16,17 @@ use sssd_core::{
 };
 use sssd_store::{Datastore, Load};
 
+/// Threads that replay.
+const THREADS: usize = 2;
 /// Nodes of a draft.
 const NODES: usize = 48;
+/// Times that all requests are replayed, and that what was seen then is learned from.
+const REPLAYS: usize = 2;
+const PASSES: usize = 3;
+/// Consecutive requests with one datastore; of so many such groups, one shares a live store of so many bytes.
+const GROUP: usize = 12;
+const LIVE_EVERY: usize = 3;
+const LIVE_BYTES: usize = 16 << 20;
 /// Nodes whose gradients make a step.
 const BATCH: usize = 64;
 const RATE: f32 = 0.003;
@@ -144,16 +155,12 @@ fn accepted(tree: &DraftTree, rest: &[Token]) -> usize {
 }
 
 /// What the ranking stage saw of a request at the nodes that the target reached.
-fn replay(request: &Request, store: &Arc<Datastore>, network: &Network, end: Token) -> Vec<Event> {
-    let pool = Arc::new(MemoryPool::new(usize::MAX));
-    let corpus: Arc<dyn Corpus> = Arc::clone(store) as Arc<dyn Corpus>;
-    let common = Common::new(vec![end], Some(corpus), &pool).with_network(Some(Arc::new(network.clone())));
-    let namespace = Namespace::new(&"".into(), &Arc::new(common), 0, 0, 0).expect("memory");
-    let reservation = Reservation::new(&pool, usize::MAX);
-    let mut sequence = Sequence::begin(&namespace, &request.prompt, &[], reservation).expect("memory");
+fn replay(request: &Request, namespace: &Namespace, pool: &Arc<MemoryPool>, events: &mut Vec<Event>) {
+    let reservation = Reservation::new(pool, usize::MAX);
+    let mut sequence = Sequence::begin(namespace, &request.prompt, &[], reservation).expect("memory");
     let response = &request.response;
     sequence.extend(&response[..1], None).expect("memory");
-    let (mut at, mut events) = (1, Vec::new());
+    let mut at = 1;
     while at < response.len() {
         sequence.record_ranking();
         let rest = &response[at..];
@@ -169,7 +176,44 @@ fn replay(request: &Request, store: &Arc<Datastore>, network: &Network, end: Tok
         sequence.extend(&response[at..end], None).expect("memory");
         at = end;
     }
-    events
+    sequence.finish(&mut || false);
+}
+
+/// The same of all requests, in their order.
+fn replay_all(requests: &[Request], stores: &[Arc<Datastore>], network: &Network, end: Token) -> Vec<Event> {
+    let groups: Vec<_> = requests.chunks(GROUP).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let (pool, mut seen) = (Arc::new(MemoryPool::new(usize::MAX)), Vec::new());
+        let common = stores.iter().map(|store| {
+            let corpus: Arc<dyn Corpus> = Arc::clone(store) as Arc<dyn Corpus>;
+            let network = Some(Arc::new(network.clone()));
+            Arc::new(Common::new(vec![end], Some(corpus), &pool).with_network(network))
+        });
+        let common: Vec<_> = common.collect();
+        while let (number, Some(group)) = {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            (number, groups.get(number))
+        } {
+            let lives = number / common.len() % LIVE_EVERY == 0;
+            let common = &common[number % common.len()];
+            let namespace =
+                |bytes| Arc::new(Namespace::new(&"".into(), common, bytes, 0, 0).expect("memory"));
+            let (shared, mut events) = (lives.then(|| namespace(LIVE_BYTES)), Vec::new());
+            for request in *group {
+                let own = shared.clone().unwrap_or_else(|| namespace(0));
+                replay(request, &own, &pool, &mut events);
+            }
+            seen.push((number, events));
+        }
+        seen
+    };
+    let mut seen: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("no panic")).collect()
+    });
+    seen.sort_unstable_by_key(|(number, _)| *number);
+    seen.into_iter().flat_map(|(_, events)| events).collect()
 }
 
 fn requests(path: &str) -> std::io::Result<Vec<Request>> {
@@ -183,38 +227,64 @@ fn requests(path: &str) -> std::io::Result<Vec<Request>> {
     Ok(requests)
 }
 
+/// Moves the weights by one pass over the events, from `done` of `total` steps on. Returns the losses without the network
+/// and with it.
+fn pass(weights: &mut [f32], adam: &mut Adam, events: &[Event], (done, total): (usize, usize)) -> (f64, f64) {
+    let (mut before, mut after) = (0.0, 0.0);
+    for (step, batch) in events.chunks(BATCH).enumerate() {
+        let mut gradient = vec![0.0; weights.len()];
+        for event in batch {
+            let (without, with) = learn(weights, event, &mut gradient);
+            (before, after) = (before + without, after + with);
+        }
+        gradient.iter_mut().for_each(|gradient| *gradient /= batch.len() as f32);
+        let rate = RATE * (1.0 - (done + step) as f32 / total as f32).max(0.02);
+        adam.step(weights, &gradient, rate);
+    }
+    (before / events.len() as f64, after / events.len() as f64)
+}
+
+/// What nothing was learned of must not speak, whatever it began with.
+fn silence(weights: &mut [f32], events: &[Event]) {
+    let mut seen = [false; FEATURES];
+    for (_, row) in events.iter().flat_map(|event| &event.rows) {
+        seen.iter_mut().zip(row).for_each(|(seen, value)| *seen |= *value != 0.0);
+    }
+    for (seen, weights) in seen.iter().zip(weights.chunks_exact_mut(HIDDEN)) {
+        if !seen {
+            weights.fill(0.0);
+        }
+    }
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [store, traces, out, passes, end] = arguments.as_slice() else {
-        return Err("STORE REQUESTS OUT PASSES END_TOKEN".into());
+    let [stores, traces, out, end] = arguments.as_slice() else {
+        return Err("STORES REQUESTS OUT END_TOKEN".into());
     };
-    let store = Arc::new(Datastore::open(&[store], Load::Ram)?);
-    let (mut requests, passes, end) = (requests(traces)?, passes.parse::<usize>()?, end.parse()?);
+    let stores = stores.split(',').map(|store| Datastore::open(&[store], Load::Ram).map(Arc::new));
+    let (stores, requests, end) = (stores.collect::<Result<Vec<_>, _>>()?, requests(traces)?, end.parse()?);
     let mut random = Random(7);
     let mut network = Network::random(&mut || random.number());
-    let (mut weights, mut adam) = (flat(&mut network), Adam::default());
-    let steps = (passes * requests.len()) as f32;
-    for pass in 0..passes {
-        for last in (1..requests.len()).rev() {
-            requests.swap(last, random.next() as usize % (last + 1));
-        }
-        let (mut events, mut before, mut after, mut count) = (Vec::new(), 0.0, 0.0, 0);
-        for (index, request) in requests.iter().enumerate() {
-            let rate = RATE * (1.0 - (pass * requests.len() + index) as f32 / steps).max(0.02);
-            events.extend(replay(request, &store, &network, end));
-            while events.len() >= BATCH {
-                let mut gradient = vec![0.0; weights.len()];
-                for event in events.drain(..BATCH) {
-                    let (without, with) = learn(&weights, &event, &mut gradient);
-                    (before, after, count) = (before + without, after + with, count + 1);
-                }
-                gradient.iter_mut().for_each(|gradient| *gradient /= BATCH as f32);
-                adam.step(&mut weights, &gradient, rate);
+    let mut weights = flat(&mut network);
+    for number in 0..REPLAYS {
+        let mut events = replay_all(&requests, &stores, &network, end);
+        let steps = events.len().div_ceil(BATCH);
+        silence(&mut weights, &events);
+        let mut adam = Adam::default();
+        for pass_number in 0..PASSES {
+            for last in (1..events.len()).rev() {
+                events.swap(last, random.next() as usize % (last + 1));
             }
-            network.weights_mut().zip(&weights).for_each(|(weight, learned)| *weight = *learned);
+            let steps = (pass_number * steps, PASSES * steps);
+            let (before, after) = pass(&mut weights, &mut adam, &events, steps);
+            let count = events.len();
+            writeln!(
+                std::io::stdout(),
+                "replay {number}, pass {pass_number}: {count} nodes, {before:.4} nat before, {after:.4} after"
+            )?;
         }
-        let (before, after) = (before / f64::from(count), after / f64::from(count));
-        writeln!(std::io::stdout(), "pass {pass}: {count} nodes, {before:.4} nat before, {after:.4} after")?;
+        network.weights_mut().zip(&weights).for_each(|(weight, learned)| *weight = *learned);
         std::fs::write(out, network.to_bytes())?;
     }
     Ok(())

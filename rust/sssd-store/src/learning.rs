@@ -6,17 +6,16 @@
 //! The text is read in blocks of random order. One thread does it: its steps depend on one another, and the bytes are to
 //! be the same wherever a file is built.
 
-use std::f32::consts::LOG2_E;
 use std::io;
 
 use pulp::{Arch, NullaryFnOnce};
-use sssd_core::{CONTEXT, Corpus, DIMENSIONS, TOPIC, Token};
+use sssd_core::{CONTEXT, Corpus, DIMENSIONS, NO_SHARE, TOPIC, Token, exp};
 
 use crate::datastore::Datastore;
 use crate::format::{MAX_SUCCESSORS, PARAMETERS, ROWS, rows_at, zeros};
 use crate::progress::Progress;
 use crate::residency::Everything;
-use crate::tables::{INPUT, NO_SHARE, OUTPUT, TOPICS, Weights};
+use crate::tables::{INPUT, OUTPUT, TOPICS, Weights};
 
 /// Symbols of a block.
 const BLOCK: usize = 1 << 12;
@@ -39,13 +38,6 @@ const SQUARES: f32 = 4.0 / DIMENSIONS as f32;
 const FIRST: f32 = 0.1;
 /// Smaller errors teach nothing.
 const LEAST_ERROR: f32 = 0.003;
-/// Adding it leaves the nearest integer, plus the bias of exponents, in the lowest bits of the sum.
-const TO_EXPONENT: f32 = 12_582_912.0 + 127.0;
-/// 2^f for f from -0.5 to 0.5, highest power first; relative error below 2e-7.
-#[allow(clippy::approx_constant)]
-const POWERS: [f32; 6] = [0.001_326_472_5, 0.009_671_513, 0.055_507_336, 0.240_222_42, 0.693_147, 1.0];
-/// Smaller numbers have no exponential.
-const LEAST_POWER: f32 = -80.0;
 /// Numbers side by side for the compiler to add at once.
 const LANES: usize = 32;
 
@@ -153,16 +145,6 @@ fn dot(left: &Vector, right: &Vector) -> f32 {
         width /= 2;
     }
     sums[0]
-}
-
-/// The exponential of a number that is not positive, the same on every processor and system.
-#[inline(always)]
-fn exp(value: f32) -> f32 {
-    let power = value.max(LEAST_POWER) * LOG2_E;
-    let whole = power + TO_EXPONENT;
-    let rest = power - (whole - TO_EXPONENT);
-    let fraction = POWERS.iter().fold(0.0, |sum, power| sum * rest + power);
-    f32::from_bits(whole.to_bits() << 23) * fraction
 }
 
 impl Model {
@@ -387,19 +369,4 @@ fn write(model: &Model, store: &Datastore, out: &mut dyn io::Write) -> io::Resul
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exponentials_are_exact_enough() {
-        for step in 0..8000 {
-            let value = step as f32 * -0.01;
-            let exact = f64::from(value).exp();
-            assert!((f64::from(exp(value)) / exact - 1.0).abs() < 1e-5, "{value}");
-        }
-        assert!(exp(-1e9) < 1e-30 && exp(0.0) == 1.0);
-    }
 }

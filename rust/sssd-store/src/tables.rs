@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use sssd_core::{CONTEXT, DIMENSIONS, LogBilinear, Row, Token};
+use sssd_core::{CONTEXT, DIMENSIONS, LogBilinear, Output, Row, Token};
 
 use crate::bytes::Bytes;
 use crate::format::{PARAMETERS, ROWS, WEIGHTS, rows_at};
@@ -63,7 +63,7 @@ impl Tables {
         self.bytes.read(self.place.start as u64 + at, out)
     }
 
-    #[inline]
+    #[inline(always)]
     fn at<const LENGTH: usize>(&self, at: usize) -> Option<&[u8; LENGTH]> {
         if self.bytes.residency().is_some_and(|resident| !resident.has(at, LENGTH)) {
             return None;
@@ -71,20 +71,19 @@ impl Tables {
         self.bytes.get(at..)?.first_chunk()
     }
 
-    #[inline]
-    fn parameter(&self, token: Token, index: usize) -> Option<f32> {
-        let at = WEIGHTS as usize + (token as usize * PARAMETERS + index) * 4;
-        self.at(self.place.start + at).map(|&number| f32::from_le_bytes(number))
-    }
-
-    #[inline]
-    fn row(&self, table: usize, token: Token) -> Option<Row<'_>> {
+    /// A token's row of a table, and its parameters, of which one is the row's scale.
+    #[inline(always)]
+    fn row(&self, table: usize, token: Token) -> Option<(Row<'_>, [f32; PARAMETERS])> {
         if token >= self.vocab_size {
             return None;
         }
         let row = table * self.vocab_size as usize + token as usize;
         let values = self.at(self.place.start + rows_at(self.vocab_size) as usize + row * DIMENSIONS)?;
-        Some(Row { values, scale: self.parameter(token, table)? })
+        let at = self.place.start + WEIGHTS as usize + token as usize * PARAMETERS * 4;
+        let parameters: &[u8; PARAMETERS * 4] = self.at(at)?;
+        let number = |index: usize| std::array::from_fn(|byte| parameters[index * 4 + byte]);
+        let parameters = std::array::from_fn(|index| f32::from_le_bytes(number(index)));
+        Some((Row { values, scale: parameters[table] }, parameters))
     }
 }
 
@@ -97,26 +96,19 @@ impl LogBilinear for Tables {
         &self.weights
     }
 
+    #[inline(always)]
     fn input(&self, token: Token) -> Option<Row<'_>> {
-        self.row(INPUT, token)
+        self.row(INPUT, token).map(|found| found.0)
     }
 
+    #[inline(always)]
     fn topic(&self, token: Token) -> Option<Row<'_>> {
-        self.row(TOPICS, token)
+        self.row(TOPICS, token).map(|found| found.0)
     }
 
-    fn output(&self, token: Token) -> Option<Row<'_>> {
-        self.row(OUTPUT, token)
-    }
-
-    fn bias(&self, token: Token) -> (f32, f32) {
-        if token >= self.vocab_size {
-            return (0.0, NO_SHARE);
-        }
-        let [bias, share] = [ROWS, ROWS + 1].map(|index| self.parameter(token, index));
-        (bias.unwrap_or(0.0), share.unwrap_or(NO_SHARE))
+    #[inline(always)]
+    fn output(&self, token: Token) -> Option<Output<'_>> {
+        let (row, parameters) = self.row(OUTPUT, token)?;
+        Some(Output { row, bias: parameters[ROWS], share: parameters[ROWS + 1] })
     }
 }
-
-/// The logarithm of the share of a token that the text does not have.
-pub const NO_SHARE: f32 = -16.1;

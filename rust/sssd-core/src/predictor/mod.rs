@@ -141,8 +141,13 @@ impl Predictor {
         let listed = successors.iter().map(|&(token, share)| (token, share, 0));
         mix::offer(SUCCESSORS, expansion.weights[SUCCESSORS], listed, &mut children);
         outside::offer(inputs, &expansion, &mut children);
-        refine::refine(&mut candidates[start..], path, &expansion, inputs);
-        stage::rank(node, start, candidates, (&expansion, &tally), successors, inputs, ranking);
+        let ranks = stage::ranks(path, inputs);
+        let mut total = refine::refine(&mut candidates[start..], &expansion, inputs, !ranks);
+        if ranks {
+            let made_of = (&expansion, &tally);
+            total = stage::rank(node, start, candidates, made_of, successors, inputs, ranking);
+        }
+        refine::scale(&mut candidates[start..], path, total);
         outside::weigh(inputs, (start, path), candidates, table, heard, &mut expansion);
         let mut seen = 0;
         for (child, candidate) in (start as u32..).zip(&candidates[start..]) {

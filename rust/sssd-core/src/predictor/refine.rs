@@ -11,21 +11,31 @@ use crate::sources::{LOWER, NO_CLASS, REQUEST, request};
 /// Below this mixed probability nothing is refined, and nothing learned about refining.
 pub const LEAST_REFINED: f32 = 0.003;
 
-/// Gives the children of a node of probability `above` their own: mixed, refined, corrected, and scaled so that they sum
-/// to at most their parent's.
-pub fn refine(children: &mut [Candidate], above: f32, expansion: &Expansion, inputs: &Inputs) {
+/// Gives the children of a node their probabilities at the node: mixed, refined and, if `corrects`, corrected. Returns
+/// their sum.
+pub fn refine(children: &mut [Candidate], expansion: &Expansion, inputs: &Inputs, corrects: bool) -> f32 {
     let mut total = 0.0;
-    for candidate in &mut *children {
+    for candidate in children {
         candidate.mixed = mix::mixed(candidate, &expansion.weights);
         candidate.path = candidate.mixed;
         if candidate.mixed >= LEAST_REFINED {
             candidate.occurrence = occurrence(candidate, inputs);
             let support = candidate.support(expansion.speaks);
             candidate.refined = inputs.model.refine(support.row(), candidate.mixed);
-            candidate.path = inputs.calibration.correct(support.kind(), candidate.refined);
+            candidate.path = if corrects {
+                inputs.calibration.correct(support.kind(), candidate.refined)
+            } else {
+                candidate.refined
+            };
         }
         total += candidate.path;
     }
+    total
+}
+
+/// Makes probabilities at a node, which sum to `total`, those of paths: parts of the node's, `above`, and at most all of
+/// it.
+pub fn scale(children: &mut [Candidate], above: f32, total: f32) {
     let scale = above / total.max(1.0);
     children.iter_mut().for_each(|candidate| candidate.path *= scale);
 }
@@ -60,7 +70,8 @@ mod tests {
                 child
             })
             .collect();
-        refine(&mut children, above, &expansion, &parts.inputs());
+        let total = refine(&mut children, &expansion, &parts.inputs(), true);
+        scale(&mut children, above, total);
         children
     }
 

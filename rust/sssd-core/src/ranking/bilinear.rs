@@ -3,6 +3,8 @@
 //! mean of the text before it. It is learned as a correction to the successors of the last token, so that nothing is
 //! summed over the vocabulary.
 
+use pulp::{Arch, NullaryFnOnce};
+
 use crate::Token;
 
 /// Numbers of a row.
@@ -23,8 +25,27 @@ pub struct Row<'a> {
     pub scale: f32,
 }
 
-/// Numbers side by side for the compiler to add at once: the order of sums is the same on every processor.
-const LANES: usize = 32;
+/// What speaks for a token to follow.
+#[derive(Clone, Copy)]
+pub struct Output<'a> {
+    /// What the context is multiplied with.
+    pub row: Row<'a>,
+    /// What is added to the score.
+    pub bias: f32,
+    /// The logarithm of the token's share of the text.
+    pub share: f32,
+}
+
+/// Rows that are asked for before the first of them is needed.
+const AHEAD: usize = 32;
+/// The logarithm of the share of a token that the text does not have.
+pub const NO_SHARE: f32 = -16.1;
+/// The largest number of a context in steps: products with rows then sum up in 32 bits.
+const STEPS: f32 = 32_767.0;
+/// Adding it leaves the nearest integer in the lowest bits of the sum.
+const TO_INTEGER: f32 = 12_582_912.0;
+
+type Vector = [f32; DIMENSIONS];
 
 impl Row<'_> {
     /// Reads it, so that the processor has it before it is needed.
@@ -34,30 +55,56 @@ impl Row<'_> {
     }
 
     #[inline(always)]
-    fn add_to(self, out: &mut [f32; DIMENSIONS], weights: &[f32; DIMENSIONS]) {
+    fn add_to(self, out: &mut Vector, weights: &Vector) {
         for ((out, &value), weight) in out.iter_mut().zip(self.values).zip(weights) {
             *out += f32::from(value.cast_signed()) * (weight * self.scale);
         }
     }
+}
+
+/// A context in whole steps: products with rows are integers, the same however they are summed up.
+struct Context {
+    values: [i16; DIMENSIONS],
+    step: f32,
+}
+
+impl Context {
+    #[inline(always)]
+    fn new(vector: &Vector) -> Self {
+        let mut most = 0;
+        for number in vector {
+            // the bits of non-negative floats are ordered like the floats
+            most = most.max(number.abs().to_bits());
+        }
+        let most = f32::from_bits(most);
+        let (mut values, steps) = ([0; DIMENSIONS], STEPS / most.max(f32::MIN_POSITIVE));
+        for (value, number) in values.iter_mut().zip(vector) {
+            *value = (number * steps + TO_INTEGER).to_bits() as i16;
+        }
+        Self { values, step: most / STEPS }
+    }
 
     #[inline(always)]
-    fn dot(self, vector: &[f32; DIMENSIONS]) -> f32 {
-        let mut sums = [0.0f32; LANES];
-        for (values, vector) in self.values.as_chunks::<LANES>().0.iter().zip(vector.as_chunks::<LANES>().0) {
-            for lane in 0..LANES {
-                sums[lane] += f32::from(values[lane].cast_signed()) * vector[lane];
-            }
+    fn product(&self, row: Row<'_>) -> f32 {
+        let mut sum = 0;
+        for (&own, &value) in self.values.iter().zip(row.values) {
+            sum += i32::from(own) * i32::from(value.cast_signed());
         }
-        let mut width = LANES / 2;
-        while width > 0 {
-            for lane in 0..width {
-                sums[lane] += sums[lane + width];
-            }
-            width /= 2;
-        }
-        sums[0] * self.scale
+        sum as f32 * (self.step * row.scale)
     }
 }
+
+/// What tables say of a token that may come next.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Said {
+    /// How much more probable it is in this context than after its last token alone, as a logarithm, but for what is the
+    /// same for all tokens.
+    pub score: f32,
+    /// The logarithm of its share of the text.
+    pub share: f32,
+}
+
+const NOTHING: Said = Said { score: 0.0, share: NO_SHARE };
 
 /// The tables of a corpus. What is not in memory, or not in the vocabulary, is left out.
 pub trait LogBilinear: Send + Sync {
@@ -74,10 +121,102 @@ pub trait LogBilinear: Send + Sync {
     fn topic(&self, token: Token) -> Option<Row<'_>>;
 
     /// What speaks for `token` to follow.
-    fn output(&self, token: Token) -> Option<Row<'_>>;
+    fn output(&self, token: Token) -> Option<Output<'_>>;
 
-    /// What is added to the score of `token`, and the logarithm of its share of the text.
-    fn bias(&self, token: Token) -> (f32, f32);
+    /// Sets what is said of each of `tokens`, after the tokens `last`, the last one first: at most [`CONTEXT`] of them
+    /// count. In one call, so that the rows come from memory together.
+    fn say(&self, last: &[Token], topic: &Topic, tokens: &[Token], out: &mut [Said]) {
+        Arch::new().dispatch(Say { tables: self, last, topic, tokens, out });
+    }
+
+    /// The mean of the topic rows of a text.
+    fn mean(&self, text: &[Token]) -> [f32; DIMENSIONS] {
+        Arch::new().dispatch(Mean { tables: self, text })
+    }
+}
+
+struct Say<'a, T: ?Sized> {
+    tables: &'a T,
+    last: &'a [Token],
+    topic: &'a Topic,
+    tokens: &'a [Token],
+    out: &'a mut [Said],
+}
+
+impl<T: LogBilinear + ?Sized> NullaryFnOnce for Say<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { tables, last, topic, tokens, out } = self;
+        // not by closures: those are compiled for any processor
+        let mut context = None;
+        for (tokens, out) in tokens.chunks(AHEAD).zip(out.chunks_mut(AHEAD)) {
+            let (mut outputs, mut seen) = ([None; AHEAD], 0);
+            for (place, &token) in outputs.iter_mut().zip(tokens) {
+                *place = tables.output(token);
+                if let Some(output) = place {
+                    seen ^= output.row.touch();
+                }
+            }
+            std::hint::black_box(seen);
+            let made = match context.take() {
+                Some(context) => context,
+                None => Context::new(&self::context(tables, last, topic)),
+            };
+            for (said, output) in out.iter_mut().zip(outputs) {
+                *said = match output {
+                    Some(Output { row, bias, share }) => Said { score: made.product(row) + bias, share },
+                    None => NOTHING,
+                };
+            }
+            context = Some(made);
+        }
+    }
+}
+
+struct Mean<'a, T: ?Sized> {
+    tables: &'a T,
+    text: &'a [Token],
+}
+
+impl<T: LogBilinear + ?Sized> NullaryFnOnce for Mean<'_, T> {
+    type Output = Vector;
+
+    #[inline(always)]
+    fn call(self) -> Vector {
+        let (mut mean, share) = ([0.0; DIMENSIONS], [1.0 / self.text.len().max(1) as f32; DIMENSIONS]);
+        for tokens in self.text.chunks(AHEAD) {
+            let (mut rows, mut seen) = ([None; AHEAD], 0);
+            for (place, &token) in rows.iter_mut().zip(tokens) {
+                *place = self.tables.topic(token);
+                if let Some(row) = place {
+                    seen ^= row.touch();
+                }
+            }
+            std::hint::black_box(seen);
+            for row in rows.into_iter().flatten() {
+                row.add_to(&mut mean, &share);
+            }
+        }
+        mean
+    }
+}
+
+/// The vector of a context, the last token first.
+#[inline(always)]
+fn context<T: LogBilinear + ?Sized>(tables: &T, last: &[Token], topic: &Topic) -> Vector {
+    let weights = tables.weights();
+    let mut out = [0.0; DIMENSIONS];
+    for (out, (weight, mean)) in out.iter_mut().zip(weights[CONTEXT].iter().zip(&topic.mean)) {
+        *out = weight * mean;
+    }
+    for (&token, weights) in last.iter().zip(&weights[..CONTEXT]) {
+        if let Some(row) = tables.input(token) {
+            row.add_to(&mut out, weights);
+        }
+    }
+    out
 }
 
 /// The mean of the topic rows of a text's last tokens.
@@ -85,7 +224,7 @@ pub trait LogBilinear: Send + Sync {
 pub struct Topic {
     /// The tables, and the length of the text; nothing if it is not known.
     of: Option<(u64, usize)>,
-    mean: [f32; DIMENSIONS],
+    mean: Vector,
 }
 
 impl Default for Topic {
@@ -96,60 +235,20 @@ impl Default for Topic {
 
 impl Topic {
     /// Makes it that of `text`: as it was at the last multiple of the step, which any way to the text leads by.
-    #[inline(always)]
+    #[inline]
     pub fn follow(&mut self, tables: &dyn LogBilinear, text: &[Token]) {
         let end = text.len() - text.len() % TOPIC_STEP;
         let of = Some((tables.id(), end));
-        if self.of == of {
-            return;
+        if self.of != of {
+            self.of = of;
+            self.mean = tables.mean(&text[end.saturating_sub(TOPIC)..end]);
         }
-        self.of = of;
-        self.mean = [0.0; DIMENSIONS];
-        let last = &text[end.saturating_sub(TOPIC)..end];
-        let rows = || last.iter().filter_map(|&token| tables.topic(token));
-        std::hint::black_box(rows().fold(0, |seen, row| seen ^ row.touch()));
-        let share = [1.0 / last.len().max(1) as f32; DIMENSIONS];
-        rows().for_each(|row| row.add_to(&mut self.mean, &share));
     }
 
     /// The text is another one now.
     pub fn forget(&mut self) {
         self.of = None;
     }
-}
-
-/// The vector of a context, the last token first.
-#[inline(always)]
-pub fn context(
-    tables: &dyn LogBilinear,
-    last: impl Iterator<Item = Token>,
-    topic: &Topic,
-) -> [f32; DIMENSIONS] {
-    let weights = tables.weights();
-    let mut out = [0.0; DIMENSIONS];
-    for (out, (weight, mean)) in out.iter_mut().zip(weights[CONTEXT].iter().zip(&topic.mean)) {
-        *out = weight * mean;
-    }
-    for (token, weights) in last.zip(&weights[..CONTEXT]) {
-        if let Some(row) = tables.input(token) {
-            row.add_to(&mut out, weights);
-        }
-    }
-    out
-}
-
-/// How much more probable `token` is in this context than after its last token alone, as a logarithm, but for what is
-/// the same for all tokens.
-#[inline(always)]
-pub fn score(tables: &dyn LogBilinear, context: &[f32; DIMENSIONS], token: Token) -> f32 {
-    tables.output(token).map_or(0.0, |row| row.dot(context) + tables.bias(token).0)
-}
-
-/// Reads the rows that scores will need.
-#[inline(always)]
-pub fn touch(tables: &dyn LogBilinear, tokens: impl Iterator<Item = Token>) {
-    let rows = tokens.filter_map(|token| tables.output(token));
-    std::hint::black_box(rows.fold(0, |seen, row| seen ^ row.touch()));
 }
 
 #[cfg(test)]
@@ -208,12 +307,9 @@ pub mod tests {
             self.row(1, token)
         }
 
-        fn output(&self, token: Token) -> Option<Row<'_>> {
-            self.row(2, token)
-        }
-
-        fn bias(&self, token: Token) -> (f32, f32) {
-            (0.1 * token as f32, -1.0 - token as f32)
+        fn output(&self, token: Token) -> Option<Output<'_>> {
+            let row = self.row(2, token)?;
+            Some(Output { row, bias: 0.1 * token as f32, share: -1.0 - token as f32 })
         }
     }
 
@@ -244,12 +340,31 @@ pub mod tests {
         for end in [0, 1, 5, 16, 37, 100, 115, 116, 290] {
             let mut topic = Topic::default();
             topic.follow(&tables, &text[..end]);
-            let context = context(&tables, text[..end].iter().rev().copied(), &topic);
-            for token in 0..25 {
-                let (fast, slow) = (score(&tables, &context, token), slowly(&tables, &text[..end], token));
-                assert!((f64::from(fast) - slow).abs() < 1e-3, "{end}, {token}: {fast}, {slow}");
+            let last: Vec<Token> = text[..end].iter().rev().copied().collect();
+            let tokens: Vec<Token> = (0..25).chain(0..60).collect();
+            let mut said = vec![Said::default(); tokens.len()];
+            tables.say(&last, &topic, &tokens, &mut said);
+            for (token, said) in tokens.into_iter().zip(said) {
+                let slow = slowly(&tables, &text[..end], token);
+                assert!((f64::from(said.score) - slow).abs() < 2e-3, "{end}, {token}: {said:?}, {slow}");
+                assert_eq!(said.share, if token < 20 { -1.0 - token as f32 } else { NO_SHARE });
             }
         }
+    }
+
+    #[test]
+    fn every_processor_gives_the_same_bits() {
+        let tables = Noise::new(90);
+        let text: Vec<Token> = (0..150).map(|at| at * 7 % 89).collect();
+        let tokens: Vec<Token> = (0..75).collect();
+        let mut topic = Topic::default();
+        topic.follow(&tables, &text);
+        // called as it is, it is compiled for any processor
+        assert_eq!(Mean { tables: &tables, text: &text }.call(), tables.mean(&text));
+        let [mut any, mut own] = [(); 2].map(|()| vec![Said::default(); tokens.len()]);
+        Say { tables: &tables, last: &text, topic: &topic, tokens: &tokens, out: &mut any }.call();
+        tables.say(&text, &topic, &tokens, &mut own);
+        assert_eq!(any, own);
     }
 
     #[test]

@@ -5,5 +5,6 @@
 pub mod bilinear;
 mod features;
 pub mod network;
+pub mod numbers;
 pub mod record;
 pub mod stage;

@@ -1,20 +1,28 @@
 //! The weights of the ranking stage: one hidden layer over the features of a candidate.
 
+use std::hint::black_box;
 use std::sync::{Arc, OnceLock};
 
 use crate::ranking::bilinear::LogBilinear;
 use crate::sources;
 
-/// What the network looks at: five numbers of each source, and 13 more; `features.rs` has them.
-pub const FEATURES: usize = 5 * sources::COUNT + 13;
+/// What the network looks at: of a candidate, then of the node, which all its candidates share; `features.rs` has them.
+pub const FEATURES: usize = OF_CANDIDATE + OF_NODE;
+/// Two numbers of each source, and 7 more.
+pub const OF_CANDIDATE: usize = 2 * sources::COUNT + 7;
+/// Three numbers of each source, and 6 more.
+pub const OF_NODE: usize = 3 * sources::COUNT + 6;
 /// Hidden units.
 pub const HIDDEN: usize = 24;
+/// Units side by side: the order of sums is the same on every processor.
+const LANES: usize = 8;
+const _: () = assert!(HIDDEN.is_multiple_of(LANES));
 /// What is left of a unit's input below 0.
 const LEAK: f32 = 0.1;
 
 /// What stands before the weights: magic, version of what features mean, and the shape.
 const MAGIC: [u8; 8] = *b"sssd rnk";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = MAGIC.len() + 12;
 const WEIGHTS: usize = (FEATURES + 2) * HIDDEN;
 const BYTES: usize = HEADER + 4 * WEIGHTS;
@@ -58,40 +66,6 @@ pub type Hidden = [f32; HIDDEN];
 pub struct Ranking<'a> {
     pub network: &'a Network,
     pub tables: &'a dyn LogBilinear,
-}
-
-/// Features that are not 0, and their values.
-pub struct Seen {
-    list: [(usize, f32); FEATURES],
-    count: usize,
-}
-
-impl Seen {
-    /// None so far.
-    #[inline(always)]
-    pub fn new() -> Self {
-        Self { list: [(0, 0.0); FEATURES], count: 0 }
-    }
-
-    /// Adds one. What is beyond the last place is not seen, and no feature is added twice.
-    #[inline(always)]
-    pub fn add(&mut self, feature: usize, value: f32) {
-        if let Some(place) = self.list.get_mut(self.count) {
-            *place = (feature, value);
-            self.count += 1;
-        }
-    }
-
-    /// Into a row of all features.
-    pub fn write(&self, row: &mut [f32; FEATURES]) {
-        self.list[..self.count].iter().for_each(|&(feature, value)| row[feature] = value);
-    }
-
-    /// Forgets all.
-    #[inline(always)]
-    pub fn clear(&mut self) {
-        self.count = 0;
-    }
 }
 
 /// The weights: of each feature, of nothing, and of the hidden units.
@@ -139,31 +113,42 @@ impl Network {
         self.features.as_flattened_mut().iter_mut().chain(&mut self.bias).chain(&mut self.output)
     }
 
-    /// The inputs of the hidden units without any feature.
-    pub fn bias(&self) -> Hidden {
-        self.bias
-    }
-
-    /// Adds what features say: in one loop, so that the units stay in registers.
+    /// The inputs of the hidden units by what all candidates of a node share.
     #[inline(always)]
-    pub fn add(&self, mut hidden: Hidden, seen: &Seen) -> Hidden {
-        for &(feature, value) in &seen.list[..seen.count] {
-            for (unit, weight) in hidden.iter_mut().zip(&self.features[feature]) {
-                *unit += weight * value;
-            }
-        }
+    pub fn of_node(&self, features: &[f32; OF_NODE]) -> Hidden {
+        let mut hidden = [0.0; HIDDEN];
+        add(&self.bias, &self.features[OF_CANDIDATE..], features, &mut hidden);
         hidden
     }
 
-    /// The output: what is added to the logarithm of a candidate's probability.
+    /// The output for a candidate: what is added to the logarithm of its probability.
     #[inline(always)]
-    pub fn output(&self, hidden: &Hidden) -> f32 {
-        let mut sums = [0.0f32; 8];
-        for (units, weights) in hidden.chunks_exact(8).zip(self.output.chunks_exact(8)) {
-            for lane in 0..8 {
-                sums[lane] += units[lane].max(LEAK * units[lane]) * weights[lane];
+    pub fn of_candidate(&self, node: &Hidden, features: &[f32; OF_CANDIDATE]) -> f32 {
+        let mut hidden = [0.0; HIDDEN];
+        add(node, &self.features[..OF_CANDIDATE], features, &mut hidden);
+        for (unit, weight) in hidden.iter_mut().zip(&self.output) {
+            *unit = unit.max(LEAK * *unit) * weight;
+        }
+        let mut sums = [0.0f32; LANES];
+        for units in hidden.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                sums[lane] += units[lane];
             }
         }
-        sums.iter().sum()
+        ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]))
     }
+}
+
+/// Adds what features say to `start`, with the units in registers. What the compiler knows of how numbers came about must
+/// not make it take them one by one, so they come from memory.
+#[inline(always)]
+fn add<const COUNT: usize>(start: &Hidden, weights: &[Hidden], features: &[f32; COUNT], out: &mut Hidden) {
+    let mut hidden = *black_box(start);
+    for (value, weights) in black_box(features).iter().zip(weights) {
+        for (unit, weight) in hidden.iter_mut().zip(weights) {
+            *unit += weight * value;
+        }
+    }
+    *out = hidden;
+    black_box(out);
 }

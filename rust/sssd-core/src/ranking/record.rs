@@ -19,8 +19,6 @@ pub struct Ranked {
     pub rows: Vec<(f32, [f32; FEATURES])>,
     /// The probability of the others.
     pub kept: f32,
-    /// What the scored candidates were given before this request's correction, in their order.
-    pub given: Vec<f32>,
 }
 
 /// All nodes that were ranked, in the order in which they were.

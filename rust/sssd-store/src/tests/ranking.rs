@@ -48,8 +48,8 @@ fn prefers_two(store: &Datastore, context: &[Token]) -> f32 {
         sums.iter_mut().enumerate().for_each(|(at, sum)| *sum += weights[at] * number(row, at));
     }
     let score = |token: Token| {
-        let row = tables.output(token).unwrap();
-        sums.iter().enumerate().map(|(at, sum)| sum * number(row, at)).sum::<f32>() + tables.bias(token).0
+        let output = tables.output(token).unwrap();
+        sums.iter().enumerate().map(|(at, sum)| sum * number(output.row, at)).sum::<f32>() + output.bias
     };
     score(2) - score(3)
 }
@@ -67,7 +67,8 @@ fn tables_tell_what_the_last_token_does_not() {
     }
     let tables = store.tables().unwrap();
     let share = 1.0 / 5.0f32;
-    assert!((tables.bias(8).1 - share.ln()).abs() < 1e-5 && tables.bias(9).1 < -16.0);
+    let share_of = |token: Token| tables.output(token).unwrap().share;
+    assert!((share_of(8) - share.ln()).abs() < 1e-5 && share_of(9) < -16.0);
     assert!(tables.input(VOCAB).is_none() && tables.output(Token::MAX).is_none());
 }
 
@@ -174,10 +175,10 @@ fn the_largest_file_that_has_tables_ranks_for_all() {
 fn exercise(store: &Datastore) {
     let Some(tables) = store.tables() else { return };
     for token in [0, 1, 8, VOCAB - 1, VOCAB, Token::MAX] {
-        for row in [tables.input(token), tables.topic(token), tables.output(token)] {
+        let output = tables.output(token).map(|output| output.row);
+        for row in [tables.input(token), tables.topic(token), output] {
             assert!(row.is_none_or(|row| row.values.len() == DIMENSIONS));
         }
-        tables.bias(token);
     }
     assert!(tables.weights().as_flattened().iter().all(|weight| weight.is_finite()));
 }

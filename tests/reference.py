@@ -13,6 +13,7 @@ from math import exp
 from typing import Any
 
 import numpy as np
+from reference_ranking import Node, Ranking
 
 REQUEST, LOWER, STORE, LIVE, ALIGNED, FEEDBACK, SUCCESSORS = range(7)
 SAMPLED, BLENDED = (REQUEST, LOWER, STORE, LIVE, ALIGNED), (REQUEST, LOWER, STORE, LIVE, ALIGNED, FEEDBACK)
@@ -101,6 +102,15 @@ class Candidate:
     refined: float = 0.0
     path: float = 0.0
 
+    @property
+    def is_refined(self) -> bool:
+        return self.mixed >= LEAST_REFINED
+
+    @property
+    def uncorrected(self) -> float:
+        """The probability before this request's correction."""
+        return self.refined if self.is_refined else self.mixed
+
     def look(self, source: int, table: tuple[int, ...]) -> int:
         return table[min(self.classes.get(source, NONE) + 1, len(table) - 1)]
 
@@ -153,6 +163,8 @@ class Expansion:
     contexts: dict[int, list[tuple[int, tuple[int, ...]]]]
     """Of each source, longest first: class and cell of the escape."""
     said: dict[int, tuple[float, int]]
+    votes: dict[int, float]
+    """Of each source that has samples, the weight of those with the longest context."""
     gates: dict[int, tuple[int, ...]]
     weights: dict[int, float]
     voices: list[tuple[int, float, int, int]] = field(default_factory=list)
@@ -281,6 +293,7 @@ class Request:
         knowledge: Knowledge,
         store: Any = None,
         end_tokens: tuple[int, ...] = (),
+        ranking: Ranking | None = None,
     ):
         self.weights, self.knowledge, self.store, self.end_tokens = (
             Weights(weights),
@@ -294,6 +307,7 @@ class Request:
         self.next, self.run, self.astray = (0 if prediction else None), 0, 0
         self.knots = [Bias(1.0) for _ in range(8)]
         self.kinds = [Bias(6.0) for _ in range(KINDS)]
+        self.ranking, self.luck = ranking, [0.3] * 7
         self.followed: tuple[int, ...] | None = None
         self.domains: Domains | None = None
 
@@ -399,6 +413,8 @@ class Request:
         if self.domains:
             self.domains.start()
         self.expansions: dict[tuple[int, ...], Expansion] = {}
+        if self.ranking:
+            self.ranking.start(self.tokens[self.predicted :])
         self.followed = () if self.tokens and self.tokens[-1] not in self.end_tokens else None
 
     def expand(self, node: tuple[int, ...]) -> Expansion:
@@ -416,7 +432,7 @@ class Request:
         else:
             samples, above = [*self.request_samples(), *self.aligned_samples()], 1.0
             samples += [*(self.store_samples() if self.store else ()), *self.live_samples()]
-        out = Expansion({}, {source: [] for source in BLENDED}, {}, {}, {})
+        out = Expansion({}, {source: [] for source in BLENDED}, {}, {}, {}, {})
         out.told_apart = above >= WORTH_VOICES
         self.blend(samples, out)
         self.blend_feedback(node, out)
@@ -435,6 +451,8 @@ class Request:
                     candidate = out.candidates.setdefault(token, Candidate())
                     candidate.probs[source], candidate.classes[source] = prob, klass
         self.refine(above, out)
+        if self.ranking:
+            self.ranking.rank(Node(self, node, above, out, successors))
         return out
 
     def blend(self, samples: list[Sample], out: Expansion) -> None:
@@ -467,6 +485,7 @@ class Request:
                     out.contexts[source].append((klass, cell))
             peak = max(candidate.probs[source] for candidate in out.candidates.values())
             out.gates[source] = gate_cell(source, max(by_class), peak)
+            out.votes[source] = sum(weight for _, weight in by_class[max(by_class)])
 
     def blend_feedback(self, node: tuple[int, ...], out: Expansion) -> None:
         """The same over the target's own distributions, and over what it lately held probable."""
@@ -510,7 +529,7 @@ class Request:
         for token, candidate in out.candidates.items():
             parts = (prob * out.weights[source] for source, prob in candidate.probs.items() if prob)
             candidate.mixed = candidate.path = min(sum(parts), 1.0)
-            if candidate.mixed >= LEAST_REFINED:
+            if candidate.is_refined:
                 near = self.tokens[self.earliest(1) :][::-1]
                 if not {REQUEST, LOWER} & set(candidate.classes) and token in near:
                     distance = near.index(token) + 1
@@ -602,6 +621,9 @@ class Request:
                 self.domains.learn(evidence.voices, token)
             for bias in (*self.knots, *self.kinds):
                 bias.learn()
+            for source in evidence.gates:
+                given = truth.probs[source] if truth else 0.0
+                self.luck[source] += 0.03 * (given - self.luck[source])
 
     def learn_escapes(self, evidence: Expansion, token: int, truth: Candidate | None) -> None:
         """From the longest context down to the first that held the truth."""
@@ -618,7 +640,7 @@ class Request:
     def learn_refinements(self, evidence: Expansion, token: int) -> None:
         speaks = set(evidence.gates)
         for other, candidate in evidence.candidates.items():
-            if candidate.mixed >= LEAST_REFINED:
+            if candidate.is_refined:
                 came, kind = other == token, candidate.kind(speaks)
                 cell = self.weights.refinements[candidate.row(speaks), int(scale(candidate.mixed) + 0.5)]
                 Weights.update(cell, came, 255)

@@ -200,3 +200,11 @@ def test_every_mutant_of_a_promise_can_be_made():
             assert all(re.search(rf"(def|class) {name.split('[')[0]}\b", text) for name in names), mutant
     # where a line that breaks it would be artificial
     assert promises - {mutant["promise"] for mutant in mutants} <= {"D10", "D19", "V6", "V7"}
+
+
+def test_every_part_can_be_switched_off(monkeypatch):
+    """The lines of ``benches/ablations.py`` are there once."""
+    monkeypatch.syspath_prepend(ROOT / "benches")
+    for part in runpy.run_path(str(ROOT / "benches/ablations.py"))["PARTS"].values():
+        for edit in part.edits:
+            assert (ROOT / edit.file).read_text().count(edit.line) == 1, edit

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import paths
 from reference import WHOLE, Knowledge, Request, Weights, best
+from reference_ranking import Ranking
 
 from sssd import SOURCES, Datastore, Drafter
 
@@ -22,6 +23,13 @@ END = 499
 @pytest.fixture(scope="module")
 def datastore(tmp_path_factory):
     return Datastore.open(world.store(tmp_path_factory.mktemp("reference") / "store.sssd"))
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """A datastore with tables for ranking, and the twin's ranking by them."""
+    path = world.store(tmp_path_factory.mktemp("ranked") / "store.sssd", ranking=True)
+    return Datastore.open(path), Ranking(path)
 
 
 def check_tree(reference, tree, max_nodes, min_prob=0.001):
@@ -65,15 +73,20 @@ def few(rng, length):
     return [min(int(rng.expovariate(0.4)), 9) for _ in range(length)]
 
 
-@pytest.mark.parametrize("kind", ["request", "datastore", "feedback", "live", "prediction", "all"])
+@pytest.mark.parametrize(
+    "kind",
+    ["request", "datastore", "feedback", "live", "prediction", "all", "datastore+ranking", "all+ranking"],
+)
 @given(seed=st.integers(0, 2**32), source=st.sampled_from([world.text, few]))
 @settings(deadline=None, max_examples=20, derandomize=True, database=None)
-def test_drafts_and_what_they_teach(kind, seed, source, datastore):
+def test_drafts_and_what_they_teach(kind, seed, source, datastore, ranked):
     def has(name):
-        return kind in (name, "all")
+        return name in kind.split("+") or (kind.startswith("all") and name != "ranking")
 
     rng = random.Random(seed)
-    store = datastore if has("datastore") else None
+    store, ranking = datastore if has("datastore") else None, None
+    if has("ranking"):
+        store, ranking = ranked
     drafter = Drafter(
         vocab_size=world.VOCABULARY,
         end_token_ids=[END],
@@ -90,7 +103,9 @@ def test_drafts_and_what_they_teach(kind, seed, source, datastore):
     prompt = source(rng, rng.choice([1, 30, 200]))
     prediction = source(rng, 40) if has("prediction") else []
     sequence = drafter.begin(prompt, prediction)
-    reference = Request(sequence.state_dict()["weights.v2"], prompt, prediction, knowledge, store, (END,))
+    reference = Request(
+        sequence.state_dict()["weights.v2"], prompt, prediction, knowledge, store, (END,), ranking
+    )
     for step in range(8):
         budget = rng.choice([1, 2, 8, 24])
         tree = sequence.draft(budget)

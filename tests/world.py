@@ -29,9 +29,9 @@ def documents(count: int = 50, length: int = 400) -> list[list[int]]:
     return [text(rng, length) for _ in range(count)]
 
 
-def store(path: Path, texts: Sequence[Sequence[int]] | None = None) -> Path:
-    """A datastore of ``texts``, by default of ``documents()``."""
-    with DatastoreBuilder(path, vocab_size=VOCABULARY) as builder:
+def store(path: Path, texts: Sequence[Sequence[int]] | None = None, *, ranking: bool | None = None) -> Path:
+    """A datastore of ``texts``, by default of ``documents()``; with tables for ranking if asked for."""
+    with DatastoreBuilder(path, vocab_size=VOCABULARY, ranking=ranking) as builder:
         for ids in documents() if texts is None else texts:
             builder.add(ids)
     return path

@@ -18,13 +18,6 @@ DATA = Path(__file__).parent.parent / "data"
 END = 499
 
 
-def store(path: Path, ranking: bool | None, texts: list[list[int]] | None = None) -> Path:
-    with DatastoreBuilder(path, vocab_size=world.VOCABULARY, ranking=ranking) as builder:
-        for ids in world.documents() if texts is None else texts:
-            builder.add(ids)
-    return path
-
-
 def trees(path: Path | None, ranking: bool = True, load: str = "ram") -> list[tuple[list[int], ...]]:
     """Drafts along a text."""
     drafter = Drafter(end_token_ids=[END], datastore=path, ranking=ranking, load=load)
@@ -39,7 +32,10 @@ def trees(path: Path | None, ranking: bool = True, load: str = "ram") -> list[tu
 
 
 def test_without_ranking_drafts_are_those_of_a_store_without_tables(tmp_path: Path) -> None:
-    plain, ranked = store(tmp_path / "plain", False), store(tmp_path / "ranked", True)
+    plain, ranked = (
+        world.store(tmp_path / "plain", ranking=False),
+        world.store(tmp_path / "ranked", ranking=True),
+    )
     without = trees(plain)
     assert trees(plain, ranking=False) == trees(ranked, ranking=False) == without
     with_tables = trees(ranked)
@@ -49,7 +45,7 @@ def test_without_ranking_drafts_are_those_of_a_store_without_tables(tmp_path: Pa
 
 def test_small_stores_have_tables_only_if_asked(tmp_path: Path) -> None:
     for ranking, tokens in ((None, None), (False, None), (True, 20_000)):
-        with Datastore.open(store(tmp_path / "store", ranking)) as opened:
+        with Datastore.open(world.store(tmp_path / "store", ranking=ranking)) as opened:
             (file,) = opened.info.files
             assert (file.ranking_tokens, file.version) == (tokens, 2 if tokens else 1)
             opened.verify()

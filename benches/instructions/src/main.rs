@@ -6,9 +6,9 @@
 //!
 //! TOKENS holds 32-bit words, little-endian: how many traces, then of each how many requests, then of each how many
 //! prompt and response tokens, and these. REQUESTS of each trace are replayed. TOPK holds for each response token what
-//! the target held probable: 8 tokens, then 8 probabilities of 32 bits. `unranked` leaves out ranking. Prints what was accepted and a digest of the
-//! drafts, which must be equal for two builds that are compared, and times, which are worth something on an idle
-//! machine without callgrind.
+//! the target held probable: 8 tokens, then 8 probabilities of 32 bits. `unranked` leaves out ranking. Prints what was
+//! accepted and a digest of the drafts, which must be equal for two builds that are compared, and times, which are worth
+//! something on an idle machine without callgrind.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::hint::black_box;

@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+from itertools import pairwise
 from time import perf_counter_ns
 from typing import Any
 
@@ -51,7 +52,6 @@ class Adapter:
         self.rule = None if fixed else rule()
         self.ids = [f"request-{i}" for i in range(len(rows))]
         self.out = DraftBatch(len(rows), len(rows) * K)
-        self.arrays = np.zeros((len(rows), K), np.int32), np.zeros(len(rows), np.int32)
         self.times: list[int] = []
 
     def step(self, lengths: np.ndarray, new: list[np.ndarray]) -> list[list[int]]:
@@ -59,8 +59,8 @@ class Adapter:
         rows = [row[:length] for row, length in zip(self.rows, lengths.tolist(), strict=True)]
         options = {"rows": rows, "shape": "chain", "rule": self.rule, "out": self.out}
         batch = self.requests.step(self.ids, max_nodes=K, **options)
-        token_ids, counts = batch.chains(K, out=self.arrays[0], lengths=self.arrays[1])
-        lists = [row[:count] for row, count in zip(token_ids.tolist(), counts.tolist(), strict=True)]
+        chains, ends = batch.token_ids.tolist(), batch.offsets.tolist()
+        lists = [chains[start:end] for start, end in pairwise(ends)]
         self.times.append(perf_counter_ns() - start)
         observe(self.rule, batch, len(rows))
         return lists

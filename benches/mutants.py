@@ -345,7 +345,7 @@ SIZING = [
     Mutant(
         "the rule drafts before it knows plain steps",
         f"{ENGINE}/src/sizing/rule.rs",
-        "(state.plain_due == 0).then_some(",
+        "(due == 0).then_some(",
         "true.then_some(",
     ),
     Mutant(
@@ -363,8 +363,8 @@ SIZING = [
     Mutant(
         "what a draft cost is not held against it",
         f"{ENGINE}/src/sizing/rule.rs",
-        "if gain > self.rate * spent {",
-        "if gain > 0.0 * spent {",
+        "(gain - self.rate * spent - pace.worth)",
+        "(gain - 0.0 * spent - pace.worth)",
     ),
     Mutant(
         "a change of the machine's speed goes unnoticed",

@@ -2,15 +2,20 @@
 
     make vllm && .venv-vllm/bin/python benches/engines/vllm_turns.py MODEL OUT.jsonl [--seconds 840] ...
 
-MODEL is a folder of SmolLM2 in safetensors (`make vllm` makes one). Prompts are the first short ones of the
-dev traces: chat, rag, edits (code-edit, doc-edit). One engine; who drafts, how many tokens at most and how
-many requests run side by side changes from turn to turn, so that all have the same load. A turn is a few
-prompts of one kind from cold (nobody knows earlier requests) and then, warm, once more.
+MODEL is a folder of SmolLM2 in safetensors (`make vllm` makes one). Prompts are short ones of the dev traces:
+chat, rag, edits (code-edit), and copy, texts of chats that are to be written out again, changed or not. One
+engine; who drafts, how many tokens at most and how many requests run side by side changes from turn to turn,
+so that all have the same load. A turn is a few prompts of one kind from cold (nobody knows earlier requests)
+and then, warm, once more; what was seen before is what other benchmarks call repeats. Side by side means
+that so many run and as many wait: one that ends is followed by the next, as in a server. Where none follows
+any more drafts bring nothing, as the slowest decides when all have ended: tokens/s are also those while all
+places were taken and no prompt was read (`full`).
 
-Each turn is appended to OUT.jsonl when it is over. What is there already is not measured again: run the same
-command in as many idle windows as the prompts take (of `--seconds` each, starting the engine not counted).
+Each turn is appended to OUT.jsonl when it is over; kinds and batches come in equal shares, however far it
+goes. What is there already is not measured again: run the same command in as many idle windows as the prompts
+take (of `--seconds` each, starting the engine not counted); a change of the code needs another OUT.jsonl.
 Printed are, over what is there, tokens per step, tokens/s as the median share of plain decoding's, what was
-drafted, times of `propose`, and how many texts equal plain decoding's.
+drafted, times of `propose`, how many texts equal plain decoding's, and the table of docs/vllm.md.
 """
 
 import argparse
@@ -34,7 +39,14 @@ os.environ |= {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 TRACES = Path(os.environ.get("SSSD_TRACES", Path(__file__).parents[3] / "shared/traces"))
-KINDS = {"chat": ("chat-en",), "rag": ("rag",), "edit": ("code-edit", "doc-edit")}
+KINDS = {"chat": "chat-en", "rag": "rag", "edit": "code-edit", "copy": "chat-en"}
+COPIES = (
+    "Write this text out again, word for word:",
+    "Correct the mistakes in this text and write it out again:",
+    "Write this text out again and put a title above it:",
+)
+COPIED = 160
+"""Tokens of a text that is to be written out again."""
 MODES = ("none", "ngram", "suffix", "sssd")
 
 
@@ -54,7 +66,7 @@ class Switch(Proposer):
         self.ngram, self.suffix = NgramProposer(config), SuffixDecodingProposer(config)
         self.mode = "none"
         self.longest, self.rules = self.k, {}
-        self.start()
+        self.start(1)
 
     def play(self, mode, k):
         """Becomes another one, with what the rule has learned at that k."""
@@ -63,9 +75,13 @@ class Switch(Proposer):
         self.ngram.k = self.suffix.num_speculative_tokens = self.k
         self._rule = self.rules.get(self.k)
 
-    def start(self):
+    def start(self, places):
+        """Counts anew, of so many requests side by side."""
+        self.places = places
         self.steps = self.drafted = self.sampled = 0
         self.seconds = []
+        self.full = {"tokens": 0, "seconds": 0.0}
+        self.last = time.perf_counter()
 
     def forget(self):
         """From cold: nobody knows earlier requests."""
@@ -73,8 +89,15 @@ class Switch(Proposer):
         self.suffix = self.suffix_class(self.config)
         self.suffix.num_speculative_tokens = self.k
 
+    def _decodes(self):
+        """Whether the pass that is over has read no prompt."""
+        output, rows = self._output, self._output.num_scheduled_tokens
+        drafted = sum(map(len, output.scheduled_spec_decode_tokens.values()))
+        return output.total_num_scheduled_tokens == len(rows) + drafted
+
     def propose(self, sampled, lengths, rows, slot_mappings=None):
         started = time.perf_counter()
+        self._output = self._step.output
         if self.mode == "none":
             drafts = [[] for _ in sampled]
         elif self.mode == "ngram":
@@ -83,43 +106,58 @@ class Switch(Proposer):
             drafts = self.suffix.propose(self.k, self._step.runner.input_batch, sampled)
         else:
             drafts = super().propose(sampled, lengths, rows)
-        self.seconds.append(time.perf_counter() - started)
+        now = time.perf_counter()
+        self.seconds.append(now - started)
+        if len(sampled) == self.places and self._decodes():
+            self.full["tokens"] += sum(map(len, sampled))
+            self.full["seconds"] += now - self.last
+        self.last = now
         self.steps += sum(map(bool, sampled))
         self.sampled += sum(map(len, sampled))
         self.drafted += sum(map(len, drafts))
         return drafts
 
 
+def question(kind, record, tokenizer, number):
+    """What a record of a kind asks for; None where it has no such thing."""
+    prompt, response = record["prompt"], record["response"]
+    if kind != "copy":
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return (
+        f"{COPIES[number % len(COPIES)]}\n\n{tokenizer.decode(ids[:COPIED])}"
+        if len(ids) > COPIED // 2
+        else None
+    )
+
+
 def prompts(tokenizer, longest, count):
     """Of each kind the first short prompts, as ids."""
-    found = {}
-    for kind, workloads in KINDS.items():
-        held = []
-        for workload in workloads:
-            texts = []
-            with lzma.open(TRACES / f"dev/{workload}.jsonl.xz", "rt", encoding="utf-8") as lines:
-                for line in lines:
-                    prompt = json.loads(line)["prompt"]
-                    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                    ids = tokenizer.apply_chat_template(
-                        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-                    )
-                    if len(ids) <= longest:
-                        texts.append(ids)
-                    if len(texts) == count:
-                        break
-            held.append(texts)
-        # of several workloads in turn
-        found[kind] = [text for texts in zip(*held, strict=False) for text in texts][:count]
+    found = {kind: [] for kind in KINDS}
+    for kind, workload in KINDS.items():
+        rows = found[kind]
+        with lzma.open(TRACES / f"dev/{workload}.jsonl.xz", "rt", encoding="utf-8") as lines:
+            for line in lines:
+                text = question(kind, json.loads(line), tokenizer, len(rows))
+                if text is None:
+                    continue
+                said = [{"role": "user", "content": text}]
+                ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+                if len(ids) <= longest and ids not in rows:
+                    rows.append(ids)
+                if len(rows) == count:
+                    break
+        if len(rows) < count:
+            print(f"there are {len(rows)} prompts of {kind}, not {count}", file=sys.stderr)
     return found
 
 
-def decode(llm, switch, rows, tokens):
-    """Decodes prompts side by side; the figures and the texts."""
+def decode(llm, switch, rows, tokens, batch):
+    """Decodes prompts, so many side by side; the figures and the texts."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=tokens)
-    switch.start()
+    switch.start(batch)
     started = time.perf_counter()
     done = llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
     seconds = time.perf_counter() - started
@@ -130,25 +168,34 @@ def decode(llm, switch, rows, tokens):
         "sampled": switch.sampled,
         "drafted": switch.drafted,
         "seconds": seconds,
+        "full": switch.full,
         "propose_us": 1e6 * statistics.median(switch.seconds),
     }
     return figures, texts
 
 
+def rounds(rows, batches):
+    """Batch, kind, number of the first prompt and prompts of each round, kinds and batches in equal shares of
+    it however far one goes."""
+    found = []
+    for batch in batches:
+        # as many wait as run
+        many = 1 if batch == 1 else 2 * batch
+        for kind, held in rows.items():
+            starts = range(0, len(held) - many + 1, batch)
+            for number, first in enumerate(starts):
+                share = (number + 0.5) / len(starts)
+                found.append((share, batch, kind, first, held[first : first + many]))
+    return [one[1:] for one in sorted(found, key=lambda one: one[:4])]
+
+
 def turns(rows, ks, batches):
-    """Every turn, those of the first prompts first: what it is called, and its prompts."""
-    most = max(map(len, rows.values()))
-    for start in range(0, most, max(batches)):
-        for batch in sorted(batches, reverse=True):
-            for first in range(start, min(start + max(batches), most), batch):
-                for number, (kind, held) in enumerate(rows.items()):
-                    if not held[first : first + batch]:
-                        continue
-                    players = [(mode, k) for k in ks for mode in MODES[1:]]
-                    turn = (first // batch + number) % len(players)
-                    for mode, k in [("none", 0), *players[turn:], *players[:turn]]:
-                        name = f"batch {batch} {kind} {first} {mode} k {k}"
-                        yield name, (batch, kind, mode, k), held[first : first + batch]
+    """Every turn: what it is called, what it is, and its prompts. All play one round before the next."""
+    for number, (batch, kind, first, held) in enumerate(rounds(rows, batches)):
+        players = [(mode, k) for k in ks for mode in MODES[1:]]
+        turn = number % len(players)
+        for mode, k in [("none", 0), *players[turn:], *players[:turn]]:
+            yield f"batch {batch} {kind} {first} {mode} k {k}", (batch, kind, mode, k), held
 
 
 def play(llm, switch, turn, rows, tokens, plain):
@@ -158,7 +205,7 @@ def play(llm, switch, turn, rows, tokens, plain):
     switch.forget()
     line = {"batch": batch, "kind": kind, "mode": mode, "k": k}
     for state in ("plain",) if mode == "none" else ("cold", "warm"):
-        line[state], texts = decode(llm, switch, rows, tokens)
+        line[state], texts = decode(llm, switch, rows, tokens, batch)
         if mode == "none":
             line["texts"] = texts
         else:
@@ -176,7 +223,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--prompts", type=int, default=32, help="of each kind")
-    parser.add_argument("--longest", type=int, default=500, help="tokens of a prompt")
+    parser.add_argument("--longest", type=int, default=800, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
@@ -199,7 +246,7 @@ def main():
     switch = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
     rows = prompts(llm.get_tokenizer(), args.longest, args.prompts)
     switch.play("ngram", max(args.k))
-    decode(llm, switch, rows["chat"][:1], 4)  # numba compiles
+    decode(llm, switch, rows["chat"][:1], 4, 1)  # numba compiles
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     held = {line["name"]: line for line in lines}
     commit = subprocess.run(
@@ -217,8 +264,16 @@ def main():
         held[name] = {"name": name, **line, "commit": commit.stdout.strip(), "load": os.getloadavg()[0]}
         with args.out.open("a") as file:
             file.write(json.dumps(held[name]) + "\n")
-    for row in summary(held.values()):
+    rows = list(summary(held.values()))
+    for row in rows:
         print(json.dumps(row))
+    print("\n".join(table(rows)))
+
+
+def rate(turn, state="seconds"):
+    """Tokens per second, of the turn or of the part of it in which all places decoded."""
+    part = turn["full"] if state == "full" else turn
+    return part["tokens"] / part["seconds"] if part["seconds"] else None
 
 
 def summary(lines):
@@ -229,16 +284,14 @@ def summary(lines):
         if line["mode"] == "none":
             plain[where] = line["plain"]
             continue
-        base = plain[where]["tokens"] / plain[where]["seconds"]
         for state in ("cold", "warm"):
-            turn = line[state]
-            share = turn["tokens"] / turn["seconds"] / base
             for kind in (line["kind"], "all"):
-                found[line["batch"], state, kind, line["k"], line["mode"]].append((turn, share))
+                found[line["batch"], state, kind, line["k"], line["mode"]].append((line[state], plain[where]))
     for (batch, state, kind, k, mode), held in sorted(found.items()):
         of = {
             key: sum(turn[key] for turn, _ in held) for key in ("sampled", "steps", "drafted", "equal", "of")
         }
+        full = [rate(turn, "full") / rate(base, "full") for turn, base in held if turn["full"]["seconds"]]
         yield {
             "batch": batch,
             "state": state,
@@ -247,11 +300,31 @@ def summary(lines):
             "mode": mode,
             "turns": len(held),
             "tokens_per_step": round(of["sampled"] / of["steps"], 3),
-            "of_plain": round(statistics.median(share for _, share in held), 3),
+            "of_plain": round(statistics.median(rate(turn) / rate(base) for turn, base in held), 3),
+            "of_plain_full": round(statistics.median(full), 3) if full else None,
             "drafted": of["drafted"],
             "equal": f"{of['equal']}/{of['of']}",
             "propose_us": round(statistics.median(turn["propose_us"] for turn, _ in held), 1),
         }
+
+
+def table(rows):
+    """The table of docs/vllm.md: over all kinds, and the kind that fares worst."""
+    yield f"| batch | texts | k | {' | '.join(MODES[:0:-1])} | sssd's least kind |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    found = {tuple(row[key] for key in ("batch", "state", "k", "kind", "mode")): row for row in rows}
+    for batch, state, k in sorted({where[:3] for where in found}):
+        where, of_plain = (batch, state, k), "of_plain" if batch == 1 else "of_plain_full"
+        cells = []
+        for mode in MODES[:0:-1]:
+            row = found.get((*where, "all", mode))
+            cells.append(f"{row[of_plain]:.2f} ({row['tokens_per_step']:.2f})" if row else "")
+        kinds = [
+            (found[*where, kind, "sssd"][of_plain], kind) for kind in KINDS if (*where, kind, "sssd") in found
+        ]
+        least = "{:.2f} {}".format(*min(kinds)) if kinds else ""
+        seen = "new" if state == "cold" else "seen before"
+        yield f"| {batch} | {seen} | {k} | {' | '.join(cells)} | {least} |"
 
 
 if __name__ == "__main__":

@@ -125,19 +125,21 @@ class Proposer:
         drafts: list[list[int]],
         now: float,
     ) -> None:
+        known, longest = self.requests, self._max_length
         states: Mapping[str, Any] = step.states if step else {}
         names = step.names if step else [f"row {place}" for place in range(len(sampled))]
-        ended = [name for name in self.requests if name not in (states if step else names)]
+        running = states if step else names
+        ended = [name for name in known if name not in running]
+        counts = lengths[: len(sampled)].tolist()
         if step and self.options.stop:
-            self._observe(step, sampled, lengths, now)
+            self._observe(step, names, sampled, counts, now)
         ids: list[str | None] = [None] * len(sampled)
-        rows = [table[place, :0] for place in range(len(sampled))]
-        for place, tokens in enumerate(sampled):
-            length = int(lengths[place])
-            if not tokens or length + 1 >= self._max_length:
+        rows: list[Any] = [()] * len(sampled)
+        for place, (tokens, length) in enumerate(zip(sampled, counts, strict=True)):
+            if not tokens or length + 1 >= longest:
                 continue
             name = names[place]
-            if name not in self.requests and _extra(states.get(name)).get("sssd_off"):
+            if name not in known and _extra(states.get(name)).get("sssd_off"):
                 continue
             ids[place], rows[place] = name, table[place, :length]
         self.counts.ended += len(ended)
@@ -145,11 +147,11 @@ class Proposer:
         batch = self._draft(ids, rows, prompts, ended, states)
         if batch is None:
             return
-        chains, counts = batch.chains(self.k)
-        for place, count in enumerate(counts.tolist()):
-            if count and ids[place] is not None:
-                room = self._max_length - 1 - len(rows[place])
-                drafts[place] = chains[place, : min(count, room)].tolist()
+        chains, start = batch.token_ids.tolist(), 0
+        for place, end in enumerate(batch.offsets.tolist()[1:]):
+            if end > start:
+                drafts[place] = chains[start : min(end, start + longest - 1 - counts[place])]
+                start = end
 
     def _draft(
         self,
@@ -182,17 +184,26 @@ class Proposer:
             logger.debug("sssd: some requests go on without drafts: %s", some)
             return some.batch
 
-    def _observe(self, step: "_Step", sampled: Sequence[Sequence[int]], lengths: Any, now: float) -> None:
+    def _observe(
+        self,
+        step: "_Step",
+        names: Sequence[str],
+        sampled: Sequence[Sequence[int]],
+        lengths: list[int],
+        now: float,
+    ) -> None:
         """Tells the rule what the pass that is over has cost, and what it brought."""
         if self._rule is None:
             self._rule = SizingRule(first_curve(self.options.curve, step.runner), max_nodes=self.k)
+        output = step.output
+        drafts, scheduled = output.scheduled_spec_decode_tokens, output.num_scheduled_tokens
         requests, nodes, longest, tokens, context = 0, 0, 0, 0, 0
-        for place, produced in enumerate(sampled):
-            drafted = step.drafted(place)
+        for name, produced, length in zip(names, sampled, lengths, strict=False):
+            drafted = len(drafts.get(name, ()))
             longest = max(longest, drafted)
-            if produced and step.scheduled(place) == 1 + drafted:
+            if produced and scheduled.get(name) == 1 + drafted:
                 requests, nodes, tokens = requests + 1, nodes + drafted, tokens + len(produced)
-                context += int(lengths[place])
+                context += length
         if requests:
             self._rule.observe(
                 batch=requests,
@@ -201,7 +212,7 @@ class Proposer:
                 seconds=None if step.started is None else now - step.started,
                 tokens=tokens,
                 draft_seconds=self._draft_seconds,
-                prefill_tokens=max(0, step.total - requests - nodes),
+                prefill_tokens=max(0, int(output.total_num_scheduled_tokens) - requests - nodes),
             )
 
     def _begin_options(self, state: Any) -> dict[str, Any]:
@@ -291,16 +302,6 @@ class _Step:
     def prompts(self) -> Any:
         """Tokens of each row that are its prompt, integers [rows or more]."""
         return self.runner.input_batch.num_prompt_tokens
-
-    @property
-    def total(self) -> int:
-        return int(self.output.total_num_scheduled_tokens)
-
-    def drafted(self, place: int) -> int:
-        return len(self.output.scheduled_spec_decode_tokens.get(self.names[place], ()))
-
-    def scheduled(self, place: int) -> int:
-        return int(self.output.num_scheduled_tokens.get(self.names[place], 0))
 
 
 def _watch_runner() -> None:

@@ -40,10 +40,18 @@ options! {
     most_nodes: usize = 256;
     /// Nodes. What a new request may draft.
     first_limit: usize = 64;
+    /// Nodes. The most that are verified in a pass before any were; then twice the most that were.
+    first_reach: usize = 4;
     /// Nodes. What a request may draft beyond 1.25 times what was verified of its last draft.
-    spare_nodes: usize = 4;
+    spare_nodes: usize = 6;
+    /// Share. Of a pass without drafts: as many nodes as are drafted in so much of it may be drafted in any case.
+    cheap_share: f64 = 0.002;
     /// Share. A request's limit falls to no less of what it was, however little was verified.
     limit_fall: f64 = 0.75;
+    /// Share. Weight of the newest draft in what drafts of a request are found to be worth beyond their own time.
+    worth_memory: f64 = 0.125;
+    /// Tokens. What drafts of a new request are taken to be worth.
+    first_worth: f64 = 0.1;
     /// Steps. The longest wait of a request whose drafts are not worth their own time.
     longest_wait: usize = 8;
     /// Probability. Nodes less probable are not drafted at first.
@@ -60,17 +68,19 @@ options! {
     rate_memory: f64 = 0.02;
     /// Tokens of a request per plain step. A step counts for no more.
     most_speedup: f64 = 1000.0;
-    /// Times. The newest of a width that count; their median does, so that a hiccup does not.
-    window: usize = 9;
-    /// Times. So many of a width count as much as those of all others.
-    trust: f64 = 2.0;
-    /// Steps. After so many the oldest time of every width is forgotten.
-    forget_every: usize = 256;
+    /// Times. The newest of a size (by powers of two) that count; their median does, so that a hiccup does not.
+    window: usize = 33;
+    /// Times. So many of a size count as much as the line through those of all.
+    trust: f64 = 4.0;
+    /// Steps. After so many the oldest time of every size is forgotten.
+    forget_every: usize = 64;
+    /// Share. So much is left, when times are forgotten, of what they said that a node costs beyond the curve.
+    slope_memory: f64 = 0.9;
     /// Factor. How far a time may be from the curve at all.
     strangest: f64 = 1e6;
-    /// Factor. How far a width's time may move from the curve, relative to all widths.
+    /// Factor. How far the time of a size may move from the curve, relative to all sizes.
     furthest: f64 = 16.0;
-    /// Log of a factor. How far the first time of a width may move it, as it may be a hiccup; n times n^2 as far.
+    /// Log of a factor. How far the first time with drafts may move that, as it may be a hiccup; n times n^2 as far.
     first_move: f64 = 0.25;
     /// Log of a factor. A change of a correction that is worth building the costs anew.
     news: f64 = 0.02;
@@ -80,11 +90,11 @@ options! {
     plain_at_once: usize = 2;
     /// Steps. So many without drafts whose time is not known, as they have also read prompts, stand for one whose is.
     unmeasured_plain: usize = 4;
-    /// Times. The newest of all widths, whose median tells that the machine's speed has changed.
-    recent: usize = 5;
+    /// Times. The newest of all sizes, whose median tells that the machine's speed has changed.
+    recent: usize = 9;
     /// Log of a factor. By how much it must have changed.
     change: f64 = 0.15;
-    /// Times. After so many a width can tell that.
+    /// Times. After so many a size can tell that.
     settled: usize = 3;
     /// Steps. Between two such findings, times the speed-up: a busy machine must not cost what drafts bring.
     changes_apart: f64 = 40.0;
@@ -94,6 +104,13 @@ options! {
     longest_pause: usize = 512;
     /// Tokens per request. What drafting may lose against plain decoding before it pauses.
     debt: f64 = 2.0;
+}
+
+impl RuleOptions {
+    /// Log of the factor by which so many times may move what is believed: a first one may be a hiccup.
+    pub(super) fn furthest_of(&self, times: usize) -> f64 {
+        (self.first_move * (times * times) as f64).min(self.furthest.max(1.0).ln())
+    }
 }
 
 #[cfg(test)]

@@ -12,10 +12,10 @@
 //! brought, minus those that plain decoding would have made in the extra time, sink below a bound, drafting pauses,
 //! longer every time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::clock::Clock;
+use super::clock::{Clock, Time};
 use super::costs::{Allocation, Layout, PassCosts};
 use super::curve::{CostCurve, DraftCost, context_key};
 use super::options::RuleOptions;
@@ -39,12 +39,14 @@ pub struct SizingRule {
 /// What the rule remembers of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pace {
-    /// Nodes worth drafting: twice what was verified lately.
+    /// Nodes worth drafting.
     pub limit: usize,
     /// Steps until the next draft.
     pub wait: usize,
-    /// Steps to wait after the next draft that is not worth its own time.
+    /// Steps to wait after the next draft, if drafts go on not to be worth their own time.
     pub pause: usize,
+    /// What drafts have brought in lately, in the mean, less what they cost, in tokens.
+    pub worth: f64,
 }
 
 /// What came of a step.
@@ -67,16 +69,16 @@ pub struct StepTimes {
 }
 
 struct State {
-    clock: Clock,
+    /// What is known of passes of about so many requests.
+    watches: BTreeMap<u32, Watch>,
+    /// Of which the last step was.
+    last: u32,
     /// Tokens per second at large, over those of plain decoding.
     speedup: f64,
+    /// The largest size: twice what was ever verified, as a curve may promise too much.
+    reach: usize,
     /// Somewhat below the least probability of a node that was verified lately.
     min_prob: f64,
-    plain_due: usize,
-    since_plain: usize,
-    /// Steps without drafts whose time is not known, since the last one whose is.
-    unmeasured: usize,
-    since_change: f64,
     /// What drafts have brought in, less what they have cost, in tokens per request.
     account: f64,
     pause: usize,
@@ -88,12 +90,24 @@ struct State {
     known: HashMap<(usize, i64), Arc<PassCosts>>,
 }
 
+/// Times of passes of about so many requests, and whether those of steps without drafts are known.
+struct Watch {
+    clock: Clock,
+    plain_due: usize,
+    since_plain: usize,
+    /// Steps without drafts whose time is not known, since the last one whose is.
+    unmeasured: usize,
+    since_change: f64,
+}
+
 /// What nodes were given out at, to judge by whether a draft was worth its time.
 pub struct Prices<'a> {
     rule: &'a SizingRule,
     rate: f64,
     /// Seconds of the pass beyond one without drafts, for each node in it.
     extra: f64,
+    /// Seconds of a pass without drafts.
+    plain: f64,
     requests: usize,
 }
 
@@ -104,13 +118,11 @@ impl SizingRule {
         let ready = curve.ready().last().map_or(options.most_nodes, |widest| widest - 1);
         let max_nodes = max_nodes.unwrap_or(options.most_nodes.min(ready));
         let state = State {
-            clock: Clock::new(),
+            watches: BTreeMap::new(),
+            last: 0,
             speedup: 1.0,
+            reach: options.first_reach,
             min_prob: options.first_min_prob,
-            plain_due: options.plain_at_once,
-            since_plain: 0,
-            unmeasured: 0,
-            since_change: f64::INFINITY,
             account: 0.0,
             pause: options.shortest_pause,
             paused: 0,
@@ -143,7 +155,12 @@ impl SizingRule {
 
     /// What is remembered of a new request.
     pub fn pace(&self) -> Pace {
-        Pace { limit: self.options.first_limit.min(self.max_nodes), wait: 0, pause: 1 }
+        Pace {
+            limit: self.options.first_limit.min(self.max_nodes),
+            wait: 0,
+            pause: 1,
+            worth: self.options.first_worth,
+        }
     }
 
     /// Begins a step: the least probability of a node worth drafting, or none if nothing is to be drafted.
@@ -154,7 +171,8 @@ impl SizingRule {
             return None;
         }
         // without the time of a plain step nobody knows what drafts cost
-        (state.plain_due == 0).then_some(state.min_prob as f32)
+        let due = state.watches.get(&state.last).map_or(self.options.plain_at_once, |watch| watch.plain_due);
+        (due == 0).then_some(state.min_prob as f32)
     }
 
     /// The number of nodes to draft for a request in a step in which drafts are made; 0 where it would not pay.
@@ -186,7 +204,7 @@ impl SizingRule {
         });
         let size = if costs.layout() == Layout::Packed { total } else { widest };
         let extra = if total > 0 { costs.extra(size) / total as f64 } else { 0.0 };
-        Prices { rule: self, rate, extra, requests }
+        Prices { rule: self, rate, extra, plain: costs.seconds()[0], requests }
     }
 
     fn learn_min_prob(&self, trees: &Allocation) {
@@ -211,18 +229,26 @@ impl SizingRule {
             return;
         }
         let options = &self.options;
-        let mut state = self.lock();
+        let (mut state, mut news) = (self.lock(), false);
         let measured = seconds.filter(|_| prefill_tokens == 0);
+        let apart = options.changes_apart * state.speedup.max(1.0);
+        let watch = state.watch(batch, options);
         if let Some(seconds) = measured {
             let expected = self.curve.size_time(batch, size as f64, context);
-            let width = if self.curve.layout() == Layout::Packed { size.div_ceil(batch) } else { size };
             let strangest = options.strangest.max(1.0).ln();
             let log = (seconds.ln() - expected.ln()).clamp(-strangest, strangest);
-            if state.clock.tick(width, log, options) {
-                state.known.clear();
+            let relative = expected / self.curve.size_time(batch, 0.0, context);
+            if watch.clock.tick(Time { size, relative, log }, options) {
+                news = true;
             }
         }
-        state.watch(size == 0, measured.is_some(), options);
+        watch.note(size == 0, measured.is_some(), apart, options);
+        if size > state.reach / 2 {
+            (state.reach, news) = (size.saturating_mul(2), true);
+        }
+        if news {
+            state.known.clear();
+        }
         // the medians speak for the pass, not its own time: a busy machine is not the draft's fault
         let costs = self.known(&mut state, batch, context);
         let (plain, extra) = (costs.seconds()[0], costs.extra(size));
@@ -251,9 +277,14 @@ impl SizingRule {
             state.known.clear();
         }
         let known = self.curve.costs(batch, context, self.max_nodes + 1);
-        let (sizes, mut seconds, layout) = (known.sizes().to_vec(), known.seconds().to_vec(), known.layout());
-        let width = |&size: &usize| if layout == Layout::Packed { size.div_ceil(batch) } else { size };
-        state.clock.correct(sizes.iter().map(width), &mut seconds);
+        let (mut sizes, mut seconds, layout) =
+            (known.sizes().to_vec(), known.seconds().to_vec(), known.layout());
+        let fit = sizes.partition_point(|&size| size <= state.reach).max(2).min(sizes.len());
+        sizes.truncate(fit);
+        seconds.truncate(fit);
+        if let Some(watch) = state.nearest(batch) {
+            watch.clock.correct(&sizes, &mut seconds);
+        }
         let costs = Arc::new(PassCosts::trusted(sizes, seconds, layout));
         state.known.insert(key, Arc::clone(&costs));
         costs
@@ -276,28 +307,30 @@ impl State {
         self.ranks = self.drafting * RANKING_PART < RANKING_GAIN;
     }
 
-    /// Asks for steps without drafts where their time is not known, or no longer.
-    fn watch(&mut self, plain: bool, measured: bool, options: &RuleOptions) {
-        self.since_plain += 1;
-        self.since_change += 1.0;
-        if plain {
-            self.unmeasured = if measured { 0 } else { self.unmeasured + 1 };
-            // where every step also reads prompts the curve has to do
-            if measured || self.unmeasured >= options.unmeasured_plain.max(1) {
-                self.plain_due = self.plain_due.saturating_sub(1);
-                (self.since_plain, self.unmeasured) = (0, 0);
-            }
-        }
-        if self.since_plain >= options.plain_every {
-            self.plain_due = 1;
-        }
-        let apart = options.changes_apart * self.speedup.max(1.0);
-        if self.since_change >= apart && self.clock.has_changed {
-            // drafts and plain steps slow down together when others use the machine, so only times of the same
-            // period can be compared
-            self.clock.forget(options);
-            (self.plain_due, self.since_change) = (options.plain_at_once, 0.0);
-        }
+    /// What is known of passes of about so many requests, or else of the nearest number.
+    fn nearest(&self, batch: usize) -> Option<&Watch> {
+        let place = place(batch);
+        let told = |watch: &(&u32, &Watch)| watch.1.clock.is_told();
+        let below = self.watches.range(..=place).rev().find(told);
+        let above = self.watches.range(place..).find(told);
+        let nearer = match (below, above) {
+            (Some(below), Some(above)) if above.0 - place < place - below.0 => above,
+            (below, above) => below.or(above)?,
+        };
+        Some(nearer.1)
+    }
+
+    /// What is known of passes of about so many requests, to learn from one of them.
+    fn watch(&mut self, batch: usize, options: &RuleOptions) -> &mut Watch {
+        self.last = place(batch);
+        let slope = self.nearest(batch).map_or(0.0, |watch| watch.clock.slope());
+        self.watches.entry(self.last).or_insert_with(|| Watch {
+            clock: Clock::new(slope),
+            plain_due: options.plain_at_once,
+            since_plain: 0,
+            unmeasured: 0,
+            since_change: f64::INFINITY,
+        })
     }
 
     /// Puts on the account what a step has gained, and pauses drafting where it is overdrawn.
@@ -312,21 +345,58 @@ impl State {
     }
 }
 
+impl Watch {
+    /// Asks for steps without drafts where their time is not known, or no longer; changes of the machine's speed are
+    /// `apart` steps from one another.
+    fn note(&mut self, plain: bool, measured: bool, apart: f64, options: &RuleOptions) {
+        self.since_plain += 1;
+        self.since_change += 1.0;
+        if plain {
+            self.unmeasured = if measured { 0 } else { self.unmeasured + 1 };
+            // where every step also reads prompts the curve has to do
+            if measured || self.unmeasured >= options.unmeasured_plain.max(1) {
+                self.plain_due = self.plain_due.saturating_sub(1);
+                (self.since_plain, self.unmeasured) = (0, 0);
+            }
+        }
+        if self.since_plain >= options.plain_every {
+            self.plain_due = 1;
+        }
+        if self.since_change >= apart && self.clock.has_changed {
+            // drafts and plain steps slow down together when others use the machine, so only times of the same
+            // period can be compared
+            self.clock.forget(options);
+            (self.plain_due, self.since_change) = (options.plain_at_once, 0.0);
+        }
+    }
+}
+
+/// Numbers of requests whose passes are taken to be alike: those of one bit length and next bit.
+fn place(batch: usize) -> u32 {
+    let bits = usize::BITS - batch.leading_zeros();
+    2 * bits + u32::from(bits > 1 && batch >> (bits - 2) & 1 == 1)
+}
+
 impl Prices<'_> {
     /// Learns from what was given to a request of the nodes that were drafted for it.
     pub fn judge(&self, pace: &mut Pace, probs: &[f32], given: usize) {
         let options = &self.rule.options;
+        let DraftCost { request, node, threads, .. } = *self.rule.curve.draft();
+        let threads = threads.min(self.requests) as f64;
         if given == probs.len() && given == pace.limit {
             pace.limit = (2 * pace.limit).min(self.rule.max_nodes);
         } else {
             let fallen = (pace.limit as f64 * options.limit_fall) as usize;
-            pace.limit = (given + given / 4 + options.spare_nodes).max(fallen);
+            // what takes no time need not be spared: of no cost as many as there are
+            let cheap = options.cheap_share * self.plain * threads / (node * self.requests as f64);
+            pace.limit = (given + given / 4 + options.spare_nodes).max(fallen).max(cheap as usize);
+            pace.limit = pace.limit.min(self.rule.max_nodes);
         }
-        let DraftCost { request, node, threads, .. } = *self.rule.curve.draft();
         let expected: f64 = probs[..given].iter().map(|&prob| f64::from(prob)).sum();
         let gain = expected - self.rate * self.extra * given as f64;
-        let spent = (request + node * probs.len() as f64) / threads.min(self.requests) as f64;
-        if gain > self.rate * spent {
+        let spent = (request + node * probs.len() as f64) / threads;
+        pace.worth += options.worth_memory * (gain - self.rate * spent - pace.worth);
+        if pace.worth >= 0.0 {
             pace.pause = 1;
         } else {
             pace.wait = pace.pause;
@@ -339,26 +409,69 @@ impl Prices<'_> {
 mod tests {
     use super::*;
 
-    /// What is remembered of a request whose only node, of this probability, was drafted in so many seconds, where
-    /// passes cost nothing more for it and a second is worth a token.
-    fn judged(prob: f32, seconds: f64) -> Pace {
-        let draft = DraftCost { step: 0.0, request: seconds, node: 0.0, threads: 1 };
+    /// What is remembered of a request for which so often a node, of this probability, was drafted in so many seconds
+    /// and so many for the node, where passes cost nothing more for it and a second is worth a token.
+    fn judged(times: usize, prob: f32, request: f64, node: f64) -> Pace {
+        let draft = DraftCost { step: 0.0, request, node, threads: 1 };
         let axes = [vec![1.0], vec![1.0, 9.0], vec![0.0]];
         let curve = CostCurve::new(axes, vec![1.0, 1.0], Layout::Packed, Vec::new(), draft).unwrap();
         let rule = SizingRule::new(Arc::new(curve), None, RuleOptions::default());
         let mut trees = Allocation::default();
         trees.push(&[prob]);
-        let prices = rule.allocate(0.0, &mut trees);
-        assert_eq!(trees.counts(), [1]);
         let mut pace = rule.pace();
-        prices.judge(&mut pace, &[prob], 1);
+        for _ in 0..times {
+            let prices = rule.allocate(0.0, &mut trees);
+            assert_eq!(trees.counts(), [1]);
+            prices.judge(&mut pace, &[prob], 1);
+        }
         pace
     }
 
     #[test]
-    fn a_draft_has_to_be_worth_its_own_time() {
-        assert_eq!((judged(0.4, 0.3).wait, judged(0.4, 0.3).pause), (0, 1));
-        assert_eq!((judged(0.4, 0.5).wait, judged(0.4, 0.5).pause), (1, 2));
+    fn drafts_have_to_be_worth_their_own_time() {
+        assert_eq!((judged(100, 0.4, 0.3, 0.0).wait, judged(100, 0.4, 0.3, 0.0).pause), (0, 1));
+        assert_eq!((judged(100, 0.4, 0.5, 0.0).wait, judged(100, 0.4, 0.5, 0.0).pause), (8, 8));
+    }
+
+    #[test]
+    fn one_draft_in_vain_is_no_reason_to_wait() {
+        assert_eq!(judged(1, 0.4, 0.5, 0.0).wait, 0);
+    }
+
+    #[test]
+    fn numbers_of_requests_that_are_alike_are_next_to_each_other() {
+        let places: Vec<_> = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 15, 16].map(place).to_vec();
+        assert_eq!(places, [2, 4, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10]);
+    }
+
+    #[test]
+    fn times_of_few_requests_say_nothing_of_those_of_many() {
+        let axes = [vec![1.0], vec![1.0, 99.0], vec![0.0]];
+        let draft = DraftCost { step: 0.0, request: 0.0, node: 0.0, threads: 1 };
+        let curve = CostCurve::new(axes, vec![1.0, 1.0], Layout::Packed, Vec::new(), draft).unwrap();
+        let rule = SizingRule::new(Arc::new(curve), Some(8), RuleOptions::default());
+        for step in 0..400 {
+            let (batch, size) = if step / 10 % 2 == 0 { (1, step % 8) } else { (8, 3 * (step % 8)) };
+            // as on a CPU: rows cost as much as nodes
+            let seconds = Some(0.9 + 0.1 * (batch + size) as f64);
+            let (tokens, context) = (2.0 * batch as f64, 0.0);
+            rule.observe(&StepTimes {
+                batch,
+                size,
+                context,
+                seconds,
+                prefill_tokens: 0,
+                tokens,
+                draft_seconds: 0.0,
+            });
+        }
+        for batch in [1, 8] {
+            let (costs, _) = rule.costs(batch, 0.0);
+            for (size, seconds) in costs.sizes().iter().zip(costs.seconds()).take(8 * batch) {
+                let expected = 0.9 + 0.1 * (batch + size) as f64;
+                assert!((seconds / expected - 1.0).abs() < 0.05, "{batch} {size} {seconds} {expected}");
+            }
+        }
     }
 
     #[test]
@@ -417,8 +530,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_verified_need_not_be_drafted_again() {
+    fn what_was_not_verified_need_not_be_drafted_again_where_drafting_takes_time() {
         // no less than three quarters of before, however little was verified
-        assert_eq!(judged(0.4, 0.3).limit, 48);
+        assert_eq!(judged(1, 0.4, 0.3, 0.01).limit, 48);
+        assert_eq!(judged(99, 0.4, 0.3, 0.01).limit, 7);
+        // as many as take a five-hundredth of a pass
+        assert_eq!(judged(99, 0.4, 0.3, 0.0001).limit, 20);
+        assert_eq!(judged(99, 0.4, 0.3, 0.0).limit, 256);
     }
 }

@@ -168,6 +168,9 @@ mod tests {
         calibration.start(&biases);
         assert!((calibration.correct(4, 0.5) - 2.0 / 3.0).abs() < 1e-6);
         assert!((calibration.correct(3, 0.5) - 0.5).abs() < 1e-6);
+        // as of the last draft
+        calibration.start(&[0.0; KINDS]);
+        assert!((calibration.correct(4, 0.5) - 0.5).abs() < 1e-6);
     }
 
     #[test]

@@ -33,6 +33,8 @@ from sssd.replay import Replay, Request, Sampling, read_trace, trace_name
 FEW_NODES = 32
 BOUNDS = {True: (0.92, 1.10), False: (0.90, 1.12)}
 LEAST_ACCEPTED = 0.2
+# of the workloads outside their bounds, in a table's cell
+MOST_NAMED = 2
 SOFT_BYTES = 1 << 20
 # of Llama 3 and of SmolLM2
 END_TOKENS = {"streams": 128009, "topk": 2, "sampled": 2}
@@ -157,7 +159,7 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of each mode, the means and the least and the largest sums over accepted, and what is outside."""
+    """Of each mode means, the least and the largest sums over accepted, and what is furthest outside."""
     budgets = sorted({row["budget"] for row in rows})
     heads = [f"accepted, {nodes} nodes | sum / accepted, {nodes} nodes" for nodes in budgets]
     lines = [f"| mode | {' | '.join(heads)} | outside |", f"| --- | {'--- | --- | ' * len(heads)}--- |"]
@@ -168,11 +170,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             bound = [row["sum_over_accepted"] for row in own if row["within"] is not None]
             ends = dict.fromkeys(f"{end:.2f}" for end in (min(bound), max(bound))) if bound else ["-"]
             cells += [f"{np.mean([row['accepted_per_step'] for row in own]):.3f}", " to ".join(ends)]
-            outside += [
-                f"{row['trace']} {row['sum_over_accepted']:.3f} at {nodes}"
-                for row in own
-                if row["within"] is False
-            ]
+            beyond = [row for row in own if row["within"] is False]
+            beyond.sort(key=lambda row: -abs(row["sum_over_accepted"] - 1))
+            for row in beyond[:MOST_NAMED]:
+                outside.append(f"{row['trace']} {row['sum_over_accepted']:.3f} at {nodes}")
+            if more := beyond[MOST_NAMED:]:
+                outside.append(f"{len(more)} more at {nodes}")
         lines.append(f"| {mode} | {' | '.join(cells)} | {', '.join(outside)} |")
     return "\n".join(lines)
 

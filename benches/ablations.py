@@ -241,8 +241,8 @@ PARTS = {
         (
             edit(
                 "ranking/features.rs",
-                "    seen.add(SCORE, bounded(score * 0.4));",
-                '    seen.add(SCORE, if crate::without("score") { 0.0 } else { bounded(score * 0.4) });',
+                "    row[SCORE] = bounded(said.score * 0.4);",
+                '    row[SCORE] = if crate::without("score") { 0.0 } else { bounded(said.score * 0.4) };',
             ),
         ),
         ("ranking",),
@@ -252,9 +252,9 @@ PARTS = {
         (
             edit(
                 "ranking/bilinear.rs",
-                "        self.of = of;\n        self.mean = [0.0; DIMENSIONS];",
-                "        self.of = of;\n        self.mean = [0.0; DIMENSIONS];\n"
-                '        if crate::without("topic") { return; }',
+                "            self.mean = tables.mean(&text[end.saturating_sub(TOPIC)..end]);",
+                '            self.mean = if crate::without("topic") { [0.0; DIMENSIONS] } else '
+                "{ tables.mean(&text[end.saturating_sub(TOPIC)..end]) };",
             ),
         ),
         ("ranking",),

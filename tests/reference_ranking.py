@@ -19,14 +19,15 @@ NETWORK = Path(__file__).parents[1] / "rust/sssd-core/src/ranking/network.bin"
 
 DIMENSIONS, CONTEXT, TOPIC, TOPIC_STEP = 128, 8, 100, 16
 WORTH_RANKING, WORTH_SCORING, NORMALISED = 0.05, 0.002, 8
+STEPS = 32_767
 LEAST_LEFT, LEAST_RANKED, FURTHEST = 0.003, 1e-6, 30.0
 HEADER, HIDDEN, LEAK = 20, 24, 0.1
 
-SOURCES = 7
 REQUEST, STORE = 0, 2
-PROBS, CLASSES, PEAKS, WEIGHTS, LUCK = (SOURCES * at for at in range(5))
-DEPTH, PATH, AGE, REQUEST_VOTES, STORE_VOTES, TOTAL = range(35, 41)
-PROB, OCCURS, AGO, FREQUENCY, NONE_OF_THEM, REPEATS, SCORE = range(41, 48)
+PROBS, CLASSES = 0, 7
+PROB, OCCURS, AGO, FREQUENCY, NONE_OF_THEM, REPEATS, SCORE = range(14, 21)
+PEAKS, WEIGHTS, LUCK = 21, 28, 35
+DEPTH, PATH, AGE, REQUEST_VOTES, STORE_VOTES, TOTAL = range(42, 48)
 FEATURES = 48
 
 
@@ -66,9 +67,11 @@ class Tables:
         return self.topics[last].mean(0) if last else np.zeros(DIMENSIONS)
 
     def context(self, text: list[int], topic: Any) -> Any:
-        """The vector of the text that a token is to follow."""
+        """The vector of the text that a token is to follow, in whole steps."""
         last = text[::-1][:CONTEXT]
-        return self.weights[CONTEXT] * topic + (self.weights[: len(last)] * self.inputs[last]).sum(0)
+        exact = self.weights[CONTEXT] * topic + (self.weights[: len(last)] * self.inputs[last]).sum(0)
+        step = max(np.abs(exact).max(), 1e-30) / STEPS
+        return np.rint(exact / step) * step
 
     def score(self, context: Any, token: int) -> float:
         return float(self.outputs[token] @ context) + self.biases[token]
@@ -153,7 +156,7 @@ class Ranking:
         listed = node.successors[:NORMALISED]
         mass = sum(share for _, share in listed)
         said = sum(share * exp(min(self.tables.score(context, token), FURTHEST)) for token, share in listed)
-        norm = log(said / mass) if mass else 0.0
+        norm = ln(said / mass) if mass else 0.0
         return {token: self.tables.score(context, token) - norm for token in tokens}
 
     def rank(self, node: Node) -> None:

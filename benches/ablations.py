@@ -81,9 +81,9 @@ PARTS = {
         (
             edit(
                 "predictor/blend.rs",
-                "        let escape = model.escape(cell);\n        values[class]",
+                "        let escape = model.escape(cell);\n        if count < 1.0",
                 '        let escape = if crate::without("blend") { 0.0 } else { model.escape(cell) };\n'
-                "        values[class]",
+                "        if count < 1.0",
             ),
         ),
     ),
@@ -124,9 +124,9 @@ PARTS = {
         "successors from the datastore",
         (
             edit(
-                "predictor/mod.rs",
-                "            store.successors(token, successors);",
-                '            if !crate::without("successors") { store.successors(token, successors); }',
+                "predictor/gather.rs",
+                "    let Some(store) = inputs.store else { return };",
+                '    let Some(store) = inputs.store.filter(|_| !crate::without("successors")) else { return };',
             ),
         ),
         ("store",),
@@ -136,9 +136,9 @@ PARTS = {
         (
             edit(
                 "predictor/gather.rs",
-                "            corpus.matches(context, longest, samples, &mut matches);",
-                '            if source != crate::sources::STORE || !crate::without("matches") {\n'
-                "                corpus.matches(context, longest, samples, &mut matches);\n            }",
+                "                corpus.matches(context, longest, samples, &mut matches);",
+                '                if source != crate::sources::STORE || !crate::without("matches") {\n'
+                "                    corpus.matches(context, longest, samples, &mut matches);\n                }",
             ),
         ),
         ("store",),
@@ -218,9 +218,9 @@ PARTS = {
         (
             edit(
                 "predictor/correct.rs",
-                "            *odds = (kind.centred + bias).exp();",
+                "            let new = kind.centred + bias;",
                 '            let bias = if crate::without("ages") { 0.0 } else { *bias };\n'
-                "            *odds = (kind.centred + bias).exp();",
+                "            let new = kind.centred + bias;",
             ),
         ),
     ),

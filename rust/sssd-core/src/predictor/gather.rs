@@ -121,6 +121,17 @@ pub fn newest_first<'a>(
     path.chain(inputs.index.tokens()[inputs.predicted..].iter().rev().copied())
 }
 
+/// Lists what follows `token` in the datastore, if there is one.
+pub fn successors(token: Token, inputs: &Inputs, out: &mut Vec<(Token, f32)>) {
+    out.clear();
+    let Some(store) = inputs.store else { return };
+    if store.domains() > 1 {
+        store.successors_by_domain(token, inputs.calibration.domains.weights(), out);
+    } else {
+        store.successors(token, out);
+    }
+}
+
 /// What the target held probable after the ends of a node's context, by their number of tokens.
 pub fn feedback(
     node: u32,

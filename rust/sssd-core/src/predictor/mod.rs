@@ -125,15 +125,8 @@ impl Predictor {
         }
         let Scratch { successors, origins, table, frontier, .. } = scratch;
         let ranking = &mut self.ranking;
-        successors.clear();
-        if let Some(store) = inputs.store {
-            if store.domains() > 1 {
-                store.successors_by_domain(token, inputs.calibration.domains.weights(), successors);
-            } else {
-                store.successors(token, successors);
-            }
-            expansion.gates[SUCCESSORS] = mix::list_gate(SUCCESSORS, successors);
-        }
+        gather::successors(token, inputs, successors);
+        expansion.gates[SUCCESSORS] = mix::list_gate(SUCCESSORS, successors);
         mix::weigh(model, &mut expansion);
         let mut children = Children { node, candidates, origins, table };
         let said = said[expansion.said.0 as usize..expansion.said.1 as usize].iter().copied();

@@ -132,8 +132,11 @@ impl Clock {
         let held = || self.times.iter().filter(|times| !times.held.is_empty());
         let Some(first) = held().next() else { return false };
         let drafted: usize = self.times.iter().skip(1).map(|times| times.held.len()).sum();
-        let plain = if first.size == 0.0 { first.log } else { median_low(held().map(|times| times.log)) };
         let prior = Line { share: 1.0, slope: self.prior_slope };
+        // what each size says of a pass without drafts
+        let without =
+            |times: &Times| times.log - (prior.at(times.size, times.relative) / times.relative).ln();
+        let plain = if first.size == 0.0 { first.log } else { median_low(held().map(without)) };
         // sums over weight * (relative, size) x (relative, size, value)
         let [mut rr, mut rs, mut ss, mut rv, mut sv, mut count, mut known] = [0.0; 7];
         for times in held() {

@@ -86,6 +86,8 @@ options! {
     news: f64 = 0.02;
     /// Steps. After so many one without drafts is due, to know its time.
     plain_every: usize = 2048;
+    /// Steps. The same for a number of requests that is new, if others are known.
+    plain_soon: usize = 16;
     /// Steps. So many without drafts tell how fast the machine is now; the faster one does.
     plain_at_once: usize = 2;
     /// Steps. So many without drafts whose time is not known, as they have also read prompts, stand for one whose is.

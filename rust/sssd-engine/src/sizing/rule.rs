@@ -323,11 +323,16 @@ impl State {
     /// What is known of passes of about so many requests, to learn from one of them.
     fn watch(&mut self, batch: usize, options: &RuleOptions) -> &mut Watch {
         self.last = place(batch);
-        let slope = self.nearest(batch).map_or(0.0, |watch| watch.clock.slope());
+        let slope = self.nearest(batch).map(|watch| watch.clock.slope());
+        // where nothing is known of other numbers of requests, steps without drafts come first; else soon
+        let (plain_due, since_plain) = match slope {
+            None => (options.plain_at_once, 0),
+            Some(_) => (0, options.plain_every.saturating_sub(options.plain_soon)),
+        };
         self.watches.entry(self.last).or_insert_with(|| Watch {
-            clock: Clock::new(slope),
-            plain_due: options.plain_at_once,
-            since_plain: 0,
+            clock: Clock::new(slope.unwrap_or(0.0)),
+            plain_due,
+            since_plain,
             unmeasured: 0,
             since_change: f64::INFINITY,
         })
@@ -442,6 +447,32 @@ mod tests {
     fn numbers_of_requests_that_are_alike_are_next_to_each_other() {
         let places: Vec<_> = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 15, 16].map(place).to_vec();
         assert_eq!(places, [2, 4, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10]);
+    }
+
+    #[test]
+    fn a_number_of_requests_that_is_new_takes_over_what_nodes_cost_elsewhere() {
+        let axes = [vec![1.0], vec![1.0, 99.0], vec![0.0]];
+        let draft = DraftCost { step: 0.0, request: 0.0, node: 0.0, threads: 1 };
+        let curve = CostCurve::new(axes, vec![1.0, 1.0], Layout::Packed, Vec::new(), draft).unwrap();
+        let rule = SizingRule::new(Arc::new(curve), Some(8), RuleOptions::default());
+        let step = |batch: usize, size: usize| {
+            let seconds = Some((1.0 + 0.1 * batch as f64) * (1.0 + 0.05 * size as f64));
+            let (tokens, context) = (2.0 * batch as f64, 0.0);
+            let (prefill_tokens, draft_seconds) = (0, 0.0);
+            StepTimes { batch, size, context, seconds, prefill_tokens, tokens, draft_seconds }
+        };
+        (0..60).for_each(|count| rule.observe(&step(8, count % 20)));
+        rule.observe(&step(3, 4));
+        assert!(rule.begin_step().is_some());
+        let (costs, _) = rule.costs(3, 0.0);
+        let over = costs.seconds()[8] / costs.seconds()[0];
+        assert!((1.3..1.5).contains(&over), "{over}");
+        // a step without drafts is asked for soon
+        let soon = (0..40).find(|_| {
+            rule.observe(&step(3, 4));
+            rule.begin_step().is_none()
+        });
+        assert_eq!(soon, Some(RuleOptions::default().plain_soon - 2));
     }
 
     #[test]

@@ -92,9 +92,8 @@ PARTS = {
         (
             edit(
                 "predictor/mix.rs",
-                "            weights[source] = model.gate(cell).exp();",
-                '            weights[source] = if crate::without("mix") { 1.0 } else '
-                "{ model.gate(cell).exp() };",
+                "            *weight = model.gate(cell).exp();",
+                '            *weight = if crate::without("mix") { 1.0 } else { model.gate(cell).exp() };',
             ),
         ),
     ),

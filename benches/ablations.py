@@ -179,9 +179,9 @@ PARTS = {
         (
             edit(
                 "predictor/correct.rs",
-                "        let knots = self.knots.iter_mut().map(|bias| (bias, KNOT_PRIOR));",
+                "        for knot in self.knots.iter_mut().filter(|knot| knot.pending > 0.0) {",
                 '        if crate::without("correction") { return; }\n'
-                "        let knots = self.knots.iter_mut().map(|bias| (bias, KNOT_PRIOR));",
+                "        for knot in self.knots.iter_mut().filter(|knot| knot.pending > 0.0) {",
             ),
         ),
         ("alone", "store", "ranking"),

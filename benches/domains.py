@@ -80,6 +80,7 @@ def replay(store: Datastore, requests: Sequence[Request], budgets: Sequence[int]
         rows.append(
             {
                 "nodes": budget,
+                "requests": len(requests),
                 "accepted": row["accepted_per_step"],
                 "expected": measured.expected / max(measured.accepted, 1),
                 "p50_us": row["draft_us_p50"],

@@ -226,7 +226,8 @@ class Domains:
         self.evidence, self.weights = [0.0] * len(stores), [1.0] * len(stores)
 
     def start(self) -> None:
-        self.weights = [max(exp(evidence), 0.01) for evidence in self.evidence]
+        odds = [max(2 + evidence, 0.0) for evidence in self.evidence]
+        self.weights = [max(exp(own - max(odds)), 0.01) for own in odds]
 
     def samples(self, text: list[int]):
         """Of each domain by itself: as many as its occurrences count, 16 at least, evenly spread."""
@@ -268,20 +269,22 @@ class Domains:
         return [(other, counts[other] / len(followed)) for other in order]
 
     def learn(self, voices: list[tuple[int, float, int, int]], truth: int) -> None:
-        """Each domain alone is an expert that predicts the token that came."""
+        """Each domain alone and all together are experts that predict the token that came."""
 
-        def blended(domain: int) -> float:
+        def blended(own: set[int]) -> float:
             prob, rest = 0.1, 1.0
             for klass in range(CLASSES - 1, -1, -1):
-                held = [(t, w / self.weights[d]) for t, w, k, d in voices if k == klass and d == domain]
+                held = [(t, w / self.weights[d]) for t, w, k, d in voices if k == klass and d in own]
                 count = sum(weight for _, weight in held)
                 prob += rest * sum(weight for token, weight in held if token == truth) / (count + 1)
                 rest /= count + 1
             return prob
 
         if voices:
-            found = [0.98 * before + math.log(blended(domain)) for domain, before in enumerate(self.evidence)]
-            self.evidence = [max(evidence - max(found), -8.0) for evidence in found]
+            together = blended(set(range(len(self.stores))))
+            for domain, before in enumerate(self.evidence):
+                evidence = 0.98 * before + math.log(blended({domain}) / together)
+                self.evidence[domain] = min(max(evidence, -8.0), 8.0)
 
 
 class Request:

@@ -256,11 +256,11 @@ def corpus(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """Stands in for ``sssd.corpus``: a folder holds what its file ``list`` names."""
     module = types.ModuleType("sssd.corpus")
 
-    def files(folder: str) -> list[tuple[Path, Path | None]]:
+    def opened(folder: str) -> list[tuple[Path, Path | None, None]]:
         lines = (Path(folder) / "list").read_text().split()
-        return [(Path(folder) / line, None) for line in lines]
+        return [(Path(folder) / line, None, None) for line in lines]
 
-    module.files = files  # type: ignore[attr-defined]
+    module.opened = opened  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sssd.corpus", module)
     return module
 
@@ -299,15 +299,15 @@ def test_files_that_a_merge_takes_away_meanwhile(tmp_path: Path, corpus: types.M
     build(tmp_path / "merged", [*PROMPT, 10])
     listed = []
 
-    def files(folder: str) -> list[tuple[Path, Path | None]]:
+    def opened(folder: str) -> list[tuple[Path, Path | None, None]]:
         listed.append(folder)
-        return [(tmp_path / ("merged" if len(listed) % 7 == 0 else "gone"), None)]
+        return [(tmp_path / ("merged" if len(listed) % 7 == 0 else "gone"), None, None)]
 
-    corpus.files = files  # type: ignore[attr-defined]
+    corpus.opened = opened  # type: ignore[attr-defined]
     assert after(Drafter(datastore=tmp_path, **OPTIONS).begin(PROMPT)) == {10}
     assert len(listed) == 7
     listed.clear()
-    corpus.files = lambda folder: [(Path(os.fspath(folder)) / "gone", listed.append(folder))]  # type: ignore[attr-defined]
+    corpus.opened = lambda folder: [(Path(os.fspath(folder)) / "gone", listed.append(folder), None)]  # type: ignore[attr-defined]
     with pytest.raises(FileNotFoundError):
         Datastore.open(tmp_path)
     assert len(listed) == 10

@@ -56,11 +56,7 @@ def files(folder: str | os.PathLike[str]) -> list[tuple[Path, Path | None]]:
         CorruptCorpusError: its manifest is damaged.
         DatastoreVersionError: another release wrote it.
     """
-    path = Path(folder)
-    return [
-        (path / segment.file, None if segment.dead is None else path / segment.dead.tombstones)
-        for segment in load_manifest(path).segments
-    ]
+    return [(path, tombstones) for path, tombstones, _ in opened(folder)]
 
 
 def opened(folder: str | os.PathLike[str]) -> list[tuple[Path, Path | None, list[Run]]]:

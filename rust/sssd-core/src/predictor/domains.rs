@@ -2,25 +2,28 @@
 //!
 //! A small domain drowns in a large one where all occurrences count the same. Here a context predicts
 //! `sum_d w_d c_d(t) / sum_d w_d n_d` from the occurrences `n_d` in each domain `d`, of which `c_d(t)` go on with `t` (count
-//! merging: Bacchiani, Riley, Roark and Sproat, "MAP adaptation of stochastic grammars", 2006). Each domain alone is an
-//! expert that predicts the tokens that come; how well it has done of late says how much its occurrences count.
+//! merging: Bacchiani, Riley, Roark and Sproat, "MAP adaptation of stochastic grammars", 2006). Each domain alone and
+//! all together are experts that predict the tokens that come; a domain counts more than others by how much better it has done
+//! of late, where it has done better than all together.
 
 use crate::predictor::arena::Voice;
 use crate::sources::CLASSES;
 use crate::sources::corpus::DOMAINS;
 
+/// The logarithm of a domain's odds against all together, before anything has come.
+const PRIOR: f32 = 2.0;
 /// What is left of the old evidence after each token.
 const FADING: f32 = 0.98;
-/// What every domain gives to every token besides what its occurrences say.
+/// What every expert gives to every token besides what occurrences say.
 const FLOOR: f32 = 0.1;
-/// The least that an occurrence counts, and how far any domain falls behind the best, in logarithms of odds.
+/// The least that an occurrence counts, and the most evidence.
 const LEAST: f32 = 0.01;
 const LIMIT: f32 = 8.0;
 
 /// What a request has learned of a corpus' domains.
 #[derive(Clone)]
 pub struct Domains {
-    /// The logarithm of what each alone gave to the tokens that came, less that of the best.
+    /// The logarithm of the odds of each alone against all together, less the prior.
     evidence: [f32; DOMAINS],
     /// What its occurrences count, the most 1.
     weights: [f32; DOMAINS],
@@ -40,7 +43,9 @@ impl Domains {
 
     /// Takes up what has been learned, for the next draft.
     pub fn start(&mut self) {
-        self.weights = self.evidence.map(|evidence| evidence.exp().max(LEAST));
+        let odds = self.evidence.map(|evidence| (PRIOR + evidence).max(0.0));
+        let best = odds.into_iter().fold(0.0, f32::max);
+        self.weights = odds.map(|odds| (odds - best).exp().max(LEAST));
     }
 
     /// Learns from the token of a candidate, which came after the node that these voices spoke of.
@@ -55,11 +60,14 @@ impl Domains {
             *all += count;
             *came += if candidate == truth { count } else { 0.0 };
         }
+        let sum = |class: usize| {
+            counts.iter().fold((0.0, 0.0), |sum, own| (sum.0 + own[class].0, sum.1 + own[class].1))
+        };
+        let together = FLOOR + blended(&std::array::from_fn::<_, CLASSES, _>(sum));
         for (evidence, classes) in self.evidence.iter_mut().zip(&counts) {
-            *evidence = FADING * *evidence + (FLOOR + blended(classes)).ln();
+            let odds = (FLOOR + blended(classes)) / together;
+            *evidence = (FADING * *evidence + odds.ln()).clamp(-LIMIT, LIMIT);
         }
-        let best = self.evidence.into_iter().fold(f32::MIN, f32::max);
-        self.evidence.iter_mut().for_each(|evidence| *evidence = (*evidence - best).max(-LIMIT));
     }
 }
 

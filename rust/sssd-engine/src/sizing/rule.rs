@@ -25,7 +25,7 @@ const MOST_KEPT: usize = 256;
 /// What ranking adds to the tokens of a step, and its part of the time of a draft: measured at 32 nodes with the datastore
 /// of `docs/predictor.md`.
 const RANKING_GAIN: f64 = 0.02;
-const RANKING_PART: f64 = 0.26;
+const RANKING_PART: f64 = 0.25;
 
 /// Sizes the drafts of batches by a cost curve, and corrects the curve by the times of steps. One rule serves any number
 /// of requests, batches and threads.

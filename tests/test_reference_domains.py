@@ -41,7 +41,8 @@ def stores(tmp_path_factory):
     )
 
 
-# open: seed 11380938 with kind 2 differs from the twin by 0.4 % in its third draft
+# fixed, as in ``test_reference``: elsewhere a peak of 0.25 (two samples, each half of what is not left to shorter contexts) has
+# rounded to the gate below
 @pytest.mark.parametrize("seed", range(18))
 def test_drafts_and_what_they_teach_of_domains(seed, stores):
     rng = random.Random(seed)

@@ -44,7 +44,8 @@ def sound(tree):
 
 class TestGiven:
     def test_what_nobody_else_knows_is_drafted_and_told(self):
-        tree = begin().draft(16, given=[50, 51, 52])
+        assert (50, 51) in paths(begin().draft(16, given=[50, 51, 52]))
+        tree = begin().draft(16, given=[50, 51, 52], given_probs=[0.8, 0.8, 0.8])
         found = paths(tree)
         assert (50, 51, 52) in found
         assert tree.sources[found.index((50,))] == GIVEN

@@ -41,8 +41,7 @@ def stores(tmp_path_factory):
     )
 
 
-# fixed, as in ``test_reference``: elsewhere a peak of 0.25 (two samples, each half of what is not left to shorter contexts) has
-# rounded to the gate below
+# fixed, as in ``test_reference``: elsewhere the best of two samples, 0.25, was rounded to the gate below
 @pytest.mark.parametrize("seed", range(18))
 def test_drafts_and_what_they_teach_of_domains(seed, stores):
     rng = random.Random(seed)

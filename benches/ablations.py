@@ -125,7 +125,8 @@ PARTS = {
             edit(
                 "predictor/gather.rs",
                 "    let Some(store) = inputs.store else { return };",
-                '    let Some(store) = inputs.store.filter(|_| !crate::without("successors")) else { return };',
+                '    let store = inputs.store.filter(|_| !crate::without("successors"));\n'
+                "    let Some(store) = store else { return };",
             ),
         ),
         ("store",),
@@ -137,7 +138,8 @@ PARTS = {
                 "predictor/gather.rs",
                 "                corpus.matches(context, longest, samples, &mut matches);",
                 '                if source != crate::sources::STORE || !crate::without("matches") {\n'
-                "                    corpus.matches(context, longest, samples, &mut matches);\n                }",
+                "                    corpus.matches(context, longest, samples, &mut matches);\n"
+                "                }",
             ),
         ),
         ("store",),

@@ -409,7 +409,7 @@ class Worker(threading.Thread):
         self.world.learning.save(self.world.state)
 
     def load(self) -> None:
-        if not self.world.state.exists():
+        if not (self.world.state / "drafter.sssd-state").exists():
             return
         with tempfile.TemporaryDirectory(dir=self.world.folder) as held:
             # what was saved while others learned may be more than there is room for

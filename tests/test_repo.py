@@ -34,6 +34,12 @@ def test_import_is_light_and_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_nothing_that_git_ignores_is_committed():
+    listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == []
+
+
 def test_package_is_typed_and_versioned():
     package = resources.files("sssd")
     assert package.joinpath("py.typed").is_file()
